@@ -1,0 +1,168 @@
+"""The `lemo` block of config.json: which tokens a layer computes on, how it chooses them, and what it keeps for backward."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+SCHEMA_VERSION = 1
+
+SelectionMode = Literal["sampled", "ratio", "threshold"]
+AttentionForward = Literal["exact", "sparse"]
+ScoreSource = Literal["predicted", "true"]
+Checkpoint = Literal["none", "kept_rows"]
+
+
+class LemoConfigError(ValueError):
+    """A `LemoConfig` that cannot be honoured: one line with the fact, the value and the fix."""
+
+
+@dataclass
+class LemoConfig:
+    """How a LeMo model eliminates tokens during training (LeMo paper, sections 4 and 5).
+
+    Evaluation and generation never look at it: they are the stock model.
+
+    Args:
+        enabled: `False` makes training the stock model's too.
+        block_size: Tokens per block; blocks are chosen as a whole (paper: 64).
+        keep_ratio: Share of a document's blocks that a layer keeps, in (0, 1]; one number, or one per layer.
+        selection: `"sampled"` draws the blocks anew at each step, `"ratio"` keeps the most informative ones,
+            `"threshold"` keeps those with informativeness of at least the layer's threshold (paper, Algorithm 1).
+        thresholds: One informativeness threshold per layer, for `selection="threshold"`; calibration fills it in.
+        sampling_temperature: For `"sampled"`: blocks are drawn with probability proportional to
+            informativeness ** (1 / temperature). `None` is the infinite temperature, the uniform draw, which needs no scores.
+        score_source: `"predicted"` scores come from the pattern predictors, `"true"` ones from the layer's own queries
+            and keys (quadratic in tokens: for experiments and tests).
+        attention_forward: `"exact"` keeps the dense forward pass and restricts the gradient to kept tokens; `"sparse"`
+            (the paper's form) lets kept tokens attend to kept tokens only.
+        checkpoint: `"kept_rows"` stores a layer's kept residual rows only and recomputes the rest of them in backward.
+        dense_layers: Layers that keep every token; negative numbers count from the last layer.
+        segment_size: Tokens whose logits exist at one time in the training loss.
+        predictor_rank: Width of a predictor's hidden layers before elastic pruning.
+        predictor_features: Length p of a block's query and key features.
+        predictor_sizes: Per layer the sizes that pruning left: `[query h1, query h2, key h1, key h2]`.
+        seed: Seed of the `"sampled"` draws.
+        schema_version: Version of this block's layout.
+
+    Raises:
+        LemoConfigError: If a value is outside its domain.
+    """
+
+    enabled: bool = True
+    block_size: int = 64
+    keep_ratio: float | list[float] = 0.5
+    selection: SelectionMode = "sampled"
+    thresholds: list[float] | None = None
+    sampling_temperature: float | None = None
+    score_source: ScoreSource = "predicted"
+    attention_forward: AttentionForward = "exact"
+    checkpoint: Checkpoint = "none"
+    dense_layers: list[int] = field(default_factory=list)
+    segment_size: int = 1024
+    predictor_rank: int = 32
+    predictor_features: int = 32
+    predictor_sizes: list[list[int]] | None = None
+    seed: int = 0
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises `LemoConfigError` if a field is outside its domain."""
+        if not isinstance(self.schema_version, int) or self.schema_version > SCHEMA_VERSION:
+            raise LemoConfigError(
+                f"the lemo block has schema_version {self.schema_version}, this lemo_hf reads up to {SCHEMA_VERSION}; upgrade lemo_hf"
+            )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise LemoConfigError(
+                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}; choose one of these"
+                )
+        for name in ("block_size", "segment_size", "predictor_rank", "predictor_features"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise LemoConfigError(f"{name} must be a whole number of at least 1; got {value!r}; set it to 1 or more")
+        ratios = self.keep_ratio if isinstance(self.keep_ratio, list) else [self.keep_ratio]
+        for ratio in ratios:
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+                raise LemoConfigError(
+                    f"keep_ratio is the share of blocks kept and must be in (0, 1]; got {ratio!r}; 0.5 keeps half of them"
+                )
+        temperature = self.sampling_temperature
+        if temperature is not None and not temperature > 0:
+            raise LemoConfigError(
+                f"sampling_temperature must be above 0, or null for the uniform draw; got {temperature!r}; 1.0 draws by informativeness"
+            )
+
+    def validate_for(self, num_layers: int) -> None:
+        """Raises `LemoConfigError` if a per-layer field does not fit a model of `num_layers` layers."""
+        for name in ("keep_ratio", "thresholds", "predictor_sizes"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != num_layers:
+                raise LemoConfigError(
+                    f"{name} lists {len(value)} layers, the model has {num_layers}; give one value per layer"
+                )
+        for layer in self.dense_layers:
+            if not -num_layers <= layer < num_layers:
+                raise LemoConfigError(
+                    f"dense_layers names layer {layer}, the model has {num_layers}; use 0 to {num_layers - 1}, or negative from the end"
+                )
+
+    def ratio_of(self, layer: int) -> float:
+        """Share of blocks that `layer` keeps, in (0, 1]."""
+        return self.keep_ratio[layer] if isinstance(self.keep_ratio, list) else self.keep_ratio
+
+    def is_dense(self, layer: int, num_layers: int) -> bool:
+        """Whether `layer` keeps every token whatever its scores are."""
+        named = layer in self.dense_layers or layer - num_layers in self.dense_layers
+        return named or (self.selection != "threshold" and self.ratio_of(layer) == 1)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether choosing blocks reads their informativeness; the uniform draw does not."""
+        return self.selection != "sampled" or self.sampling_temperature is not None
+
+    @property
+    def needs_predictors(self) -> bool:
+        """Whether the pattern predictors take part in training steps."""
+        return self.needs_scores and self.score_source == "predicted"
+
+    def update(self, **changes: Any) -> None:
+        """Sets fields in place, all of them or, when a value is refused, none."""
+        updated = dataclasses.replace(self, **changes)
+        for name in changes:
+            setattr(self, name, getattr(updated, name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: "dict[str, Any] | LemoConfig | None") -> "LemoConfig":
+        """Reads the block back; unknown names are refused with the nearest known one."""
+        if values is None:
+            return cls()
+        if isinstance(values, LemoConfig):
+            return values
+        if not isinstance(values, dict):
+            raise LemoConfigError(f"the lemo block must be a mapping; got {type(values).__name__}; see LemoConfig for its fields")
+        version = values.get("schema_version", SCHEMA_VERSION)
+        known = {item.name for item in dataclasses.fields(cls)}
+        # A newer schema is named as such before its new fields are called unknown.
+        if isinstance(version, int) and version <= SCHEMA_VERSION:
+            for name in values:
+                if name not in known:
+                    nearest = difflib.get_close_matches(name, known, n=1)
+                    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known fields: {', '.join(sorted(known))}"
+                    raise LemoConfigError(f"the lemo block has no field {name!r}; {hint}")
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "selection": get_args(SelectionMode),
+    "score_source": get_args(ScoreSource),
+    "attention_forward": get_args(AttentionForward),
+    "checkpoint": get_args(Checkpoint),
+}

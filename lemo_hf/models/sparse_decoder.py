@@ -1,0 +1,406 @@
+"""The mixins that put token elimination around a stock decoder (LeMo paper, section 4; `exact` form and MLP rule are ours).
+
+A layer splits its rows once. *Kept* rows run the whole layer under autograd, so a sublayer saves kept rows only. *Rest* rows
+run what they need under `no_grad`: their MLP always (its output is exact), and in the exact form attention too, which is then
+the dense one. A rest row's update is a constant to backward, its gradient stays on the residual stream. With kept rows K,
+rest rows R and N = norm:
+
+    sparse   x[K] += Attn(N(x)[K] -> K);   x[K] += MLP(N(x[K]));                                x[R] += MLP(N(x[R]))
+    exact    x[K] += Attn(N(x)[K] -> all); x[K] += MLP(N(x[K]));   x[R] += Attn(N(x)[R] -> all); x[R] += MLP(N(x[R]))
+
+Saved per kept row in rows of H: norms 2, shared input of q, k, v 1, attention (q, k, v, output) 2 + 2 kv/heads, gated MLP 2 I / H.
+With `checkpoint="kept_rows"`: the kept residual row, and in the exact form the kept attention output and log-sum-exp, so that
+neither the dense forward nor a rest row is ever run again.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .document_attention import attend, with_kept_row_gradient
+from .lemo_config import LemoConfig, LemoConfigError
+from .pattern_predictor import PatternPredictor
+from .row_operations import gated_activation, shared_adapter_input
+from .token_elimination import (
+    Documents,
+    Selection,
+    choose_blocks,
+    find_documents,
+    gather_rows,
+    keep_everything,
+    merge_rows,
+    selection_of_blocks,
+)
+from .token_informativeness import block_informativeness, block_scores
+
+
+@dataclass
+class SparseBatch:
+    """What the layers of one sparse forward share. It travels as a keyword argument of the layers, so a layer that is run again
+    by activation checkpointing finds the selection of its first run.
+
+    Args:
+        documents: The batch's documents.
+        config: The model's `LemoConfig`.
+        num_layers: Layers of the model.
+        draw: Number of this training forward, for sampled selection.
+        selections: What each layer chose, filled as the layers run.
+        rotary: Position tensors by flat row, filled by the first layer.
+    """
+
+    documents: Documents
+    config: LemoConfig
+    num_layers: int
+    draw: int
+    selections: dict[int, Selection] = field(default_factory=dict)
+    rotary: tuple[Tensor, ...] = ()
+
+    def flat_rotary(self, rotary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Position tensors by flat row, laid out once for all layers; from `(batch or 1, seq_len, dim)` each."""
+        if not self.rotary:
+            rows = self.documents.num_rows
+            self.rotary = tuple(part.expand(rows // part.shape[1], -1, -1).flatten(0, 1) for part in rotary)
+        return self.rotary
+
+
+# Given a kept row's query, key and value, returns its attention output attached to their gradients.
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class SparseDecoderLayer:
+    """Mixin of a stock decoder layer (before it in the bases): runs the layer on kept rows where a `SparseBatch` is passed.
+
+    The architecture's file supplies the six small methods that name its modules; all of them work on flat rows.
+    """
+
+    layer_idx: int
+    lemo_predictor: PatternPredictor
+
+    def attention_norm(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def project_heads(self, rows: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `(rows, heads, head_dim)`, keys and values `(rows, key_value_heads, head_dim)`, positions applied."""
+        raise NotImplementedError
+
+    def project_output(self, attended: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def feed_forward(self, rows: Tensor) -> Tensor:
+        """The MLP sublayer without its residual: norm included."""
+        raise NotImplementedError
+
+    @property
+    def attention_scale(self) -> float:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def choose(self, residual: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> Selection:
+        """This layer's selection, made once per batch.
+
+        Args:
+            residual: The layer's input, `(all_rows, hidden)`.
+            rotary: Position tensors by flat row.
+            batch: The batch; it remembers the result.
+        """
+        if self.layer_idx not in batch.selections:
+            if batch.config.is_dense(self.layer_idx, batch.num_layers):
+                selection = keep_everything(batch.documents)
+            else:
+                scores = self.informativeness(residual, rotary, batch) if batch.config.needs_scores else None
+                marks = choose_blocks(scores, batch.documents, batch.config, self.layer_idx, batch.draw)
+                selection = selection_of_blocks(marks, batch.documents)
+            batch.selections[self.layer_idx] = selection
+        return batch.selections[self.layer_idx]
+
+    def informativeness(self, residual: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> list[Tensor]:
+        """I of each document's blocks, predicted or true as the config says; arguments as in `choose`."""
+        documents = batch.documents
+        hidden = self.attention_norm(gather_rows(residual, documents.rows))
+        if batch.config.score_source == "predicted":
+            return self.lemo_predictor.informativeness(hidden, documents)
+        query, key, _ = self.project_heads(hidden, _rows_of(rotary, documents.rows))
+        parts = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)
+        size, scale = batch.config.block_size, self.attention_scale
+        return [block_informativeness(block_scores(q, k, size, scale)) for q, k in parts]
+
+    def sparse_forward(self, hidden_states: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> Tensor:
+        """Runs the layer on the rows it chooses.
+
+        Args:
+            hidden_states: Residual stream, `(batch, seq_len, hidden)`; not modified.
+            rotary: Position tensors, each `(batch or 1, seq_len, dim)`.
+            batch: Documents and settings of this forward.
+
+        Returns:
+            The new residual stream, `(batch, seq_len, hidden)`; padding rows pass unchanged.
+        """
+        if not batch.documents.lengths:
+            return hidden_states
+        residual = hidden_states.flatten(0, 1)
+        flat_rotary = batch.flat_rotary(rotary)
+        selection = self.choose(residual, flat_rotary, batch)
+        exact = batch.config.attention_forward == "exact"
+        split = _Split(self, selection, batch.documents, flat_rotary, exact)
+        if batch.config.checkpoint == "kept_rows" and torch.is_grad_enabled():
+            weights = [weight for weight in self.parameters() if weight.requires_grad]  # type: ignore[attr-defined]
+            merged = _KeptRowCheckpoint.apply(residual, split, *weights)
+        else:
+            merged = split.forward(residual, gather_rows(residual, selection.kept_rows))
+        return merged.view_as(hidden_states)
+
+
+def _rows_of(rotary: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.index_select(0, rows) for part in rotary)
+
+
+class _Split:
+    """One layer's run: kept rows under autograd, rest rows without."""
+
+    def __init__(
+        self, layer: SparseDecoderLayer, selection: Selection, documents: Documents, rotary: tuple[Tensor, ...], exact: bool
+    ) -> None:
+        self.layer = layer
+        self.selection = selection
+        self.documents = documents
+        self.rotary = rotary
+        self.exact = exact
+        # The kept rows' attention output and log-sum-exp once the forward has run; and, until they are used, the rest rows'.
+        self.finished: tuple[Tensor, Tensor] | None = None
+        self._rest_attended: Tensor | None = None
+
+    def forward(self, residual: Tensor, kept: Tensor) -> Tensor:
+        """The layer on all real rows of `residual` `(all_rows, hidden)`; `kept` is its kept rows `(kept, hidden)`."""
+        kept = self.kept_forward(kept, residual)
+        return merge_rows(residual, kept, self.rest_forward(residual), self.selection)
+
+    def kept_forward(self, kept: Tensor, residual: Tensor) -> Tensor:
+        """The layer on kept rows `(kept, hidden)`; in the exact form `residual` supplies the rest rows' keys and values."""
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            scale, lengths = self.layer.attention_scale, self.selection.kept_lengths
+            if self.exact:
+                output, lse = self._attend_all(query, key, value, residual)
+            else:
+                output, lse = attend(query, key, value, lengths, scale)
+            self.finished = output, lse
+            return with_kept_row_gradient(query, key, value, output, lse, lengths, scale)
+
+        return self._run(kept, attention)
+
+    def kept_again(self, kept: Tensor, finished: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The same from the kept rows alone, for backward; `finished` spares the exact form its dense attention."""
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            scale, lengths = self.layer.attention_scale, self.selection.kept_lengths
+            output, lse = attend(query, key, value, lengths, scale) if finished is None else finished
+            return with_kept_row_gradient(query, key, value, output, lse, lengths, scale)
+
+        return self._run(kept, attention)
+
+    def _run(self, kept: Tensor, attention: Attention) -> Tensor:
+        rotary = _rows_of(self.rotary, self.selection.kept_rows)
+        heads = self.layer.project_heads(self.layer.attention_norm(kept), rotary)
+        middle = kept + self.layer.project_output(attention(*heads))
+        return middle + self.layer.feed_forward(middle)
+
+    @torch.no_grad()
+    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The dense attention of all real rows: kept rows' output and log-sum-exp; the rest rows' output is put by."""
+        kept_at, rest_at = self.selection.real_kept, self.selection.real_rest
+        heads = query, key, value
+        if rest_at.numel():
+            rest = gather_rows(residual, self.selection.rest_rows)
+            rotary = _rows_of(self.rotary, self.selection.rest_rows)
+            rest_heads = self.layer.project_heads(self.layer.attention_norm(rest), rotary)
+            # Every row is projected once; kept and rest are laid into one transient buffer.
+            heads = tuple(_interleave(*pair, kept_at, rest_at) for pair in zip(heads, rest_heads, strict=True))
+        output, lse = attend(*heads, self.documents.lengths, self.layer.attention_scale)
+        self._rest_attended = output.index_select(0, rest_at)
+        return output.index_select(0, kept_at), lse.index_select(0, kept_at)
+
+    @torch.no_grad()
+    def rest_forward(self, residual: Tensor) -> Tensor | None:
+        """New values of the rest rows, `(rest, hidden)`, after `kept_forward`; `None` if there are none."""
+        if not self.selection.rest_rows.numel():
+            return None
+        rest = gather_rows(residual, self.selection.rest_rows)
+        if self._rest_attended is not None:
+            rest = rest + self.layer.project_output(self._rest_attended)
+            self._rest_attended = None
+        return rest + self.layer.feed_forward(rest)
+
+
+def _interleave(kept: Tensor, rest: Tensor, kept_at: Tensor, rest_at: Tensor) -> Tensor:
+    merged = kept.new_empty(kept.shape[0] + rest.shape[0], *kept.shape[1:])
+    merged.index_copy_(0, kept_at, kept)
+    return merged.index_copy_(0, rest_at, rest)
+
+
+class _KeptRowCheckpoint(torch.autograd.Function):
+    """A layer that stores its kept rows and computes them again in backward.
+
+    The trainable weights are inputs, so their gradients leave through autograd: a layer whose input needs no gradient still
+    trains, and hooks on the weights (gradient reduction) fire once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, split: _Split, *weights: Tensor) -> Tensor:
+        kept = gather_rows(residual, split.selection.kept_rows)
+        device = residual.device.type
+        ctx.random_state = _random_state(residual.device)
+        ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        merged = split.forward(residual, kept)
+        stored = split.finished if split.exact and split.finished is not None else ()
+        split.finished = None
+        ctx.save_for_backward(kept, *stored, *weights)
+        ctx.split, ctx.stored = split, len(stored)
+        return merged
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, *saved = ctx.saved_tensors
+        finished, weights = tuple(saved[: ctx.stored]), saved[ctx.stored :]
+        split, rows = ctx.split, ctx.split.selection.kept_rows
+        enabled, dtype = ctx.autocast
+        with (
+            torch.enable_grad(),
+            torch.autocast(grad.device.type, dtype=dtype, enabled=enabled),
+            _random_state_restored(ctx.random_state, grad.device),
+        ):
+            leaf = kept.detach().requires_grad_(ctx.needs_input_grad[0])
+            again = split.kept_again(leaf, finished or None)
+        inputs = [*([leaf] if leaf.requires_grad else []), *weights]
+        grads = list(torch.autograd.grad(again, inputs, gather_rows(grad, rows), allow_unused=True))
+        if not leaf.requires_grad:
+            return None, None, *grads
+        return grad.index_copy(0, rows, grads[0]), None, *grads[1:]
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _random_state_restored(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    # Dropout inside an adapter must draw what it drew in the forward pass.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield
+
+
+class SparseBackbone:
+    """Mixin of a stock backbone (before it in the bases): finds documents and runs the layers sparsely in training mode."""
+
+    config: Any
+    training: bool
+    # Set by `sparse_evaluation`: the sparse forward without gradients, for calibration and for labelled comparisons.
+    lemo_sparse_evaluation = False
+    # Number of the next training forward. Trainer callbacks set it from the global step, so that a resumed run draws alike.
+    lemo_draw = 0
+    # The batch of the last sparse forward, for logging: what each layer chose.
+    lemo_last_batch: SparseBatch | None = None
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        lemo: LemoConfig = self.config.lemo
+        active = lemo.enabled and (self.training or self.lemo_sparse_evaluation)
+        # A cache means generation, which is inference whatever the mode.
+        if not active or kwargs.get("past_key_values") is not None:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+        self._refuse_unsupported(kwargs)
+        shape_of = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if shape_of is None:
+            raise ValueError("the model needs tokens; got neither input_ids nor inputs_embeds; pass one of them")
+        batch_size, seq_len = shape_of.shape[:2]
+        documents = find_documents(
+            batch_size,
+            seq_len,
+            lemo.block_size,
+            shape_of.device,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=kwargs.get("position_ids"),
+            seq_idx=kwargs.get("seq_idx"),
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+        )
+        batch = SparseBatch(documents, lemo, self.config.num_hidden_layers, self.lemo_draw)
+        if self.training:
+            self.lemo_draw += 1
+        self.lemo_last_batch = batch
+        # A mask that is 4-dimensional already is passed through by the stock code: no (seq_len, seq_len) mask is ever formed,
+        # and the layers read documents instead.
+        no_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=shape_of.device)
+        kwargs["use_cache"] = False
+        return super().forward(input_ids=input_ids, attention_mask=no_mask, sparse_batch=batch, **kwargs)  # type: ignore[misc]
+
+    def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
+        dropout = getattr(self.config, "attention_dropout", 0.0)
+        if dropout:
+            raise LemoConfigError(
+                f"LeMo attention has no dropout; the config has attention_dropout={dropout}; set it to 0.0"
+            )
+        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
+            raise LemoConfigError(
+                "attention weights are never formed in training; got output_attentions=True; ask for them after model.eval()"
+            )
+
+
+@contextmanager
+def sparse_evaluation(backbone: Any, enabled: bool = True) -> Iterator[None]:
+    """Runs the sparse forward in evaluation mode, for calibration and for figures labelled as sparse.
+
+    Args:
+        backbone: A model with `SparseBackbone` among its bases.
+        enabled: `False` makes this a no-op, for callers that compare both.
+    """
+    with nullcontext() if not enabled else _attribute_set(backbone, "lemo_sparse_evaluation", True):
+        yield
+
+
+@contextmanager
+def _attribute_set(holder: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+def gated_feed_forward(mlp: Any, rows: Tensor) -> Tensor:
+    """A gated MLP (gate_proj, up_proj, down_proj, act_fn) that saves gate and up of its rows only.
+
+    Args:
+        mlp: The stock module; its projections are called, so adapters and quantised weights on them work.
+        rows: Normalised rows, `(rows, hidden)`.
+    """
+    with shared_adapter_input(mlp.gate_proj, mlp.up_proj):
+        gate, up = mlp.gate_proj(rows), mlp.up_proj(rows)
+    product = gated_activation(gate, up, mlp.act_fn)
+    with shared_adapter_input(mlp.down_proj):
+        return mlp.down_proj(product)
+
+
+def sparse_backbone(model: nn.Module) -> Any:
+    """The backbone with LeMo inside `model`, through PEFT's and other wrappers.
+
+    It is recognised by its config's `lemo` block and its layers, not by `isinstance`: classes that came as remote code are
+    not this package's.
+
+    Raises:
+        LemoConfigError: If there is none.
+    """
+    for module in model.modules():
+        if hasattr(module, "lemo_sparse_evaluation") and hasattr(getattr(module, "config", None), "lemo"):
+            return module
+    raise LemoConfigError(
+        f"the model carries no LeMo; got {type(model).__name__}; load it with AutoLemoModelForCausalLM.from_pretrained"
+    )

@@ -1,0 +1,45 @@
+# Every target sets up .venv by itself. pip's own settings (index, find-links) decide which build of torch is used.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# torch goes first and alone: a build that is already at hand (CPU or CUDA) then counts as the one that the rest needs.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-all lint format bench base
+
+help:                ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up .venv (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,bench,dev]"
+	@touch $@
+
+install: $(STAMP)    ## set up .venv with the exact versions of constraints.txt
+
+quickstart: $(STAMP) ## three fine-tuning arms on a small real model, in minutes; results in outputs/quickstart
+	@$(BIN)/python -m lemo_hf.quickstart
+
+test: $(STAMP)       ## the tests that run at every change
+	@$(BIN)/python -m pytest
+
+test-all: $(STAMP)   ## those and the slow ones
+	@$(BIN)/python -m pytest -m ""
+
+lint: $(STAMP)       ## style and types
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted: run 'make format'"; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+	@echo "lint: clean"
+
+format: $(STAMP)     ## put the code into the style that lint checks
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+bench: $(STAMP)      ## benchmarks; results in benchmarks/results
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+base: $(STAMP)       ## train the embedded base model anew (hours; resumes where it stopped)
+	@$(BIN)/python -m lemo_hf.base_model recipes/base_python_1k.yaml

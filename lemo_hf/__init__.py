@@ -1,0 +1,52 @@
+"""LeMo: long-context LoRA fine-tuning that leaves uninformative tokens out of each layer's computation.
+
+Public names load on first use. Importing the package registers the LeMo models with `AutoConfig` and
+`AutoModelForCausalLM`, and needs only torch, transformers, peft, accelerate and safetensors.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .models.configuration_lemo_llama import LemoLlamaConfig
+    from .models.lemo_config import LemoConfig
+    from .models.modeling_lemo_llama import LemoLlamaForCausalLM
+    from .registry import AutoLemoModelForCausalLM
+    from .training.arguments import LemoTrainingArguments
+    from .training.callbacks import lemo_callbacks
+    from .training.trainer import LemoTrainer
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AutoLemoModelForCausalLM",
+    "LemoConfig",
+    "LemoLlamaConfig",
+    "LemoLlamaForCausalLM",
+    "LemoTrainer",
+    "LemoTrainingArguments",
+    "lemo_callbacks",
+]
+
+# Public name -> the module that defines it: the training half pulls in transformers' Trainer, which takes seconds.
+_HOME = {
+    "AutoLemoModelForCausalLM": ".registry",
+    "LemoConfig": ".models.lemo_config",
+    "LemoLlamaConfig": ".models.configuration_lemo_llama",
+    "LemoLlamaForCausalLM": ".models.modeling_lemo_llama",
+    "LemoTrainer": ".training.trainer",
+    "LemoTrainingArguments": ".training.arguments",
+    "lemo_callbacks": ".training.callbacks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name], __name__), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,40 @@
+"""What every test may rely on: no network, one thread, tiny seeded models."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import reads it: no test may depend on the network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forked data loaders would print a warning each
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# Tiny tensors: threads cost more than they give, and one thread keeps sums in one order on every machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_llama_config() -> LlamaConfig:
+    """3 layers, hidden 64, 4 heads sharing 2 key/value heads, vocabulary 128, context 512, float32, no dropout."""
+    return LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attention_dropout=0.0,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+@pytest.fixture
+def tiny_llama(tiny_llama_config: LlamaConfig) -> LlamaForCausalLM:
+    """The stock model of `tiny_llama_config`, the same weights in every test."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(tiny_llama_config)

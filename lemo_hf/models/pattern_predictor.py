@@ -12,6 +12,7 @@ tokens. Per layer 2 * (hidden * h1 + h1 * h2 + h2 * p) parameters; every multipl
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .lemo_config import LemoConfig, LemoConfigError
@@ -95,10 +96,12 @@ class PatternPredictor(nn.Module):
 
 
 def _pool_blocks(features: Tensor, documents: Documents) -> Tensor:
-    blocks = sum(documents.block_counts)
-    index = documents.block_of_row.unsqueeze(1).expand_as(features)
-    pooled = features.new_full((blocks, features.shape[1]), -torch.inf)
-    return pooled.scatter_reduce(0, index, features, "amax")
+    size = documents.block_size
+    pooled = []
+    for part, blocks in zip(features.split(documents.lengths), documents.block_counts, strict=True):
+        padded = F.pad(part, (0, 0, 0, blocks * size - part.shape[0]), value=-torch.inf)
+        pooled.append(padded.view(blocks, size, -1).amax(1))
+    return torch.cat(pooled)
 
 
 def predicted_block_scores(query: Tensor, key: Tensor) -> Tensor:

@@ -247,9 +247,24 @@ def _perturbed(scores: Tensor | None, blocks: int, config: LemoConfig, layer: in
     return scores.double().cpu().clamp_min(1e-30).log() / config.sampling_temperature + noise
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = hidden_states.shape[0]
+        return hidden_states.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        # Each row is gathered once, so its gradient is copied to its place; nothing is summed.
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, rows, grad), None
+
+
 def gather_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
-    """Copies rows of the residual stream: `(rows, hidden)` from `(all_rows, hidden)`. Saves the index only."""
-    return hidden_states.index_select(0, rows)
+    """Copies distinct rows of the residual stream: `(rows, hidden)` from `(all_rows, hidden)`. Saves the index only."""
+    return _GatherRows.apply(hidden_states, rows)
 
 
 class _MergeRows(torch.autograd.Function):

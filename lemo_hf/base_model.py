@@ -1,0 +1,380 @@
+"""Trains the embedded base model: a small Llama on the Python sources of the running interpreter.
+
+    python -m lemo_hf.base_model recipes/base_python_1k.yaml
+
+Training follows plain causal language modelling over documents laid end to end, reshuffled and cut anew (with a
+random offset) each epoch. Hidden matrices are stepped by Muon, embeddings and norms by AdamW, under a
+warmup / constant / linear-decay schedule whose progress is the larger share of the step and the wall-clock budget:
+a machine that slows down still finishes its decay in time. Master weights are float32, matrix products bfloat16.
+
+Rerunning the command resumes from the last checkpoint. A run bounded by steps alone is the same, bit for bit, however
+often it was stopped; one bounded by minutes depends on the clock by its nature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from .base_model_data import TokenStream, held_out_rows, train_tokenizer
+from .errors import LemoError
+from .text_data import TextDocument, python_sources, split_documents, tokenize_documents
+
+# Where the shipped model lies in an installed package.
+BASE_MODEL_FOLDER = Path(__file__).parent / "assets" / "python-llama-4m"
+
+
+@dataclass
+class BaseModelRecipe:
+    """The fields of `recipes/base_python_1k.yaml`.
+
+    Args:
+        packages: Python packages to read, `stdlib` being the running interpreter's library.
+        held_out_share: fraction of the files that is never trained on.
+        batch_rows, micro_batch_rows: rows of `context_length` tokens a step, and a forward pass.
+        learning_rate: peak rate of Muon (root mean square of an update matched to AdamW's).
+        embedding_learning_rate: peak rate of AdamW for embeddings and norms.
+        max_steps, max_minutes: the end of training, whichever comes first; `None` for no limit by minutes.
+        decay_share: last fraction of the run over which the rates fall linearly to 0.
+        eval_every, eval_rows: steps between held-out evaluations, and rows in each.
+        checkpoint_minutes: minutes between checkpoints.
+        output_dir, export_dir: where checkpoints go, and the finished model.
+    """
+
+    packages: list[str] = field(default_factory=lambda: ["stdlib"])
+    held_out_share: float = 0.05
+    seed: int = 0
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_layers: int = 6
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 416
+    context_length: int = 1024
+    rope_theta: float = 10000.0
+    batch_rows: int = 8
+    micro_batch_rows: int = 1
+    learning_rate: float = 0.02
+    embedding_learning_rate: float = 0.005
+    weight_decay: float = 0.1
+    warmup_steps: int = 50
+    max_steps: int = 4000
+    max_minutes: float | None = None
+    decay_share: float = 0.25
+    eval_every: int = 150
+    eval_rows: int = 32
+    checkpoint_minutes: float = 5.0
+    threads: int = 2
+    output_dir: str = "outputs/base"
+    export_dir: str = "lemo_hf/assets/python-llama-4m"
+
+    def __post_init__(self) -> None:
+        if self.batch_rows % self.micro_batch_rows:
+            raise LemoError(
+                f"batch_rows is not a multiple of micro_batch_rows; {self.batch_rows} and {self.micro_batch_rows}; change either"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> BaseModelRecipe:
+        """Reads a flat YAML recipe.
+
+        Raises:
+            LemoError: the file is missing, not a mapping, or has an unknown field.
+        """
+        if not Path(path).is_file():
+            raise LemoError(f"recipe does not exist; {str(path)!r}; give the path of a .yaml file")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise LemoError(f"recipe is not YAML ({' '.join(str(error).split())}); {str(path)!r}; correct it") from error
+        if not isinstance(values, dict):
+            raise LemoError(f"recipe is not a list of 'field: value' lines; {str(path)!r}; write one field a line")
+        known = [each.name for each in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise LemoError(f"unknown recipe field; {name!r}; the fields are {', '.join(known)}")
+        return cls(**values)
+
+
+def token_losses(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each target, float32 `(rows * context_length,)`; targets of -100 give 0.
+
+    Matrix products run in bfloat16 under autocast; only the hidden states and one microbatch of logits are live.
+    """
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(input_ids=rows[:, :-1].clamp(min=0)).last_hidden_state
+        logits = model.lm_head(hidden)
+    return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none", ignore_index=-100)
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, rows: torch.Tensor, micro_batch_rows: int) -> tuple[float, int]:
+    """Mean cross-entropy in nats a token over all targets that are not -100, and their number."""
+    total, count = 0.0, 0
+    for batch in rows.split(micro_batch_rows):
+        total += token_losses(model, batch).sum().item()
+        count += int((batch[:, 1:] != -100).sum())
+    return total / count, count
+
+
+def build_model(recipe: BaseModelRecipe, tokenizer: Any) -> Any:
+    """A freshly initialised stock Llama of the recipe's shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=recipe.vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_kv_heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=recipe.context_length,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.config.use_cache = False
+    return model
+
+
+def build_optimizers(model: Any, recipe: BaseModelRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings (tied to the output) and norms."""
+    matrices = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 2 and "layers" in name]
+    rest = [parameter for name, parameter in model.named_parameters() if parameter.ndim != 2 or "layers" not in name]
+    return [
+        torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=recipe.embedding_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def learning_rate_factor(step: int, minutes: float, recipe: BaseModelRecipe) -> float:
+    """Share of the peak learning rate at a step (0-based) after `minutes` of training: warmup, constant, linear decay."""
+    progress = step / recipe.max_steps
+    if recipe.max_minutes is not None:
+        progress = max(progress, minutes / recipe.max_minutes)
+    warmup = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+    decay = min(1.0, (1.0 - progress) / recipe.decay_share) if recipe.decay_share else 1.0
+    return max(0.0, min(warmup, decay))
+
+
+class BaseModelTrainer:
+    """The training loop with its checkpoints; `run` trains from wherever the last checkpoint stands.
+
+    Args:
+        recipe: what to train.
+        documents: texts to train on instead of the recipe's packages (tests).
+    """
+
+    def __init__(self, recipe: BaseModelRecipe, documents: list[TextDocument] | None = None) -> None:
+        self.recipe = recipe
+        self.folder = Path(recipe.output_dir)
+        torch.set_num_threads(recipe.threads)
+        documents = python_sources(recipe.packages) if documents is None else documents
+        train, held_out = split_documents(documents, recipe.held_out_share)
+        if not train or not held_out:
+            raise LemoError(
+                f"split leaves a side empty; {len(train)} training and {len(held_out)} held-out documents; give more text"
+            )
+        self.held_out_bytes = sum(len(document.text.encode()) for document in held_out)
+        self.train_bytes = sum(len(document.text.encode()) for document in train)
+        self.tokenizer = self._tokenizer(train)
+        self.stream = TokenStream(
+            [ids[:-1] for ids in tokenize_documents(self.tokenizer, train)], recipe.context_length, recipe.seed
+        )
+        held_out_ids = tokenize_documents(self.tokenizer, held_out)
+        self.held_out_documents = [torch.tensor(ids, dtype=torch.int32) for ids in held_out_ids]
+        self.held_out = held_out_rows(held_out_ids, recipe.context_length)
+        self.model = build_model(recipe, self.tokenizer)
+        self.optimizers = build_optimizers(self.model, recipe)
+        self.step = 0
+        self.minutes = 0.0
+        self.history: list[dict[str, float]] = []
+        self._resume()
+
+    def _tokenizer(self, train: list[TextDocument]) -> Any:
+        from transformers import PreTrainedTokenizerFast
+
+        place = self.folder / "tokenizer"
+        if not (place / "tokenizer.json").is_file():
+            train_tokenizer(train, self.recipe.vocab_size, self.recipe.context_length).save_pretrained(place)
+        return PreTrainedTokenizerFast.from_pretrained(place)
+
+    # Checkpoints: tensors in safetensors, the rest in JSON; a folder becomes visible by one rename.
+
+    def _state_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {f"model.{name}": value for name, value in self.model.named_parameters()}
+        for index, optimizer in enumerate(self.optimizers):
+            for key, state in optimizer.state_dict()["state"].items():
+                for name, value in state.items():
+                    tensors[f"optimizer.{index}.{key}.{name}"] = torch.as_tensor(value)
+        return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+    def save_checkpoint(self) -> None:
+        """Writes `checkpoint-<step>` and removes older ones."""
+        final = self.folder / f"checkpoint-{self.step:06d}"
+        if final.exists():
+            return
+        partial = self.folder / f".{final.name}.partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file(self._state_tensors(), partial / "state.safetensors")
+        state = {"step": self.step, "minutes": self.minutes, "history": self.history}
+        (partial / "state.json").write_text(json.dumps(state))
+        os.replace(partial, final)
+        for old in sorted(self.folder.glob("checkpoint-*"))[:-1]:
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
+
+    def _resume(self) -> None:
+        checkpoints = sorted(self.folder.glob("checkpoint-*"))
+        if not checkpoints:
+            return
+        tensors = load_file(checkpoints[-1] / "state.safetensors")
+        state = json.loads((checkpoints[-1] / "state.json").read_text())
+        self.step, self.minutes, self.history = state["step"], state["minutes"], state["history"]
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+        for index, optimizer in enumerate(self.optimizers):
+            restored: dict[int, dict[str, torch.Tensor]] = {}
+            prefix = f"optimizer.{index}."
+            for name, value in tensors.items():
+                if name.startswith(prefix):
+                    key, entry = name.removeprefix(prefix).split(".", 1)
+                    restored.setdefault(int(key), {})[entry] = value
+            whole = optimizer.state_dict()
+            optimizer.load_state_dict({"state": restored, "param_groups": whole["param_groups"]})
+        print(f"resumed at step {self.step} after {self.minutes:.1f} minutes", flush=True)
+
+    def train_step(self) -> float:
+        """One optimizer step; returns the mean training loss in nats a token.
+
+        Raises:
+            LemoError: the loss is not finite.
+        """
+        recipe = self.recipe
+        factor = learning_rate_factor(self.step, self.minutes, recipe)
+        for optimizer, peak in zip(self.optimizers, (recipe.learning_rate, recipe.embedding_learning_rate), strict=True):
+            optimizer.param_groups[0]["lr"] = peak * factor
+        rows = self.stream.rows(self.step * recipe.batch_rows, recipe.batch_rows)
+        total = 0.0
+        for batch in rows.split(recipe.micro_batch_rows):
+            loss = token_losses(self.model, batch).mean() * (len(batch) / len(rows))
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise LemoError(
+                f"loss is not finite; {total} at step {self.step}; lower learning_rate and rerun from the last checkpoint"
+            )
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total
+
+    def finished(self) -> bool:
+        """Whether the step or the wall-clock budget is used up."""
+        limit = self.recipe.max_minutes
+        return self.step >= self.recipe.max_steps or (limit is not None and self.minutes >= limit)
+
+    def evaluate(self, rows: torch.Tensor) -> dict[str, float]:
+        """Held-out loss (nats a token) and perplexity (a token) of the current weights on `rows`."""
+        loss, tokens = held_out_loss(self.model, rows, self.recipe.micro_batch_rows)
+        return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "held_out_tokens": tokens}
+
+    def run(self, stop_at: int | None = None) -> None:
+        """Trains to the end of the budget, or to step `stop_at` (a checkpoint is left there).
+
+        Evaluation rows are spread evenly over the held-out split.
+        """
+        recipe = self.recipe
+        slice_rows = self.held_out[:: max(1, len(self.held_out) // recipe.eval_rows)][: recipe.eval_rows]
+        clock = time.monotonic() - self.minutes * 60
+        last_checkpoint = self.minutes
+        running: list[float] = []
+        mark, mark_step = time.monotonic(), self.step
+        while not self.finished() and self.step != stop_at:
+            running.append(self.train_step())
+            self.minutes = (time.monotonic() - clock) / 60
+            if self.step % recipe.eval_every == 0 or self.finished():
+                speed = (self.step - mark_step) * recipe.batch_rows * recipe.context_length / (time.monotonic() - mark)
+                record = {
+                    "step": self.step,
+                    "minutes": round(self.minutes, 2),
+                    "train_loss": sum(running) / len(running),
+                    **self.evaluate(slice_rows),
+                }
+                self.history.append(record)
+                print(
+                    f"step {self.step} {self.minutes:.1f} min, epoch {self.step * recipe.batch_rows / self.stream.rows_per_epoch:.2f}: "
+                    f"train loss {record['train_loss']:.4f}, held-out perplexity {record['held_out_perplexity']:.3f}, "
+                    f"{speed:.0f} tokens/s, rate x{learning_rate_factor(self.step, self.minutes, recipe):.2f}",
+                    flush=True,
+                )
+                running, mark, mark_step = [], time.monotonic(), self.step
+                self.minutes = (time.monotonic() - clock) / 60
+            if self.minutes - last_checkpoint >= recipe.checkpoint_minutes:
+                self.save_checkpoint()
+                last_checkpoint = self.minutes
+        self.save_checkpoint()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: trains (or resumes) the recipe and exports the model at the end."""
+    parser = argparse.ArgumentParser(prog="python -m lemo_hf.base_model", description="Train the embedded base model.")
+    parser.add_argument("recipe", help="flat YAML recipe, for example recipes/base_python_1k.yaml")
+    parser.add_argument("--export-only", action="store_true", help="export the last checkpoint without training further")
+    options = parser.parse_args(arguments)
+    try:
+        return _train_and_export(options.recipe, options.export_only)
+    except LemoError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _train_and_export(recipe_path: str, export_only: bool) -> int:
+    from .base_model_export import export
+
+    recipe = BaseModelRecipe.load(recipe_path)
+    trainer = BaseModelTrainer(recipe)
+    if export_only and trainer.step == 0:
+        raise LemoError(f"there is no checkpoint to export; {recipe.output_dir!r}; train first, without --export-only")
+    print(
+        f"{sum(p.numel() for p in trainer.model.parameters())} parameters, {trainer.train_bytes} bytes of training text, "
+        f"{trainer.stream.rows_per_epoch} rows an epoch, {len(trainer.held_out)} held-out rows, Python {platform.python_version()}",
+        flush=True,
+    )
+    if not export_only:
+        trainer.run()
+    found = export(trainer, recipe_path)
+    print(
+        f"exported step {trainer.step} to {recipe.export_dir}: held-out perplexity {found['held_out_perplexity']:.3f} "
+        f"(5-gram {found['five_gram_perplexity']:.1f}, unigram {found['unigram_perplexity']:.0f})",
+        flush=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

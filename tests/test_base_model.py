@@ -1,0 +1,158 @@
+"""The shipped base model, and the loop that trains it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lemo_hf.base_model import BASE_MODEL_FOLDER, BaseModelRecipe, BaseModelTrainer, learning_rate_factor, main
+from lemo_hf.base_model_data import TokenStream, held_out_rows
+from lemo_hf.base_model_export import losses, ngram_perplexity
+from lemo_hf.errors import LemoError
+from lemo_hf.text_data import TextDocument, python_sources, split_documents, tokenize_documents
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(BASE_MODEL_FOLDER, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(BASE_MODEL_FOLDER)
+
+
+def test_shipped_model_is_a_small_stock_llama(shipped):
+    model, tokenizer = shipped
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert sum(parameter.numel() for parameter in model.parameters()) == 3_951_872
+    assert sum(path.stat().st_size for path in BASE_MODEL_FOLDER.rglob("*")) <= 9_000_000
+    weights = load_file(BASE_MODEL_FOLDER / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    assert model.config.max_position_embeddings == 1024
+    assert len(tokenizer) == model.config.vocab_size == 4096
+    assert tokenizer.pad_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    source = "def f(x):\n    return x + 1  # caf\u00e9\n"
+    assert tokenizer.decode(tokenizer(source)["input_ids"]) == source
+
+
+def test_shipped_model_predicts_held_out_files_far_better_than_ngrams(shipped):
+    model, tokenizer = shipped
+    found = json.loads((BASE_MODEL_FOLDER / "measurements.json").read_text())
+    assert found["finished"]
+    text = (BASE_MODEL_FOLDER.parents[1] / "text_data.py").read_text()  # younger than the model, so surely held out
+    rows = held_out_rows(tokenize_documents(tokenizer, [TextDocument("text_data", text)]), 1024)
+    perplexity = math.exp(losses(model, rows).sum() / (rows[:, 1:] != -100).sum())
+    assert perplexity < 1.2 * 2 * found["held_out_perplexity"]
+    assert found["held_out_perplexity"] < 0.6 * found["five_gram_perplexity"]
+
+
+def test_shipped_model_attends_to_what_it_has_read(shipped):
+    model, tokenizer = shipped
+    words = torch.randint(300, 4096, (1, 200), generator=torch.Generator().manual_seed(1))
+    loss = losses(model, torch.cat([words, words], dim=1))[0]
+    assert loss[200:].mean() < 0.5 * loss[:199].mean()
+
+
+DOCUMENTS = [TextDocument(f"file{i}", "".join(f"x{i} = {(i * j) % 97}\n" for j in range(60))) for i in range(40)]
+
+
+def tiny_recipe(folder, **changes):
+    fields = {"held_out_share": 0.2, "vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    fields |= {"head_dim": 16, "intermediate_size": 48, "context_length": 64, "batch_rows": 4, "micro_batch_rows": 2}
+    fields |= {"warmup_steps": 2, "max_steps": 8, "eval_every": 3, "eval_rows": 4, "threads": 1, "output_dir": str(folder)}
+    return BaseModelRecipe(**(fields | {"export_dir": str(folder / "export")} | changes))
+
+
+def parameters(trainer):
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def test_stopped_and_resumed_equals_straight_run(tmp_path):
+    straight = BaseModelTrainer(tiny_recipe(tmp_path / "straight"), DOCUMENTS)
+    start = parameters(straight)
+    straight.run()
+    BaseModelTrainer(tiny_recipe(tmp_path / "stopped"), DOCUMENTS).run(stop_at=5)
+    resumed = BaseModelTrainer(tiny_recipe(tmp_path / "stopped"), DOCUMENTS)
+    assert resumed.step == 5
+    resumed.run()
+    assert resumed.step == straight.step == 8
+    expected, found = parameters(straight), parameters(resumed)
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+        assert not torch.equal(value, start[name]), name
+    curves = [[(each["step"], each["held_out_loss"]) for each in trainer.history] for trainer in (straight, resumed)]
+    assert curves[0] == curves[1]
+    assert [step for step, _ in curves[0]] == [3, 6, 8]
+
+
+def test_export_loads_with_the_stock_class_and_is_measured(tmp_path, capsys, monkeypatch):
+    import yaml
+    from transformers import AutoModelForCausalLM
+
+    recipe = tiny_recipe(tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(vars(recipe)))
+    monkeypatch.setattr("lemo_hf.base_model.python_sources", lambda packages: DOCUMENTS)
+    assert main([str(tmp_path / "recipe.yaml")]) == 0
+    assert "exported step 8" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(recipe.export_dir, dtype=torch.float32)
+    found = json.loads((tmp_path / "run" / "export" / "measurements.json").read_text())
+    rows = BaseModelTrainer(recipe, DOCUMENTS).held_out
+    loss = (losses(model, rows).sum() / (rows[:, 1:] != -100).sum()).item()
+    assert found["held_out_loss"] == pytest.approx(loss, rel=1e-5)
+    assert f"{found['held_out_perplexity']:.2f}" in (tmp_path / "run" / "export" / "README.md").read_text()
+
+
+def test_bad_recipes_are_one_line(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("hiden_size: 4\n")
+    assert main([str(tmp_path / "recipe.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("unknown recipe field; 'hiden_size'; the fields are packages")
+    with pytest.raises(LemoError, match="recipe does not exist; .*; give the path"):
+        BaseModelRecipe.load(tmp_path / "missing.yaml")
+    with pytest.raises(LemoError, match="not a multiple of micro_batch_rows; 4 and 3; "):
+        tiny_recipe(tmp_path, micro_batch_rows=3)
+
+
+def test_committed_recipe_is_the_shipped_shape():
+    recipe = BaseModelRecipe.load("recipes/base_python_1k.yaml")
+    assert (recipe.vocab_size, recipe.hidden_size, recipe.num_layers, recipe.context_length) == (4096, 256, 6, 1024)
+
+
+def test_token_stream_visits_each_token_once_an_epoch_in_a_new_order():
+    documents = [list(range(start, start + 37)) for start in range(0, 370, 37)]
+    stream = TokenStream(documents, context_length=8, seed=3)
+    first, second = (stream.rows(epoch * stream.rows_per_epoch, stream.rows_per_epoch) for epoch in (0, 1))
+    inputs = first[:, :-1].flatten().tolist()
+    assert len(set(inputs)) == len(inputs) == stream.rows_per_epoch * 8 >= 370 - 17
+    assert not torch.equal(first, second)
+    same = TokenStream(documents, context_length=8, seed=3)
+    assert torch.equal(same.rows(stream.rows_per_epoch - 2, 4), torch.cat([first[-2:], second[:2]]))
+
+
+def test_learning_rate_ends_by_the_clock_when_that_comes_first():
+    recipe = BaseModelRecipe(warmup_steps=4, max_steps=100, max_minutes=10.0, decay_share=0.25)
+    assert learning_rate_factor(0, 0.0, recipe) == 0.25
+    assert learning_rate_factor(50, 5.0, recipe) == 1.0
+    assert learning_rate_factor(50, 8.75, recipe) == pytest.approx(0.5)
+    assert learning_rate_factor(95, 5.0, recipe) == pytest.approx(0.2)
+    assert learning_rate_factor(100, 11.0, recipe) == 0.0
+
+
+def test_ngram_perplexity_by_hand():
+    # Unigrams of a a b: P(a) = (2 + 2/4)/5, P(b) = (1 + 2/4)/5. Bigrams: after a come a and b once each, so
+    # P(b|a) = (1 + 2 P(b))/4; b was never followed, so P(a|b) = P(a).
+    train, held_out = np.array([0, 0, 1]), [np.array([0, 1, 0])]
+    p_a, p_b = 2.5 / 5, 1.5 / 5
+    assert ngram_perplexity(train, held_out, 1, 4) == pytest.approx((p_b * p_a) ** -0.5)
+    assert ngram_perplexity(train, held_out, 2, 4) == pytest.approx(((1 + 2 * p_b) / 4 * p_a) ** -0.5)
+
+
+@pytest.mark.slow
+def test_held_out_perplexity_of_the_interpreters_own_library(shipped):
+    model, tokenizer = shipped
+    held_out = split_documents(python_sources(["stdlib"]), 0.05)[1]
+    rows = held_out_rows(tokenize_documents(tokenizer, held_out), 1024)
+    perplexity = math.exp(losses(model, rows).sum() / (rows[:, 1:] != -100).sum())
+    expected = json.loads((BASE_MODEL_FOLDER / "measurements.json").read_text())["held_out_perplexity"]
+    assert perplexity == pytest.approx(expected, rel=0.25)  # other interpreters hold out other files

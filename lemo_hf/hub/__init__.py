@@ -1,0 +1,1 @@
+"""What a run leaves behind for others: adapter companions, exports, model cards."""

@@ -98,8 +98,20 @@ class LemoLlamaForCausalLM(LemoLlamaPreTrainedModel, LlamaForCausalLM):
         self.model = LemoLlamaModel(config)
         self.post_init()
 
-    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
+    # Columns of a data set that this signature does not name are dropped by Trainer, silently: padding and document
+    # boundaries must be named here.
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
         """As in `LlamaForCausalLM`. In training with labels the result carries the loss and no logits."""
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        kwargs.update({name: value for name, value in given.items() if value is not None})
         next_labels = kwargs.get("shift_labels")
         if not (self.training and self.config.lemo.enabled) or (labels is None and next_labels is None):
             return super().forward(input_ids=input_ids, labels=labels, **kwargs)

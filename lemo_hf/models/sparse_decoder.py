@@ -34,7 +34,6 @@ from .token_elimination import (
     gather_rows,
     keep_everything,
     merge_rows,
-    selection_of_blocks,
 )
 from .token_informativeness import block_informativeness, block_scores
 
@@ -113,18 +112,20 @@ class SparseDecoderLayer:
                 selection = keep_everything(batch.documents)
             else:
                 scores = self.informativeness(residual, rotary, batch) if batch.config.needs_scores else None
-                marks = choose_blocks(scores, batch.documents, batch.config, self.layer_idx, batch.draw)
-                selection = selection_of_blocks(marks, batch.documents)
+                selection = choose_blocks(scores, batch.documents, batch.config, self.layer_idx, batch.draw)
             batch.selections[self.layer_idx] = selection
         return batch.selections[self.layer_idx]
 
     def informativeness(self, residual: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> list[Tensor]:
         """I of each document's blocks, predicted or true as the config says; arguments as in `choose`."""
         documents = batch.documents
-        hidden = self.attention_norm(gather_rows(residual, documents.rows))
+        rows = residual if documents.has_no_padding else gather_rows(residual, documents.rows)
+        hidden = self.attention_norm(rows)
         if batch.config.score_source == "predicted":
             return self.lemo_predictor.informativeness(hidden, documents)
-        query, key, _ = self.project_heads(hidden, _rows_of(rotary, documents.rows))
+        # A layer that is run again does not choose again, so choosing must not advance the dropout of what follows.
+        with _random_state_restored(_random_state(hidden.device), hidden.device):
+            query, key, _ = self.project_heads(hidden, _rows_of(rotary, documents.rows))
         parts = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)
         size, scale = batch.config.block_size, self.attention_scale
         return [block_informativeness(block_scores(q, k, size, scale)) for q, k in parts]
@@ -147,6 +148,7 @@ class SparseDecoderLayer:
         selection = self.choose(residual, flat_rotary, batch)
         exact = batch.config.attention_forward == "exact"
         split = _Split(self, selection, batch.documents, flat_rotary, exact)
+        split.project_rest(residual)
         if batch.config.checkpoint == "kept_rows" and torch.is_grad_enabled():
             weights = [weight for weight in self.parameters() if weight.requires_grad]  # type: ignore[attr-defined]
             merged = _KeptRowCheckpoint.apply(residual, split, *weights)
@@ -172,20 +174,39 @@ class _Split:
         self.exact = exact
         # The kept rows' attention output and log-sum-exp once the forward has run; and, until they are used, the rest rows'.
         self.finished: tuple[Tensor, Tensor] | None = None
+        self._rest_heads: tuple[Tensor, ...] = ()
         self._rest_attended: Tensor | None = None
+
+    @torch.no_grad()
+    def project_rest(self, residual: Tensor) -> None:
+        """Projects the rest rows, where the exact form needs them.
+
+        Before the kept rows' pass, not within it: an adapter's dropout then draws the kept rows' numbers in one stretch,
+        which `kept_again` can repeat without the rest rows.
+        """
+        if self.exact and self.selection.rest_rows.numel():
+            self._rest_heads = self._heads(gather_rows(residual, self.selection.rest_rows), self.selection.rest_rows)
+
+    def _heads(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        heads = self.layer.project_heads(self.layer.attention_norm(hidden), _rows_of(self.rotary, rows))
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return heads
+        # Rotary leaves float32 queries and keys beside 16-bit values; autocast knows SDPA but not its flash operator.
+        return tuple(head.to(torch.get_autocast_dtype(device)) for head in heads)
 
     def forward(self, residual: Tensor, kept: Tensor) -> Tensor:
         """The layer on all real rows of `residual` `(all_rows, hidden)`; `kept` is its kept rows `(kept, hidden)`."""
-        kept = self.kept_forward(kept, residual)
+        kept = self.kept_forward(kept)
         return merge_rows(residual, kept, self.rest_forward(residual), self.selection)
 
-    def kept_forward(self, kept: Tensor, residual: Tensor) -> Tensor:
-        """The layer on kept rows `(kept, hidden)`; in the exact form `residual` supplies the rest rows' keys and values."""
+    def kept_forward(self, kept: Tensor) -> Tensor:
+        """The layer on kept rows `(kept, hidden)`; in the exact form `project_rest` has supplied the rest rows' heads."""
 
         def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             scale, lengths = self.layer.attention_scale, self.selection.kept_lengths
             if self.exact:
-                output, lse = self._attend_all(query, key, value, residual)
+                output, lse = self._attend_all(query, key, value)
             else:
                 output, lse = attend(query, key, value, lengths, scale)
             self.finished = output, lse
@@ -204,22 +225,17 @@ class _Split:
         return self._run(kept, attention)
 
     def _run(self, kept: Tensor, attention: Attention) -> Tensor:
-        rotary = _rows_of(self.rotary, self.selection.kept_rows)
-        heads = self.layer.project_heads(self.layer.attention_norm(kept), rotary)
-        middle = kept + self.layer.project_output(attention(*heads))
+        middle = kept + self.layer.project_output(attention(*self._heads(kept, self.selection.kept_rows)))
         return middle + self.layer.feed_forward(middle)
 
     @torch.no_grad()
-    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_all(self, *heads: Tensor) -> tuple[Tensor, Tensor]:
         """The dense attention of all real rows: kept rows' output and log-sum-exp; the rest rows' output is put by."""
         kept_at, rest_at = self.selection.real_kept, self.selection.real_rest
-        heads = query, key, value
-        if rest_at.numel():
-            rest = gather_rows(residual, self.selection.rest_rows)
-            rotary = _rows_of(self.rotary, self.selection.rest_rows)
-            rest_heads = self.layer.project_heads(self.layer.attention_norm(rest), rotary)
+        if self._rest_heads:
             # Every row is projected once; kept and rest are laid into one transient buffer.
-            heads = tuple(_interleave(*pair, kept_at, rest_at) for pair in zip(heads, rest_heads, strict=True))
+            heads = tuple(_interleave(*pair, kept_at, rest_at) for pair in zip(heads, self._rest_heads, strict=True))
+            self._rest_heads = ()
         output, lse = attend(*heads, self.documents.lengths, self.layer.attention_scale)
         self._rest_attended = output.index_select(0, rest_at)
         return output.index_select(0, kept_at), lse.index_select(0, kept_at)

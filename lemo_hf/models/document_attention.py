@@ -43,9 +43,7 @@ def _as_rows(parts: list[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def _each(
-    operator: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], lengths: list[int]
-) -> tuple[Tensor, ...]:
+def _each(operator: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], lengths: list[int]) -> tuple[Tensor, ...]:
     """Applies a flash operator document by document to flat tensors, and flattens what it returns."""
     lengths = [length for length in lengths if length > 0]
     calls = [operator(*parts) for parts in zip(*(_by_document(tensor, lengths) for tensor in tensors), strict=True)]

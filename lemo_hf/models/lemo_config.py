@@ -101,9 +101,7 @@ class LemoConfig:
         for name in ("keep_ratio", "thresholds", "predictor_sizes"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != num_layers:
-                raise LemoConfigError(
-                    f"{name} lists {len(value)} layers, the model has {num_layers}; give one value per layer"
-                )
+                raise LemoConfigError(f"{name} lists {len(value)} layers, the model has {num_layers}; give one value per layer")
         for layer in self.dense_layers:
             if not -num_layers <= layer < num_layers:
                 raise LemoConfigError(

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -14,6 +15,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     apply_rotary_pos_emb,
 )
+from transformers.utils import can_return_tuple
 
 from .configuration_lemo_llama import LemoLlamaConfig
 from .pattern_predictor import PatternPredictor
@@ -98,27 +100,35 @@ class LemoLlamaForCausalLM(LemoLlamaPreTrainedModel, LlamaForCausalLM):
         self.model = LemoLlamaModel(config)
         self.post_init()
 
-    # Columns of a data set that this signature does not name are dropped by Trainer, silently: padding and document
-    # boundaries must be named here.
+    # The stock signature: generate and Trainer read its names to decide what they pass on and which columns they drop.
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As in `LlamaForCausalLM`. In training with labels the result carries the loss and no logits."""
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        kwargs.update({name: value for name, value in given.items() if value is not None})
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
         next_labels = kwargs.get("shift_labels")
         if not (self.training and self.config.lemo.enabled) or (labels is None and next_labels is None):
-            return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("shift_labels", None)
-        kwargs.pop("logits_to_keep", None)
-        outputs = self.model(input_ids=input_ids, **{**kwargs, "return_dict": True})
+        outputs = self.model(**inputs, **kwargs)
         loss = segmented_causal_lm_loss(
             outputs.last_hidden_state, labels, self.lm_head, self.config.lemo.segment_size, num_items_in_batch, next_labels
         )

@@ -360,9 +360,7 @@ class SparseBackbone:
     def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
         dropout = getattr(self.config, "attention_dropout", 0.0)
         if dropout:
-            raise LemoConfigError(
-                f"LeMo attention has no dropout; the config has attention_dropout={dropout}; set it to 0.0"
-            )
+            raise LemoConfigError(f"LeMo attention has no dropout; the config has attention_dropout={dropout}; set it to 0.0")
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise LemoConfigError(
                 "attention weights are never formed in training; got output_attentions=True; ask for them after model.eval()"

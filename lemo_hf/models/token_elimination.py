@@ -16,10 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from .lemo_config import LemoConfig, LemoConfigError
 
-# Odd 61-bit constants that spread consecutive keys, layers and draws over the generator's seeds.
-_SPREAD = (0x9E3779B97F4A7C15 >> 3, 0xBF58476D1CE4E5B9 >> 3, 0x94D049BB133111EB >> 3)
-_SEED_MASK = (1 << 63) - 1
-
 
 @dataclass(frozen=True)
 class Documents:
@@ -28,8 +24,8 @@ class Documents:
     Args:
         starts: First flat row of each document.
         lengths: Tokens of each document.
-        keys: A number per document that depends on its own tokens only; `"sampled"` draws are seeded by it, so that a
-            document draws the same wherever it stands in a batch.
+        keys: A number per document, `(documents,)` int64, that depends on its own tokens only; `"sampled"` draws are seeded by
+            it, so that a document draws the same wherever it stands in a batch.
         block_size: Tokens per block.
         num_rows: Rows of the flattened batch, padding included.
         device: Device of the index tensors.
@@ -37,7 +33,7 @@ class Documents:
 
     starts: list[int]
     lengths: list[int]
-    keys: list[int]
+    keys: Tensor
     block_size: int
     num_rows: int
     device: torch.device
@@ -47,14 +43,16 @@ class Documents:
         """Blocks of each document."""
         return [-(-length // self.block_size) for length in self.lengths]
 
-    @cached_property
-    def cu_seqlens(self) -> list[int]:
-        """Ends of the documents in the list of real rows, after a leading 0."""
-        return [0, *accumulate(self.lengths)]
+    @property
+    def has_no_padding(self) -> bool:
+        """Whether every row of the batch is a token of some document."""
+        return sum(self.lengths) == self.num_rows
 
     @cached_property
     def rows(self) -> Tensor:
         """Flat rows of all real tokens, `(real_rows,)`, sorted."""
+        if self.has_no_padding:
+            return torch.arange(self.num_rows, device=self.device)
         spans = [torch.arange(start, start + length) for start, length in zip(self.starts, self.lengths, strict=True)]
         return torch.cat(spans).to(self.device)
 
@@ -62,10 +60,7 @@ class Documents:
     def block_of_row(self) -> Tensor:
         """Index, over all documents' blocks, of every real row's block, `(real_rows,)`."""
         offsets = [0, *accumulate(self.block_counts)]
-        spans = [
-            torch.arange(length) // self.block_size + offset
-            for length, offset in zip(self.lengths, offsets, strict=False)
-        ]
+        spans = [torch.arange(length) // self.block_size + offset for length, offset in zip(self.lengths, offsets, strict=False)]
         return torch.cat(spans).to(self.device)
 
     def split_blocks(self, per_block: Tensor) -> list[Tensor]:
@@ -84,7 +79,7 @@ def find_documents(
     seq_idx: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
 ) -> Documents:
-    """Finds the documents of a batch, with one transfer to the host.
+    """Finds the documents of a batch: with one transfer to the host, or none for a batch of whole rows.
 
     Boundaries are row starts, the first real token after padding, a step of `position_ids` other than +1 (as `transformers`
     reads packed rows), a change of `seq_idx`, and the entries of `cu_seq_lens`.
@@ -110,6 +105,11 @@ def find_documents(
             f"LeMo trains on causal attention with a (batch, seq_len) padding mask; got a mask of shape {tuple(attention_mask.shape)}; "
             "pass the padding mask, or train with enabled=False"
         )
+    if attention_mask is None and position_ids is None and seq_idx is None and cu_seq_lens is None:
+        starts, lengths = [row * seq_len for row in range(batch_size)], [seq_len] * batch_size
+        places = torch.arange(seq_len, device=device)
+        keys = _document_keys(input_ids, places.repeat(batch_size), starts, lengths, device)
+        return Documents(starts, lengths, keys, block_size, batch_size * seq_len, device)
     shape = (batch_size, seq_len)
     starts_here = torch.zeros(shape, dtype=torch.bool, device=device)
     starts_here[:, 0] = True
@@ -126,22 +126,24 @@ def find_documents(
         real = attention_mask.bool()
         starts_here[:, 1:] |= real[:, 1:] & ~real[:, :-1]
     starts_here &= real
-    starts = starts_here.view(-1).nonzero().squeeze(1)
+    first_rows = starts_here.view(-1).nonzero().squeeze(1)
     # A document's real rows are contiguous: its length is the number of real rows up to the next start.
     real_before = real.view(-1).long().cumsum(0)
-    first = real_before[starts] - 1
-    lengths = torch.diff(first, append=real_before[-1:])
-    if input_ids is None:
-        keys = lengths
-    else:
-        # A token's weight depends on its place in the document, so a permutation has another key; int64 wraps around.
-        place = torch.arange(starts.numel(), device=device).repeat_interleave(lengths)
-        rows = real.view(-1).nonzero().squeeze(1)
-        offset = rows - starts[place]
-        terms = (input_ids.reshape(-1)[rows] + 1) * (offset * 0x2545F491 + 0x9E3779B1)
-        keys = torch.zeros_like(lengths).index_add_(0, place, terms)
-    table = torch.stack((starts, lengths, keys)).tolist()
-    return Documents(table[0], table[1], table[2], block_size, batch_size * seq_len, device)
+    counts = torch.diff(real_before[first_rows] - 1, append=real_before[-1:])
+    starts, lengths = torch.stack((first_rows, counts)).tolist()
+    real_rows = real.view(-1).nonzero().squeeze(1)
+    places = real_rows - first_rows.repeat_interleave(counts)
+    tokens = None if input_ids is None else input_ids.reshape(-1)[real_rows]
+    keys = _document_keys(tokens, places, starts, lengths, device)
+    return Documents(starts, lengths, keys, block_size, batch_size * seq_len, device)
+
+
+def _document_keys(tokens: Tensor | None, places: Tensor, starts: list[int], lengths: list[int], device: torch.device) -> Tensor:
+    if tokens is None:
+        return torch.tensor(lengths, dtype=torch.int64, device=device)
+    # A token's weight depends on its place in the document, so a permutation has another key; int64 wraps around.
+    terms = (tokens.reshape(-1) + 1) * (places * 0x2545F491 + 0x9E3779B1)
+    return torch.stack([part.sum() for part in terms.split(lengths)]) if starts else terms
 
 
 @dataclass(frozen=True)
@@ -170,19 +172,31 @@ class Selection:
         return kept / max(1, kept + self.rest_rows.numel())
 
 
-def selection_of_blocks(kept_blocks: Tensor, documents: Documents) -> Selection:
-    """The `Selection` that keeps exactly the blocks marked in `kept_blocks`, `(blocks,)` bool over all documents."""
+def selection_of_blocks(kept_blocks: Tensor, documents: Documents, kept_lengths: list[int] | None = None) -> Selection:
+    """The `Selection` that keeps exactly the marked blocks.
+
+    Args:
+        kept_blocks: Marks over all documents' blocks, `(blocks,)` bool.
+        documents: The batch's documents.
+        kept_lengths: Kept rows of each document if the host knows them (every mode but thresholds): then nothing is
+            transferred to it and all shapes are static.
+    """
     kept_of_row = kept_blocks[documents.block_of_row]
-    real_kept = kept_of_row.nonzero().squeeze(1)
-    real_rest = (~kept_of_row).nonzero().squeeze(1)
-    kept_lengths = [int(part.sum()) for part in kept_of_row.split(documents.lengths)]
+    if kept_lengths is None:
+        kept_lengths = torch.stack([part.sum() for part in kept_of_row.split(documents.lengths)]).tolist()
+    kept = sum(kept_lengths)
+    real_kept = torch.nonzero_static(kept_of_row, size=kept).squeeze(1)
+    real_rest = torch.nonzero_static(~kept_of_row, size=sum(documents.lengths) - kept).squeeze(1)
+    if documents.has_no_padding:
+        return Selection(real_kept, real_rest, kept_lengths, kept_blocks, real_kept, real_rest)
     rows = documents.rows
     return Selection(rows[real_kept], rows[real_rest], kept_lengths, kept_blocks, real_kept, real_rest)
 
 
 def keep_everything(documents: Documents) -> Selection:
     """The `Selection` of a dense layer."""
-    return selection_of_blocks(torch.ones(sum(documents.block_counts), dtype=torch.bool, device=documents.device), documents)
+    marks = torch.ones(sum(documents.block_counts), dtype=torch.bool, device=documents.device)
+    return selection_of_blocks(marks, documents, documents.lengths)
 
 
 def kept_block_count(blocks: int, ratio: float) -> int:
@@ -194,8 +208,8 @@ def kept_block_count(blocks: int, ratio: float) -> int:
 
 def choose_blocks(
     informativeness: list[Tensor] | None, documents: Documents, config: LemoConfig, layer: int, draw: int
-) -> Tensor:
-    """Marks the blocks that a layer keeps. The first block (attention sink) and the last one always are.
+) -> Selection:
+    """Chooses the blocks that a layer keeps. The first block (attention sink) and the last one always are.
 
     Args:
         informativeness: I of each document's blocks, `(blocks_of_document,)` each; `None` for the uniform draw.
@@ -203,26 +217,31 @@ def choose_blocks(
         config: Mode, ratio or threshold, temperature, seed.
         layer: Layer index.
         draw: Number of the training forward; it makes each step's draw another one, and a recomputed or resumed step's the same.
-
-    Returns:
-        `(blocks,)` bool over all documents.
     """
+    if config.selection == "threshold":
+        if config.thresholds is None:
+            raise LemoConfigError(
+                "selection='threshold' needs thresholds; got none; run the calibrate phase (LemoTrainer does) or set them"
+            )
+        assert informativeness is not None, "thresholds are compared with scores"
+        marks = [_always_kept(scores.float() >= config.thresholds[layer]) for scores in informativeness]
+        return selection_of_blocks(torch.cat(marks), documents)
+    counts = [kept_block_count(blocks, config.ratio_of(layer)) for blocks in documents.block_counts]
     marks = []
     for index, blocks in enumerate(documents.block_counts):
         scores = None if informativeness is None else informativeness[index].float()
-        if config.selection == "threshold":
-            if config.thresholds is None:
-                raise LemoConfigError(
-                    "selection='threshold' needs thresholds; got none; run the calibrate phase (LemoTrainer does) or set them"
-                )
-            kept = scores >= config.thresholds[layer]
-        else:
-            if config.selection == "sampled":
-                scores = _perturbed(scores, blocks, config, layer, draw, documents.keys[index]).to(documents.device)
-            kept = _best_blocks(scores, kept_block_count(blocks, config.ratio_of(layer)))
-        kept[0] = kept[-1] = True
-        marks.append(kept)
-    return torch.cat(marks)
+        if config.selection == "sampled":
+            scores = _perturbed(scores, blocks, config, layer, draw, documents.keys[index])
+        marks.append(_best_blocks(scores, counts[index]))
+    # All blocks but the last, which is always kept, are full: the host knows the number of kept rows without asking.
+    sizes = zip(documents.lengths, documents.block_counts, counts, strict=True)
+    kept_lengths = [length - (blocks - count) * documents.block_size for length, blocks, count in sizes]
+    return selection_of_blocks(torch.cat(marks), documents, kept_lengths)
+
+
+def _always_kept(marks: Tensor) -> Tensor:
+    marks[0] = marks[-1] = True
+    return marks
 
 
 def _best_blocks(scores: Tensor, count: int) -> Tensor:
@@ -231,20 +250,33 @@ def _best_blocks(scores: Tensor, count: int) -> Tensor:
     forced[0] = forced[-1] = torch.inf
     # A stable sort: tied scores (bf16 models tie often) resolve to the earlier block, the same in every run.
     order = forced.sort(descending=True, stable=True).indices
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept[order[:count]] = True
-    return kept
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, order[:count], True)
 
 
-def _perturbed(scores: Tensor | None, blocks: int, config: LemoConfig, layer: int, draw: int, key: int) -> Tensor:
+def _perturbed(scores: Tensor | None, blocks: int, config: LemoConfig, layer: int, draw: int, key: Tensor) -> Tensor:
     # Gumbel top-k: the k largest of log-weight + Gumbel noise are a draw of k without replacement by weight.
-    seed = sum(part * spread for part, spread in zip((draw, layer, config.seed), _SPREAD, strict=True)) ^ key
-    generator = torch.Generator().manual_seed(seed & _SEED_MASK)
-    uniform = torch.rand(blocks, generator=generator, dtype=torch.float64).clamp_min_(1e-300)
-    noise = -(-uniform.log()).clamp_min(1e-300).log()
+    uniform = _uniform(key, (config.seed, draw, layer), torch.arange(blocks, device=key.device))
+    noise = -(-uniform.log()).log()
     if scores is None or config.sampling_temperature is None:
         return noise
-    return scores.double().cpu().clamp_min(1e-30).log() / config.sampling_temperature + noise
+    return scores.double().clamp_min(1e-30).log() / config.sampling_temperature + noise
+
+
+def _uniform(key: Tensor, counters: tuple[int, ...], index: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) that are a function of their arguments alone: the same on every device, in every rank, in a
+    recomputed and in a resumed step, without a generator's state. SplitMix64's finaliser over the chained counters."""
+    state = key
+    for counter in (*counters, index):
+        state = _mix(state ^ _mix(torch.as_tensor(counter, dtype=torch.int64, device=key.device)))
+    return ((state >> 11) & (2**53 - 1)).double().add_(0.5) * 2.0**-53
+
+
+def _mix(state: Tensor) -> Tensor:
+    # int64 multiplication wraps; >> is arithmetic, so the bits it shifts in are masked off.
+    state = state + -0x61C8864680B583EB
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return state ^ ((state >> 31) & (2**33 - 1))
 
 
 class _GatherRows(torch.autograd.Function):

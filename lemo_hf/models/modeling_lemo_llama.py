@@ -128,7 +128,7 @@ class LemoLlamaForCausalLM(LemoLlamaPreTrainedModel, LlamaForCausalLM):
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("shift_labels", None)
-        outputs = self.model(**inputs, **kwargs)
+        outputs = self.model(**inputs, **kwargs, return_dict=True)
         loss = segmented_causal_lm_loss(
             outputs.last_hidden_state, labels, self.lm_head, self.config.lemo.segment_size, num_items_in_batch, next_labels
         )

@@ -1,0 +1,1 @@
+"""What a training step costs: bytes saved for backward and FLOPs."""

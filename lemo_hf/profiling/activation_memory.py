@@ -1,0 +1,158 @@
+"""Bytes that a forward pass saves for its backward pass, exactly: unique storages that autograd keeps alive.
+
+Every tensor that an operator, a `torch.autograd.Function` (`ctx.save_for_backward`) or activation checkpointing (its inputs)
+saves passes `torch.autograd.graph.saved_tensors_hooks`. What counts is the storage: views and repeated saves of one storage
+count once and in full, as the allocator sees it. Parameters and buffers live anyway and do not count. Not seen, since autograd
+does not see it either: tensors kept as attributes of `ctx` or of modules.
+
+Works on fake tensors (`torch._subclasses.fake_tensor.FakeTensorMode` with CPU tensors), so shapes of an 8B model cost nothing.
+On the meta device attention would take the math path and save N x N scores.
+
+What a stock Llama layer saves per token with LoRA on q, k, v and o, in rows of H in bf16 (Llama-3-8B: H = 4096, so 8192 bytes,
+MLP width 3.5 H, 8 of 32 heads hold keys and values; SDPA attention):
+
+| what | bf16 adapters | PEFT's float32 adapters |
+| --- | --- | --- |
+| 2 norms: the float32 copy of the input each | 4 | 4 |
+| input of q, k, v | 1 | 3 x 2, a float32 copy for each adapter |
+| q, k, v for attention | 1 + 2 x 0.25 | 1.5 |
+| attention output, which is the input of o | 1 | 1 + 2, the adapter's float32 copy |
+| MLP: gate, silu(gate), up | 3 x 3.5 | 10.5 |
+| sum, without float32 adapters' own small rows | 18 | 25 |
+
+To it come 4 adapter rows of r numbers, the log-sum-exp (4 bytes a head) and 2 norm statistics: 0.02 to 0.04 H at r = 8.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .breakdown import Breakdown, Owner, RunningModules, storage_of
+
+FIELDS = ("module", "layer", "part", "dtype")
+
+
+class ActivationMemory:
+    """Context manager around a forward pass that measures what it saves for backward.
+
+    ```python
+    with ActivationMemory(model) as memory:
+        loss = model(**batch).loss
+    memory.saved.total                  # bytes alive when the context ended
+    memory.saved.by("layer", "part")    # {(0, "mlp"): bytes, ...}
+    loss.backward()
+    ```
+
+    Around forward and backward together `peak_bytes` is the most that was saved at one time, recomputation of checkpointed
+    layers without `torch.utils.checkpoint` included (that one hides the insides of its regions, forward and backward).
+
+    A storage belongs to the module that saved it first and still counts while any later save of it lives. Keep the loss (or
+    another output) alive until the context ends: without it the graph is gone and nothing is saved.
+
+    Args:
+        model: Its parameters and buffers do not count; its module names are those of the breakdown.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = RunningModules(model)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._ledger = _Ledger()
+        self._excluded: frozenset[int] = frozenset()
+        self._finished: Breakdown | None = None
+
+    def __enter__(self) -> "ActivationMemory":
+        residents = [*self._model.parameters(), *self._model.buffers()]
+        self._excluded = frozenset(storage_of(part)[0] for tensor in residents for part in _plain_tensors(tensor))
+        self._ledger = _Ledger()
+        self._finished = None
+        self._modules.__enter__()
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._hooks.__exit__(kind, error, trace)
+        self._modules.__exit__(kind, error, trace)
+        self._finished = self._ledger.breakdown()
+
+    @property
+    def saved(self) -> Breakdown:
+        """What is saved now, or was when the context ended: bytes by module, layer, part and dtype."""
+        return self._finished if self._finished is not None else self._ledger.breakdown()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were saved at one time within the context."""
+        return self._ledger.peak
+
+    def _pack(self, tensor: Tensor) -> "_Saved":
+        # Detached: an operator's saved result points to the operator's node, and the node to it.
+        tensor = tensor.detach()
+        storages = {storage_of(part): part.dtype for part in _plain_tensors(tensor)}
+        counted = {key: (size, dtype) for (key, size), dtype in storages.items() if key not in self._excluded}
+        return _Saved(tensor, self._ledger, counted, self._modules.owner() if counted else None)
+
+    @staticmethod
+    def _unpack(saved: "_Saved") -> Tensor:
+        return saved.tensor
+
+
+class _Ledger:
+    """Live storages, how many saves hold each, and their sum."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._current = 0
+        self._holders: Counter[int] = Counter()
+        self._entries: dict[int, tuple[int, tuple[str, int | None, str, str]]] = {}
+
+    def add(self, key: int, size: int, dtype: torch.dtype, owner: Owner) -> None:
+        if key not in self._entries:
+            self._entries[key] = size, (*owner, str(dtype).removeprefix("torch."))
+            self._current += size
+            self.peak = max(self.peak, self._current)
+        self._holders[key] += 1
+
+    def remove(self, key: int) -> None:
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            del self._holders[key]
+            self._current -= self._entries.pop(key)[0]
+
+    def breakdown(self) -> Breakdown:
+        amounts: Counter[tuple[str, int | None, str, str]] = Counter()
+        for size, entry in list(self._entries.values()):
+            amounts[entry] += size
+        return Breakdown(FIELDS, amounts)
+
+
+class _Saved:
+    """What autograd keeps instead of a tensor. It holds the tensor, so no address is used again while it counts."""
+
+    def __init__(
+        self, tensor: Tensor, ledger: _Ledger, storages: dict[int, tuple[int, torch.dtype]], owner: Owner | None
+    ) -> None:
+        self.tensor = tensor
+        self._ledger = ledger
+        self._keys = list(storages)
+        if owner is not None:
+            for key, (size, dtype) in storages.items():
+                ledger.add(key, size, dtype, owner)
+
+    def __del__(self) -> None:
+        for key in self._keys:
+            self._ledger.remove(key)
+
+
+def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
+    """The tensors that hold a wrapper subclass's data (sharded or quantised tensors), or the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain_tensors(getattr(tensor, name))

@@ -15,6 +15,8 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] =
     "llama": (LemoLlamaConfig, LemoLlamaForCausalLM),
 }
 
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+
 
 def register() -> None:
     """Makes AutoConfig and AutoModelForCausalLM know the LeMo model types; importing lemo_hf calls it."""
@@ -73,10 +75,9 @@ class AutoLemoModelForCausalLM:
         """
         config = kwargs.pop("config", None)
         if config is None:
-            hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs}
-            config, kwargs = AutoConfig.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **{**kwargs, **hub}
-            )
-            kwargs.update(hub)
+            # The config's loading consumes its fields from kwargs; what tells the Hub where to look serves the weights too.
+            where: dict[str, Any] = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            config, rest = AutoConfig.from_pretrained(pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs)
+            kwargs = {**rest, **where}
         config = lemo_config_from(config, lemo)
         return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)

@@ -19,7 +19,8 @@ class LemoLlamaConfig(LlamaConfig):
 
     model_type = "lemo_llama"
 
-    lemo: LemoConfig | dict[str, Any] | None = None
+    # Any, since what comes in (a mapping, nothing) is not what stays; LemoConfig.from_dict checks it.
+    lemo: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.lemo = LemoConfig.from_dict(self.lemo)

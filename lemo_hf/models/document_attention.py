@@ -10,7 +10,7 @@ D_i = dO_i . O_i the dense normaliser's share, so dq, dk and dv are the dense gr
 """
 
 from collections.abc import Callable
-from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,17 +75,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale:
 
 class _KeptRowGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, output, lse, lengths, scale):
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, lengths: list[int], scale: float
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.lengths, ctx.scale = lengths, scale
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale = ctx.scale
 
-        def flash_backward(grad, q, k, v, output, lse):
+        def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
             return _flash_backward(grad, q, k, v, output, lse.squeeze(-1), 0.0, True, scale=scale)
 
         grads = _each(flash_backward, (grad.contiguous(), *ctx.saved_tensors), ctx.lengths)

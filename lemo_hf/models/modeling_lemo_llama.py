@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     apply_rotary_pos_emb,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_lemo_llama import LemoLlamaConfig
 from .pattern_predictor import PatternPredictor
@@ -68,6 +68,8 @@ class LemoLlamaDecoderLayer(SparseDecoderLayer, LlamaDecoderLayer):
 
 
 class LemoLlamaPreTrainedModel(LlamaPreTrainedModel):
+    """What the LeMo classes share: how predictors are initialised, loaded and kept in float32."""
+
     config: LemoLlamaConfig
     config_class = LemoLlamaConfig
     _no_split_modules = ["LemoLlamaDecoderLayer"]

@@ -11,6 +11,8 @@ so I takes O(blocks * p) by prefix sums and the (blocks, blocks) matrix is never
 tokens. Per layer 2 * (hidden * h1 + h1 * h2 + h2 * p) parameters; every multiply runs once per token.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ class _FeatureNetwork(nn.Module):
         widths = (hidden_size, *sizes, features)
         self.matrices = nn.ParameterList(
             nn.Parameter(torch.empty(rows, columns, dtype=torch.float32), requires_grad=False)
-            for rows, columns in zip(widths[:-1], widths[1:], strict=True)
+            for rows, columns in pairwise(widths)
         )
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,7 +100,7 @@ class SparseDecoderLayer:
 
     @torch.no_grad()
     def choose(self, residual: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> Selection:
-        """This layer's selection, made once per batch.
+        """The layer's selection, made once per batch.
 
         Args:
             residual: The layer's input, `(all_rows, hidden)`.
@@ -229,14 +229,15 @@ class _Split:
         return middle + self.layer.feed_forward(middle)
 
     @torch.no_grad()
-    def _attend_all(self, *heads: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The dense attention of all real rows: kept rows' output and log-sum-exp; the rest rows' output is put by."""
         kept_at, rest_at = self.selection.real_kept, self.selection.real_rest
         if self._rest_heads:
             # Every row is projected once; kept and rest are laid into one transient buffer.
-            heads = tuple(_interleave(*pair, kept_at, rest_at) for pair in zip(heads, self._rest_heads, strict=True))
+            pairs = zip((query, key, value), self._rest_heads, strict=True)
+            query, key, value = (_interleave(*pair, kept_at, rest_at) for pair in pairs)
             self._rest_heads = ()
-        output, lse = attend(*heads, self.documents.lengths, self.layer.attention_scale)
+        output, lse = attend(query, key, value, self.documents.lengths, self.layer.attention_scale)
         self._rest_attended = output.index_select(0, rest_at)
         return output.index_select(0, kept_at), lse.index_select(0, kept_at)
 

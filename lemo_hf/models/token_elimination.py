@@ -9,6 +9,7 @@ Nothing else knows how they were chosen.
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,10 +230,11 @@ def choose_blocks(
     counts = [kept_block_count(blocks, config.ratio_of(layer)) for blocks in documents.block_counts]
     marks = []
     for index, blocks in enumerate(documents.block_counts):
-        scores = None if informativeness is None else informativeness[index].float()
+        weights = None if informativeness is None else informativeness[index].float()
         if config.selection == "sampled":
-            scores = _perturbed(scores, blocks, config, layer, draw, documents.keys[index])
-        marks.append(_best_blocks(scores, counts[index]))
+            weights = _perturbed(weights, blocks, config, layer, draw, documents.keys[index])
+        assert weights is not None, "the most informative blocks need scores"
+        marks.append(_best_blocks(weights, counts[index]))
     # All blocks but the last, which is always kept, are full: the host knows the number of kept rows without asking.
     sizes = zip(documents.lengths, documents.block_counts, counts, strict=True)
     kept_lengths = [length - (blocks - count) * documents.block_size for length, blocks, count in sizes]
@@ -264,7 +266,8 @@ def _perturbed(scores: Tensor | None, blocks: int, config: LemoConfig, layer: in
 
 def _uniform(key: Tensor, counters: tuple[int, ...], index: Tensor) -> Tensor:
     """Uniform numbers in (0, 1) that are a function of their arguments alone: the same on every device, in every rank, in a
-    recomputed and in a resumed step, without a generator's state. SplitMix64's finaliser over the chained counters."""
+    recomputed and in a resumed step, without a generator's state. SplitMix64's finaliser over the chained counters.
+    """
     state = key
     for counter in (*counters, index):
         state = _mix(state ^ _mix(torch.as_tensor(counter, dtype=torch.int64, device=key.device)))
@@ -281,14 +284,14 @@ def _mix(state: Tensor) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.num_rows = hidden_states.shape[0]
         return hidden_states.index_select(0, rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         # Each row is gathered once, so its gradient is copied to its place; nothing is summed.
         return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, rows, grad), None
@@ -303,7 +306,7 @@ class _MergeRows(torch.autograd.Function):
     """residual with kept and rest rows replaced; only kept rows carry gradient through the layer."""
 
     @staticmethod
-    def forward(ctx, residual: Tensor, kept: Tensor, kept_rows: Tensor, rest: Tensor | None, rest_rows: Tensor) -> Tensor:
+    def forward(ctx: Any, residual: Tensor, kept: Tensor, kept_rows: Tensor, rest: Tensor | None, rest_rows: Tensor) -> Tensor:
         ctx.save_for_backward(kept_rows)
         # Out of place: the layer's input may be a leaf, a checkpoint's stored input or a recorded hidden state.
         merged = residual.clone()
@@ -314,7 +317,7 @@ class _MergeRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (kept_rows,) = ctx.saved_tensors
         grad_kept = grad.index_select(0, kept_rows)
         # The rest rows pass the layer by on the residual stream: their gradient is untouched.

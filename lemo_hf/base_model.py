@@ -14,23 +14,23 @@ often it was stopped; one bounded by minutes depends on the clock by its nature.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from .base_model_data import TokenStream, held_out_rows, train_tokenizer
+from .base_model_recipe import IDENTITY, BaseModelRecipe
 from .errors import LemoError
 from .text_data import TextDocument, python_sources, split_documents, tokenize_documents
 
@@ -38,98 +38,16 @@ from .text_data import TextDocument, python_sources, split_documents, tokenize_d
 BASE_MODEL_FOLDER = Path(__file__).parent / "assets" / "python-llama-4m"
 
 
-@dataclass
-class BaseModelRecipe:
-    """The fields of `recipes/base_python_1k.yaml`.
-
-    Args:
-        packages: Python packages to read, `stdlib` being the running interpreter's library.
-        held_out_share: fraction of the files that is never trained on.
-        batch_rows, micro_batch_rows: rows of `context_length` tokens a step, and a forward pass.
-        learning_rate: peak rate of Muon (root mean square of an update matched to AdamW's).
-        embedding_learning_rate: peak rate of AdamW for embeddings and norms.
-        max_steps, max_minutes: the end of training, whichever comes first; `None` for no limit by minutes.
-        decay_share: last fraction of the run over which the rates fall linearly to 0.
-        eval_every, eval_rows: steps between held-out evaluations, and rows in each.
-        checkpoint_minutes: minutes between checkpoints.
-        output_dir, export_dir: where checkpoints go, and the finished model.
-    """
-
-    packages: list[str] = field(default_factory=lambda: ["stdlib"])
-    held_out_share: float = 0.05
-    seed: int = 0
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    num_layers: int = 6
-    num_heads: int = 8
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    intermediate_size: int = 416
-    context_length: int = 1024
-    rope_theta: float = 10000.0
-    batch_rows: int = 8
-    micro_batch_rows: int = 1
-    learning_rate: float = 0.02
-    embedding_learning_rate: float = 0.005
-    weight_decay: float = 0.1
-    warmup_steps: int = 50
-    max_steps: int = 4000
-    max_minutes: float | None = None
-    decay_share: float = 0.25
-    eval_every: int = 150
-    eval_rows: int = 32
-    checkpoint_minutes: float = 5.0
-    threads: int = 2
-    output_dir: str = "outputs/base"
-    export_dir: str = "lemo_hf/assets/python-llama-4m"
-
-    def __post_init__(self) -> None:
-        if self.batch_rows % self.micro_batch_rows:
-            raise LemoError(
-                f"batch_rows is not a multiple of micro_batch_rows; {self.batch_rows} and {self.micro_batch_rows}; change either"
-            )
-
-    @classmethod
-    def load(cls, path: str | Path) -> BaseModelRecipe:
-        """Reads a flat YAML recipe.
-
-        Raises:
-            LemoError: the file is missing, not a mapping, or has an unknown field.
-        """
-        if not Path(path).is_file():
-            raise LemoError(f"recipe does not exist; {str(path)!r}; give the path of a .yaml file")
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise LemoError(f"recipe is not YAML ({' '.join(str(error).split())}); {str(path)!r}; correct it") from error
-        if not isinstance(values, dict):
-            raise LemoError(f"recipe is not a list of 'field: value' lines; {str(path)!r}; write one field a line")
-        known = [each.name for each in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise LemoError(f"unknown recipe field; {name!r}; the fields are {', '.join(known)}")
-        return cls(**values)
-
-
 def token_losses(model: Any, rows: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each target, float32 `(rows * context_length,)`; targets of -100 give 0.
 
     Matrix products run in bfloat16 under autocast; only the hidden states and one microbatch of logits are live.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    # Each weight is cast once a pass, so a cache would save nothing, and threads would share it.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         hidden = model.model(input_ids=rows[:, :-1].clamp(min=0)).last_hidden_state
         logits = model.lm_head(hidden)
     return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none", ignore_index=-100)
-
-
-@torch.no_grad()
-def held_out_loss(model: Any, rows: torch.Tensor, micro_batch_rows: int) -> tuple[float, int]:
-    """Mean cross-entropy in nats a token over all targets that are not -100, and their number."""
-    total, count = 0.0, 0
-    for batch in rows.split(micro_batch_rows):
-        total += token_losses(model, batch).sum().item()
-        count += int((batch[:, 1:] != -100).sum())
-    return total / count, count
 
 
 def build_model(recipe: BaseModelRecipe, tokenizer: Any) -> Any:
@@ -189,6 +107,9 @@ class BaseModelTrainer:
         self.recipe = recipe
         self.folder = Path(recipe.output_dir)
         torch.set_num_threads(recipe.threads)
+        # One single-threaded worker a core, taking microbatches from a queue: on a shared machine this loses far less
+        # than operators split over all cores, each of which waits for the slowest core.
+        self.workers = ThreadPoolExecutor(recipe.threads, initializer=torch.set_num_threads, initargs=(1,))
         documents = python_sources(recipe.packages) if documents is None else documents
         train, held_out = split_documents(documents, recipe.held_out_share)
         if not train or not held_out:
@@ -205,6 +126,7 @@ class BaseModelTrainer:
         self.held_out_documents = [torch.tensor(ids, dtype=torch.int32) for ids in held_out_ids]
         self.held_out = held_out_rows(held_out_ids, recipe.context_length)
         self.model = build_model(recipe, self.tokenizer)
+        self.parameters = list(self.model.parameters())
         self.optimizers = build_optimizers(self.model, recipe)
         self.step = 0
         self.minutes = 0.0
@@ -237,7 +159,7 @@ class BaseModelTrainer:
         partial = self.folder / f".{final.name}.partial"
         partial.mkdir(parents=True, exist_ok=True)
         save_file(self._state_tensors(), partial / "state.safetensors")
-        state = {"step": self.step, "minutes": self.minutes, "history": self.history}
+        state = {"step": self.step, "minutes": self.minutes, "history": self.history, "recipe": vars(self.recipe)}
         (partial / "state.json").write_text(json.dumps(state))
         os.replace(partial, final)
         for old in sorted(self.folder.glob("checkpoint-*"))[:-1]:
@@ -249,8 +171,17 @@ class BaseModelTrainer:
         checkpoints = sorted(self.folder.glob("checkpoint-*"))
         if not checkpoints:
             return
-        tensors = load_file(checkpoints[-1] / "state.safetensors")
         state = json.loads((checkpoints[-1] / "state.json").read_text())
+        for name in IDENTITY:
+            there, here = state["recipe"][name], getattr(self.recipe, name)
+            if there != here:
+                raise LemoError(
+                    f"output_dir holds another run; {str(self.folder)!r} has {name}={there}, the recipe {here}; choose another folder"
+                )
+        try:
+            tensors = load_file(checkpoints[-1] / "state.safetensors")
+        except SafetensorError as error:
+            raise LemoError(f"checkpoint is corrupt ({error}); {str(checkpoints[-1])!r}; remove it to start anew") from error
         self.step, self.minutes, self.history = state["step"], state["minutes"], state["history"]
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -266,6 +197,11 @@ class BaseModelTrainer:
             optimizer.load_state_dict({"state": restored, "param_groups": whole["param_groups"]})
         print(f"resumed at step {self.step} after {self.minutes:.1f} minutes", flush=True)
 
+    def _gradients(self, rows: torch.Tensor) -> tuple[float, tuple[torch.Tensor, ...]]:
+        """Mean loss of a microbatch and its gradients, in the order of `self.parameters`."""
+        loss = token_losses(self.model, rows).mean()
+        return loss.item(), torch.autograd.grad(loss, self.parameters)
+
     def train_step(self) -> float:
         """One optimizer step; returns the mean training loss in nats a token.
 
@@ -277,16 +213,20 @@ class BaseModelTrainer:
         for optimizer, peak in zip(self.optimizers, (recipe.learning_rate, recipe.embedding_learning_rate), strict=True):
             optimizer.param_groups[0]["lr"] = peak * factor
         rows = self.stream.rows(self.step * recipe.batch_rows, recipe.batch_rows)
+        microbatches = rows.split(recipe.micro_batch_rows)
         total = 0.0
-        for batch in rows.split(recipe.micro_batch_rows):
-            loss = token_losses(self.model, batch).mean() * (len(batch) / len(rows))
-            loss.backward()
-            total += loss.item()
+        # Summed in the order of the rows, whichever worker ends first: the result is the same bit for bit.
+        for loss, gradients in self.workers.map(self._gradients, microbatches):
+            total += loss / len(microbatches)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        for parameter in self.parameters:
+            parameter.grad /= len(microbatches)
         if not math.isfinite(total):
             raise LemoError(
                 f"loss is not finite; {total} at step {self.step}; lower learning_rate and rerun from the last checkpoint"
             )
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -300,7 +240,13 @@ class BaseModelTrainer:
 
     def evaluate(self, rows: torch.Tensor) -> dict[str, float]:
         """Held-out loss (nats a token) and perplexity (a token) of the current weights on `rows`."""
-        loss, tokens = held_out_loss(self.model, rows, self.recipe.micro_batch_rows)
+
+        @torch.no_grad()
+        def total(batch: torch.Tensor) -> float:
+            return token_losses(self.model, batch).sum().item()
+
+        tokens = int((rows[:, 1:] != -100).sum())
+        loss = sum(self.workers.map(total, rows.split(self.recipe.micro_batch_rows))) / tokens
         return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "held_out_tokens": tokens}
 
     def run(self, stop_at: int | None = None) -> None:

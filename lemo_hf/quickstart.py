@@ -1,0 +1,343 @@
+"""The main job on the embedded base model: extend its context from 1024 to 4096 tokens, with stock LoRA and with LeMo.
+
+    python -m lemo_hf.quickstart            (make quickstart)
+
+Three arms, the same seed, adapters and data: the stock `Trainer`, LeMo's exact form (sampled blocks) and its sparse form
+(predicted, most informative blocks), half of the tokens kept. Each arm trains `--steps` steps, is evaluated (equal steps), and a
+LeMo arm then goes on for as long as the stock arm's steps took and is evaluated again (equal time). Perplexity is always that of
+the dense forward pass on text of another package. Writes adapters, results.json and plots to `outputs/quickstart/`.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from . import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer, LemoTrainingArguments
+from .evaluation.block_recall import measure_recall
+from .evaluation.layer_scores import LayerScores, visit_layers
+from .evaluation.perplexity import Perplexity, dense_perplexity, paired_difference
+from .models.pattern_predictor import predicted_block_scores
+from .models.sparse_decoder import sparse_backbone
+from .profiling.activation_memory import ActivationMemory
+from .profiling.flops import FlopCounter
+from .profiling.plots import plot_block_scores, plot_kept_share, plot_losses, plot_saved_bytes
+from .profiling.provenance import provenance
+from .text_data import pack_documents, python_sources
+
+BASE = Path(__file__).parent / "assets" / "python-llama-4m"
+SEQ_LEN = 4096
+CONTEXT = {
+    # The base saw 1024 positions; linear interpolation brings 4096 into that range, and LoRA adapts the model to it.
+    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "max_position_embeddings": SEQ_LEN,
+}
+# The base was trained on the standard library; these are other people's packages, each held out from it.
+TRAIN_PACKAGES = ("networkx", "accelerate", "peft")
+EVALUATION_PACKAGES = ("huggingface_hub", "datasets")
+EVALUATION_WINDOWS = 24
+
+
+@dataclass
+class Arm:
+    """One of the runs compared."""
+
+    name: str
+    title: str
+    lemo: LemoConfig | None
+
+
+ARMS = (
+    Arm("stock", "LoRA, stock Trainer", None),
+    Arm("exact", "LeMo exact, sampled", LemoConfig(attention_forward="exact", selection="sampled", keep_ratio=0.5)),
+    Arm("sparse", "LeMo sparse, predicted", LemoConfig(attention_forward="sparse", selection="ratio", keep_ratio=0.5)),
+)
+
+
+@dataclass
+class Measured:
+    """What one arm showed; times in seconds, of training steps alone."""
+
+    title: str
+    step_seconds: list[float] = field(default_factory=list)
+    losses: list[tuple[float, float, float]] = field(default_factory=list)
+    phase_seconds: float = 0.0
+    saved_bytes: dict[str, float] = field(default_factory=dict)
+    flops: float = 0.0
+    recall: list[float] | None = None
+    chance: float | None = None
+    steps_at_equal_time: int = 0
+    perplexity: dict[str, float] = field(default_factory=dict)
+    versus_stock: dict[str, Any] = field(default_factory=dict)
+    kept_share: list[dict[str, float]] = field(default_factory=list)
+
+
+class Comparison(TrainerCallback):
+    """Times the steps, evaluates at equal steps and stops at equal time."""
+
+    def __init__(self, measured: Measured, steps: int, seconds: float | None, evaluate: Any) -> None:
+        self.measured, self.steps, self.seconds, self.evaluate = measured, steps, seconds, evaluate
+        self.begun = time.perf_counter()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        # LeMo's phases run in this same event, before this callback.
+        self.measured.phase_seconds = time.perf_counter() - self.begun
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.measured.step_seconds.append(time.perf_counter() - self.started)
+        if state.global_step == self.steps:
+            self.evaluate("equal_steps", model)
+        spent = sum(self.measured.step_seconds)
+        # One more step would end past the stock arm's time.
+        finished = self.seconds is None or spent + statistics.median(self.measured.step_seconds) > self.seconds
+        if state.global_step >= self.steps and finished:
+            self.measured.steps_at_equal_time = state.global_step
+            if state.global_step > self.steps:
+                self.evaluate("equal_time", model)
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.measured.losses.append((state.global_step, sum(self.measured.step_seconds), logs["loss"]))
+        shares = {name: value for name, value in (logs or {}).items() if name.startswith("kept_share/layer_")}
+        if shares:
+            self.measured.kept_share.append({"step": state.global_step, **shares})
+
+
+def load(arm: Arm) -> Any:
+    """The base with its context extended and a fresh adapter, the same one in every arm."""
+    if arm.lemo is None:
+        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, **CONTEXT)
+    else:
+        model = AutoLemoModelForCausalLM.from_pretrained(BASE, lemo=arm.lemo, dtype=torch.float32, **CONTEXT)
+    set_seed(0)
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+
+
+def arguments(arm: Arm, folder: Path, steps: int) -> TrainingArguments:
+    """The same training arguments for every arm; the rate is constant, so that a longer run begins like a shorter one."""
+    common: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 1,
+        "max_steps": steps,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": 0,
+        "use_cpu": True,
+        "disable_tqdm": False,
+        "dataloader_pin_memory": False,
+    }
+    if arm.lemo is None:
+        return TrainingArguments(**common)
+    return LemoTrainingArguments(**common, **PHASES)
+
+
+# The shipped predictors were fitted at 1024 tokens of the standard library; the phase refits them to this text and length.
+PHASES: dict[str, Any] = {}
+
+
+def train(
+    arm: Arm, folder: Path, data: Dataset, evaluation: Any, steps: int, seconds: float | None
+) -> tuple[Any, Measured, dict[str, Perplexity]]:
+    """Runs one arm.
+
+    Args:
+        arm: The arm.
+        folder: Where its adapter goes.
+        data: Training windows, `SEQ_LEN` tokens each.
+        evaluation: Windows for dense perplexity.
+        steps: Steps of the comparison at equal steps.
+        seconds: Time of the comparison at equal time, of steps alone; `None` for the arm that sets it.
+
+    Returns:
+        The trained model, what was measured on the way, and its perplexities by when they were taken.
+    """
+    print(f"\n{arm.title}")
+    measured = Measured(arm.title)
+    scores: dict[str, Perplexity] = {}
+
+    def evaluate(when: str, model: Any) -> None:
+        scores[when] = dense_perplexity(model, evaluation)
+
+    model = load(arm)
+    limit = steps if seconds is None else len(data)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"model": model, "args": arguments(arm, folder, limit), "train_dataset": data}
+    trainer_class = Trainer if arm.lemo is None else LemoTrainer
+    compare = Comparison(measured, steps, seconds, evaluate)
+    trainer = trainer_class(**settings, data_collator=default_data_collator, callbacks=[compare])
+    trainer.train()
+    trainer.save_model(str(folder))
+    measured.perplexity = {when: score.perplexity for when, score in scores.items()}
+    return model, measured, scores
+
+
+def profile_step(model: Any, sample: dict[str, torch.Tensor], measured: Measured) -> None:
+    """Counts one training step's saved bytes, by part of the model, and its FLOPs, forward and backward."""
+    batch = default_data_collator([sample])
+    model.train()
+    with ActivationMemory(model) as memory:
+        loss = model(**batch).loss
+    del loss
+    with FlopCounter(model) as counter:
+        model(**batch).loss.backward()
+    model.zero_grad()
+    measured.saved_bytes = {str(part): float(size) for part, size in memory.saved.by("part").items()}
+    measured.flops = float(counter.flops.total)
+
+
+def time_steps(models: dict[str, Any], sample: dict[str, torch.Tensor], rounds: int) -> dict[str, float]:
+    """Median seconds of forward and backward, the arms taking turns so that a busy machine slows all of them."""
+    batch = default_data_collator([sample])
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            model.train()
+            started = time.perf_counter()
+            model(**batch).loss.backward()
+            seconds[name].append(time.perf_counter() - started)
+            model.zero_grad()
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def score_maps(model: Any, sample: dict[str, torch.Tensor], layers: list[int], path: Path) -> None:
+    """Draws true block scores of one window over the predicted ones."""
+    true, predicted = [], []
+
+    def visit(found: LayerScores) -> None:
+        if found.layer in layers:
+            query, key = found.module.lemo_predictor(found.hidden, found.documents)
+            true.append(found.scores[0])
+            predicted.append(predicted_block_scores(query, key))
+
+    visit_layers(sparse_backbone(model), default_data_collator([sample]), visit)
+    plot_block_scores(true, predicted, layers, path)
+
+
+def table(before: Perplexity, measured: dict[str, Measured], seconds: dict[str, float]) -> str:
+    """The result as text, one column per arm."""
+    arms = list(measured.values())
+    stock = arms[0]
+    rows: list[tuple[str, list[str]]] = [
+        ("saved for backward (MiB)", [f"{sum(a.saved_bytes.values()) / 2**20:.0f}" for a in arms]),
+        ("  of stock", [f"{sum(a.saved_bytes.values()) / sum(stock.saved_bytes.values()):.2f}" for a in arms]),
+        ("FLOPs a step (G)", [f"{a.flops / 1e9:.0f}" for a in arms]),
+        ("  of stock", [f"{a.flops / stock.flops:.2f}" for a in arms]),
+        ("step time, median (s)", [f"{value:.2f}" for value in seconds.values()]),
+        ("  speed of stock", [f"{seconds['stock'] / value:.2f}x" for value in seconds.values()]),
+        ("predictor phase (s)", [f"{a.phase_seconds:.0f}" if a.recall else "-" for a in arms]),
+        (
+            "predictor recall (chance)",
+            [f"{statistics.mean(a.recall):.3f} ({a.chance:.3f})" if a.recall else "-" for a in arms],
+        ),
+        ("dense perplexity before", [f"{before.perplexity:.3f}"] * len(arms)),
+        (f"  after {len(stock.step_seconds)} steps", [f"{a.perplexity['equal_steps']:.3f}" for a in arms]),
+        ("    against stock", [str(a.versus_stock.get("equal_steps", {}).get("text", "-")) for a in arms]),
+        (
+            "  at equal time (steps)",
+            [f"{a.perplexity.get('equal_time', a.perplexity['equal_steps']):.3f} ({a.steps_at_equal_time})" for a in arms],
+        ),
+        ("    against stock", [str(a.versus_stock.get("equal_time", {}).get("text", "-")) for a in arms]),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    columns = [max(len(a.title), *(len(cells[i]) for _, cells in rows)) + 3 for i, a in enumerate(arms)]
+    lines = [" " * width + "".join(a.title.rjust(c) for a, c in zip(arms, columns, strict=True))]
+    for name, cells in rows:
+        lines.append(name.ljust(width) + "".join(cell.rjust(c) for cell, c in zip(cells, columns, strict=True)))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the arms, prints the table and writes `outputs/quickstart/`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=25, help="training steps compared (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="folder to write (default: %(default)s)")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    data = pack_documents(tokenizer, python_sources(TRAIN_PACKAGES), SEQ_LEN)
+    evaluation = pack_documents(tokenizer, python_sources(EVALUATION_PACKAGES), SEQ_LEN)
+    # Windows spread over all documents, not the first package's alone.
+    stride = max(1, len(evaluation) // EVALUATION_WINDOWS)
+    evaluation = [evaluation[index] for index in range(0, len(evaluation), stride)][:EVALUATION_WINDOWS]
+    print(
+        f"{len(data)} training windows of {SEQ_LEN} tokens from {', '.join(TRAIN_PACKAGES)}; "
+        f"{len(evaluation)} for evaluation from {', '.join(EVALUATION_PACKAGES)}"
+    )
+    before = dense_perplexity(load(ARMS[0]), evaluation, description="perplexity before")
+    measured: dict[str, Measured] = {}
+    models: dict[str, Any] = {}
+    scores: dict[str, dict[str, Perplexity]] = {}
+    budget: float | None = None
+    for arm in ARMS:
+        models[arm.name], found, scores[arm.name] = train(arm, args.out / arm.name, data, evaluation, args.steps, budget)
+        measured[arm.name] = found
+        budget = budget or sum(found.step_seconds)
+        for when, score in scores[arm.name].items():
+            if arm.lemo is not None:
+                difference = paired_difference(scores["stock"]["equal_steps"], score)
+                found.versus_stock[when] = {**asdict(difference), "text": str(difference)}
+        if arm.lemo is not None and arm.lemo.needs_predictors:
+            report = measure_recall(sparse_backbone(models[arm.name]), [default_data_collator([w]) for w in evaluation[:8]])
+            found.recall, found.chance = report.layers, report.chance
+    for name, model in models.items():
+        profile_step(model, evaluation[0], measured[name])
+    print("\nTiming steps of the three arms in turns")
+    seconds = time_steps(models, evaluation[0], rounds=5)
+    text = table(before, measured, seconds)
+    print(f"\n{text}\n")
+    plot_saved_bytes({m.title: m.saved_bytes for m in measured.values()}, args.out / "saved_bytes.png")
+    plot_losses({m.title: m.losses for m in measured.values()}, args.out / "losses.png")
+    plot_kept_share({m.title: m.kept_share for m in measured.values() if m.kept_share}, args.out / "kept_share.png")
+    score_maps(models["sparse"], evaluation[0], [1, 3, 5], args.out / "block_scores.png")
+    results = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        **provenance(),
+        "config": {
+            "tokens": SEQ_LEN,
+            "batch": 1,
+            "steps": args.steps,
+            "dtype": "float32 base and adapters, no autocast",
+            "lora": "r=8 on q, k, v, o",
+            "train": TRAIN_PACKAGES,
+            "evaluation": EVALUATION_PACKAGES,
+            "arms": {arm.name: arm.lemo.to_dict() if arm.lemo else None for arm in ARMS},
+        },
+        "perplexity_before": before.perplexity,
+        "step_seconds_in_turns": seconds,
+        "arms": {name: asdict(found) for name, found in measured.items()},
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "table.txt").write_text(text + "\n")
+    print(f"Adapters, results.json and plots are in {args.out}/ ({(time.perf_counter() - started) / 60:.1f} minutes in all)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,11 @@
 """What every test may rely on: no network, one thread, tiny seeded models."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import reads it: no test may depend on the network
+_caches = tempfile.TemporaryDirectory()  # removed at exit: no test reads or fills a person's caches
+os.environ["HF_HOME"] = _caches.name
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forked data loaders would print a warning each
 
 import pytest

@@ -11,6 +11,7 @@ so I takes O(blocks * p) by prefix sums and the (blocks, blocks) matrix is never
 tokens. Per layer 2 * (hidden * h1 + h1 * h2 + h2 * p) parameters; every multiply runs once per token.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -21,15 +22,37 @@ from .lemo_config import LemoConfig, LemoConfigError
 from .token_elimination import Documents
 
 
+class LowRankMatrices(nn.ParameterList):
+    """The matrices of one feature network: frozen, and float32 whatever the model is cast to.
+
+    Plain parameters, not `nn.Linear`: "all-linear" adapters and 4-bit loaders wrap every `nn.Linear` they find. A module that
+    holds them directly, because `transformers` has only such modules of a custom model initialised.
+    """
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        shapes = pairwise(widths)
+        super().__init__(nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False) for shape in shapes)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """He initialisation, as ReLU follows."""
+        for matrix in self:
+            matrix.normal_(0.0, (2.0 / matrix.shape[0]) ** 0.5, generator=generator)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LowRankMatrices":
+        # `model.to(torch.bfloat16)` moves them to the model's device at most.
+        def moved(matrix: Tensor) -> Tensor:
+            result = fn(matrix)
+            return result if result.dtype == matrix.dtype else matrix.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+
 class _FeatureNetwork(nn.Module):
-    # Plain parameters, not nn.Linear: "all-linear" adapters and 4-bit loaders wrap every nn.Linear they find.
     def __init__(self, hidden_size: int, sizes: tuple[int, int], features: int) -> None:
         super().__init__()
         widths = (hidden_size, *sizes, features)
-        self.matrices = nn.ParameterList(
-            nn.Parameter(torch.empty(rows, columns, dtype=torch.float32), requires_grad=False)
-            for rows, columns in pairwise(widths)
-        )
+        self.matrices = LowRankMatrices(widths)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Token features `(rows, p)` and the two hidden activations, which elastic pruning counts."""
@@ -69,11 +92,10 @@ class PatternPredictor(nn.Module):
         """`[query h1, query h2, key h1, key h2]` as they are now."""
         return [size for network in (self.query, self.key) for size in (network.matrices[1].shape)]
 
-    @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """He initialisation, as ReLU follows."""
-        for matrix in self.parameters():
-            matrix.normal_(0.0, (2.0 / matrix.shape[0]) ** 0.5, generator=generator)
+        """Draws all matrices anew."""
+        for network in (self.query, self.key):
+            network.matrices.reset_parameters(generator)
 
     def forward(self, hidden_states: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
         """Block features of all documents.

@@ -48,13 +48,15 @@ class _SegmentedLoss(torch.autograd.Function):
                         grad_sum += grad
             total += loss.detach()
         ctx.save_for_backward(*([grad_hidden] if grad_hidden is not None else []), *grad_weights)
-        ctx.weight_dtypes = [w.dtype for w in weights]
+        ctx.weight_dtypes, ctx.rows = [w.dtype for w in weights], hidden.shape[0]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
+        # Without a label the loss is 0 / 0 and its gradient 0, as in transformers; 0 * inf would be NaN.
+        grad = grad if ctx.rows else torch.zeros_like(grad)
         grad_hidden = saved.pop(0) * grad if ctx.needs_input_grad[0] else None
         weights = [(g * grad).to(dtype) for g, dtype in zip(saved, ctx.weight_dtypes, strict=True)]
         return grad_hidden, None, None, None, *weights

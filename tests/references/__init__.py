@@ -1,0 +1,1 @@
+"""Slow plain references: every formula written out, nothing fused, nothing shared with the code under test."""

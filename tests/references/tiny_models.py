@@ -1,0 +1,140 @@
+"""Tiny seeded models, stock and LeMo with the same weights, and batches that hold documents in different places."""
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lemo_hf.models.lemo_config import LemoConfig
+from lemo_hf.models.modeling_lemo_llama import LemoLlamaForCausalLM
+from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.registry import lemo_config_from
+
+PAD = 0
+VOCABULARY = 96
+
+
+def stock_model(seed: int = 0, **changes) -> LlamaForCausalLM:
+    """2 layers, hidden 32, 4 heads of 8 sharing 2 key/value heads. Wide weights, so that scores differ clearly."""
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": PAD,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+
+
+def add_lora(model, targets="all-linear", **changes):
+    """LoRA with random A and B, so that every adapter weight has a gradient; the same weights for the same model."""
+    if targets == "attention":
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **changes))
+
+
+def lemo_model(stock: LlamaForCausalLM, lora: dict | None = None, **lemo):
+    """A LeMo model in training mode with the weights of `stock` and predictors that are the same every time."""
+    lemo = {"block_size": 8, "predictor_rank": 8, "predictor_features": 8, **lemo}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = LemoLlamaForCausalLM(lemo_config_from(stock.config, LemoConfig(**lemo)))
+    model.to(next(stock.parameters()).dtype)
+    missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
+    assert not unexpected
+    assert all("lemo_predictor" in name for name in missing)
+    return (model if lora is None else add_lora(model, **lora)).train()
+
+
+def trainable_gradients(model) -> dict[str, Tensor]:
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def assert_same_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 0.0, atol: float = 0.0) -> None:
+    assert got.keys() == wanted.keys()
+    assert got, "no gradients at all"
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def loss_and_gradients(model, batch: dict, **extra) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**batch, **extra).loss
+    loss.backward()
+    return loss.detach(), trainable_gradients(model)
+
+
+def random_tokens(length: int, seed: int) -> Tensor:
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Placed:
+    """A batch and where its documents went: `(row, start, length)` each."""
+
+    batch: dict[str, Tensor]
+    places: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+def place(documents: list[Tensor], layout: str, extra: int = 0) -> Placed:
+    """A batch of the documents, with labels whose first one per document is ignored.
+
+    Args:
+        documents: Tokens of each document.
+        layout: "left", "right" (padded, one document a row), "left_positions" (with position_ids from a collator), or
+            "packed_positions", "packed_seq_idx", "packed_cu" (all documents in one row).
+        extra: Padding beyond the longest document.
+    """
+    labels = [torch.cat((torch.tensor([-100]), tokens[1:])) for tokens in documents]
+    lengths = [len(tokens) for tokens in documents]
+    if layout.startswith("packed"):
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        places = [(0, end - length, length) for end, length in zip(ends, lengths, strict=True)]
+        batch = {"input_ids": torch.cat(documents)[None], "labels": torch.cat(labels)[None]}
+        if layout == "packed_positions":
+            batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+        elif layout == "packed_seq_idx":
+            numbers = [torch.full((length,), number) for number, length in enumerate(lengths)]
+            batch["seq_idx"] = torch.cat(numbers)[None].int()
+        else:
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.tensor([0, *ends], dtype=torch.int32)
+            batch["max_length_q"] = batch["max_length_k"] = max(lengths)
+        return Placed(batch, places)
+    width = max(lengths) + extra
+    batch = {
+        "input_ids": torch.full((len(documents), width), PAD),
+        "attention_mask": torch.zeros(len(documents), width, dtype=torch.long),
+        "labels": torch.full((len(documents), width), -100),
+    }
+    places = []
+    for row, (tokens, label, length) in enumerate(zip(documents, labels, lengths, strict=True)):
+        start = width - length if layout.startswith("left") else 0
+        span = slice(start, start + length)
+        batch["input_ids"][row, span], batch["labels"][row, span], batch["attention_mask"][row, span] = tokens, label, 1
+        places.append((row, start, length))
+    if layout == "left_positions":
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).masked_fill(batch["attention_mask"] == 0, 1)
+    return Placed(batch, places)
+
+
+def chosen_blocks(model) -> list[list[list[bool]]]:
+    """What the last training forward kept: by layer, by document, by block."""
+    batch = sparse_backbone(model).lemo_last_batch
+    documents = batch.documents
+    return [
+        [part.tolist() for part in documents.split_blocks(batch.selections[layer].kept_blocks)]
+        for layer in sorted(batch.selections)
+    ]

@@ -13,7 +13,7 @@ With `checkpoint="kept_rows"`: the kept residual row, and in the exact form the 
 neither the dense forward nor a rest row is ever run again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,10 +65,6 @@ class SparseBatch:
             rows = self.documents.num_rows
             self.rotary = tuple(part.expand(rows // part.shape[1], -1, -1).flatten(0, 1) for part in rotary)
         return self.rotary
-
-
-# Given a kept row's query, key and value, returns its attention output attached to their gradients.
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SparseDecoderLayer:
@@ -182,50 +178,40 @@ class _Split:
         """Projects the rest rows, where the exact form needs them.
 
         Before the kept rows' pass, not within it: an adapter's dropout then draws the kept rows' numbers in one stretch,
-        which `kept_again` can repeat without the rest rows.
+        which a second run can repeat without the rest rows.
         """
         if self.exact and self.selection.rest_rows.numel():
             self._rest_heads = self._heads(gather_rows(residual, self.selection.rest_rows), self.selection.rest_rows)
 
-    def _heads(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    def _heads(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.layer.project_heads(self.layer.attention_norm(hidden), _rows_of(self.rotary, rows))
         device = hidden.device.type
         if not torch.is_autocast_enabled(device):
             return heads
         # Rotary leaves float32 queries and keys beside 16-bit values; autocast knows SDPA but not its flash operator.
-        return tuple(head.to(torch.get_autocast_dtype(device)) for head in heads)
+        query, key, value = (head.to(torch.get_autocast_dtype(device)) for head in heads)
+        return query, key, value
 
     def forward(self, residual: Tensor, kept: Tensor) -> Tensor:
         """The layer on all real rows of `residual` `(all_rows, hidden)`; `kept` is its kept rows `(kept, hidden)`."""
         kept = self.kept_forward(kept)
         return merge_rows(residual, kept, self.rest_forward(residual), self.selection)
 
-    def kept_forward(self, kept: Tensor) -> Tensor:
-        """The layer on kept rows `(kept, hidden)`; in the exact form `project_rest` has supplied the rest rows' heads."""
+    def kept_forward(self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The layer on kept rows `(kept, hidden)`.
 
-        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            scale, lengths = self.layer.attention_scale, self.selection.kept_lengths
-            if self.exact:
-                output, lse = self._attend_all(query, key, value)
-            else:
-                output, lse = attend(query, key, value, lengths, scale)
-            self.finished = output, lse
-            return with_kept_row_gradient(query, key, value, output, lse, lengths, scale)
-
-        return self._run(kept, attention)
-
-    def kept_again(self, kept: Tensor, finished: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The same from the kept rows alone, for backward; `finished` spares the exact form its dense attention."""
-
-        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            scale, lengths = self.layer.attention_scale, self.selection.kept_lengths
-            output, lse = attend(query, key, value, lengths, scale) if finished is None else finished
-            return with_kept_row_gradient(query, key, value, output, lse, lengths, scale)
-
-        return self._run(kept, attention)
-
-    def _run(self, kept: Tensor, attention: Attention) -> Tensor:
-        middle = kept + self.layer.project_output(attention(*self._heads(kept, self.selection.kept_rows)))
+        Args:
+            kept: Kept rows of the residual stream.
+            finished: Their attention output and log-sum-exp where these are known, in the exact form's second run; the first
+                one reads the rest rows' heads, which `project_rest` has supplied.
+        """
+        scale, lengths = self.layer.attention_scale, self.selection.kept_lengths
+        query, key, value = self._heads(kept, self.selection.kept_rows)
+        if finished is None:
+            attended = self._attend_all(query, key, value) if self.exact else attend(query, key, value, lengths, scale)
+            self.finished = finished = attended
+        output = with_kept_row_gradient(query, key, value, *finished, lengths, scale)
+        middle = kept + self.layer.project_output(output)
         return middle + self.layer.feed_forward(middle)
 
     @torch.no_grad()
@@ -292,7 +278,7 @@ class _KeptRowCheckpoint(torch.autograd.Function):
             _random_state_restored(ctx.random_state, grad.device),
         ):
             leaf = kept.detach().requires_grad_(ctx.needs_input_grad[0])
-            again = split.kept_again(leaf, finished or None)
+            again = split.kept_forward(leaf, finished or None)
         inputs = [*([leaf] if leaf.requires_grad else []), *weights]
         grads = list(torch.autograd.grad(again, inputs, gather_rows(grad, rows), allow_unused=True))
         if not leaf.requires_grad:

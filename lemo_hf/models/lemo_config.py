@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -71,7 +72,7 @@ class LemoConfig:
 
     def validate(self) -> None:
         """Raises `LemoConfigError` if a field is outside its domain."""
-        if not isinstance(self.schema_version, int) or self.schema_version > SCHEMA_VERSION:
+        if not _is_whole(self.schema_version) or self.schema_version > SCHEMA_VERSION:
             raise LemoConfigError(
                 f"the lemo block has schema_version {self.schema_version}, this lemo_hf reads up to {SCHEMA_VERSION}; upgrade lemo_hf"
             )
@@ -82,18 +83,31 @@ class LemoConfig:
                 )
         for name in ("block_size", "segment_size", "predictor_rank", "predictor_features"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise LemoConfigError(f"{name} must be a whole number of at least 1; got {value!r}; set it to 1 or more")
+        if not isinstance(self.enabled, bool):
+            raise LemoConfigError(f"enabled must be true or false; got {self.enabled!r}; false trains the stock model")
+        if not _is_whole(self.seed):
+            raise LemoConfigError(f"seed must be a whole number; got {self.seed!r}; 0 is as good as any")
         ratios = self.keep_ratio if isinstance(self.keep_ratio, list) else [self.keep_ratio]
-        for ratio in ratios:
-            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-                raise LemoConfigError(
-                    f"keep_ratio is the share of blocks kept and must be in (0, 1]; got {ratio!r}; 0.5 keeps half of them"
-                )
+        if not ratios or not all(_is_number(ratio) and 0 < ratio <= 1 for ratio in ratios):
+            raise LemoConfigError(
+                f"keep_ratio is the share of blocks kept and must be in (0, 1]; got {self.keep_ratio!r}; 0.5 keeps half of them"
+            )
         temperature = self.sampling_temperature
-        if temperature is not None and not temperature > 0:
+        if temperature is not None and not (_is_number(temperature) and temperature > 0):
             raise LemoConfigError(
                 f"sampling_temperature must be above 0, or null for the uniform draw; got {temperature!r}; 1.0 draws by informativeness"
+            )
+        if self.thresholds is not None and not _is_list(self.thresholds, _is_number):
+            raise LemoConfigError(f"thresholds must list one number per layer; got {self.thresholds!r}; calibration finds them")
+        if not _is_list(self.dense_layers, _is_whole):
+            raise LemoConfigError(
+                f"dense_layers must list layer numbers; got {self.dense_layers!r}; [0, -1] names the first and last"
+            )
+        if self.predictor_sizes is not None and not _is_list(self.predictor_sizes, lambda sizes: _is_list(sizes, _is_whole)):
+            raise LemoConfigError(
+                f"predictor_sizes must list four widths per layer; got {self.predictor_sizes!r}; pruning writes them"
             )
 
     def validate_for(self, num_layers: int) -> None:
@@ -129,6 +143,7 @@ class LemoConfig:
 
     def update(self, **changes: Any) -> None:
         """Sets fields in place, all of them or, when a value is refused, none."""
+        self._refuse_unknown(changes)
         updated = dataclasses.replace(self, **changes)
         for name in changes:
             setattr(self, name, getattr(updated, name))
@@ -147,15 +162,35 @@ class LemoConfig:
         if not isinstance(values, dict):
             raise LemoConfigError(f"the lemo block must be a mapping; got {type(values).__name__}; see LemoConfig for its fields")
         version = values.get("schema_version", SCHEMA_VERSION)
-        known = {item.name for item in dataclasses.fields(cls)}
         # A newer schema is named as such before its new fields are called unknown.
         if isinstance(version, int) and version <= SCHEMA_VERSION:
-            for name in values:
-                if name not in known:
-                    nearest = difflib.get_close_matches(name, known, n=1)
-                    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known fields: {', '.join(sorted(known))}"
-                    raise LemoConfigError(f"the lemo block has no field {name!r}; {hint}")
-        return cls(**{name: value for name, value in values.items() if name in known})
+            cls._refuse_unknown(values)
+        return cls(**{name: value for name, value in values.items() if name in _field_names(cls)})
+
+    @classmethod
+    def _refuse_unknown(cls, values: dict[str, Any]) -> None:
+        known = _field_names(cls)
+        for name in values:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"known fields: {', '.join(sorted(known))}"
+                raise LemoConfigError(f"the lemo block has no field {name!r}; {hint}")
+
+
+def _field_names(cls: type[LemoConfig]) -> set[str]:
+    return {item.name for item in dataclasses.fields(cls)}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # NaN equals nothing
+
+
+def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(holds, value))
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

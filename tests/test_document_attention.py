@@ -106,7 +106,7 @@ def test_two_backward_passes_give_the_same():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_other_dtypes(dtype, tolerance):
     query, key, value = heads(40, dtype=dtype)
     output, lse = attend(query, key, value, [17, 23], SCALE)

@@ -44,7 +44,7 @@ def test_norm_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda h, w: rms_norm(h, w, 1e-3), (hidden, weight))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_norm_gradients_are_the_stock_ones(dtype, tolerance):
     stock = LlamaRMSNorm(48).to(dtype)
     hidden = rows(2, 9, 48, dtype=dtype).requires_grad_()
@@ -143,9 +143,15 @@ def test_sharing_saves_one_float32_copy_instead_of_three():
 def test_the_method_comes_back_even_after_an_error():
     projections = adapted()
     method = type(projections.q)._cast_input_dtype
-    with pytest.raises(RuntimeError, match="stop"), shared_adapter_input(projections.q, projections.k):
-        assert projections.q._cast_input_dtype is not method
-        raise RuntimeError("stop")
+
+    def broken(input):
+        with shared_adapter_input(projections.q, projections.k):
+            assert projections.q._cast_input_dtype is not method
+            projections.q(input)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        broken(rows(2, 24, dtype=torch.bfloat16))
     for module in (projections.q, projections.k, projections.v):
         assert "_cast_input_dtype" not in vars(module)
         assert module._cast_input_dtype.__func__ is method

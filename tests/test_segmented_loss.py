@@ -72,7 +72,7 @@ def test_all_labels_ignored(items, kind):
     assert stock[0].isnan() if items is None else stock[0] == 0
 
 
-@pytest.mark.parametrize("rows, tokens", [(1, 1), (4, 1), (1, 2), (1, 65)])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (4, 1), (1, 2), (1, 65)])
 def test_short_and_ragged_batches(rows, tokens):
     hidden, labels = batch_of(rows, tokens, ignored=0.0)
     assert_equal(*both(hidden, labels, head_of("trained"), 64))

@@ -13,7 +13,7 @@ def heads(tokens, queries, keys, dim=4, dtype=torch.float32, seed=0):
     )
 
 
-@pytest.mark.parametrize("queries, keys", [(1, 1), (4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 31])
 def test_scores_equal_brute_force(tokens, queries, keys):
     query, key = heads(tokens, queries, keys)

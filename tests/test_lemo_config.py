@@ -1,0 +1,186 @@
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from lemo_hf.models.configuration_lemo_llama import LemoLlamaConfig
+from lemo_hf.models.lemo_config import SCHEMA_VERSION, LemoConfig, LemoConfigError
+from lemo_hf.registry import lemo_config_from
+
+CHANGED = {
+    "enabled": False,
+    "block_size": 32,
+    "keep_ratio": [0.5, 0.25],
+    "selection": "threshold",
+    "thresholds": [0.1, -0.2],
+    "sampling_temperature": 2.0,
+    "score_source": "true",
+    "attention_forward": "sparse",
+    "checkpoint": "kept_rows",
+    "dense_layers": [0, -1],
+    "segment_size": 17,
+    "predictor_rank": 4,
+    "predictor_features": 5,
+    "predictor_sizes": [[1, 2, 3, 4], [5, 6, 7, 8]],
+    "seed": 9,
+}
+
+
+def test_every_field_survives_json():
+    config = LemoConfig(**CHANGED)
+    assert set(CHANGED) | {"schema_version"} == set(config.to_dict()), "a new field: change it in CHANGED too"
+    assert all(config.to_dict()[name] != value for name, value in LemoConfig().to_dict().items() if name != "schema_version")
+    assert LemoConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_nothing_given_is_the_defaults():
+    assert LemoConfig.from_dict(None) == LemoConfig.from_dict({}) == LemoConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("keep_ration", "keep_ratio"), ("blocksize", "block_size"), ("attention_foward", "attention_forward")]
+)
+def test_an_unknown_field_is_named_with_the_nearest(name, nearest):
+    with pytest.raises(LemoConfigError, match=f"no field '{name}'; did you mean '{nearest}'"):
+        LemoConfig.from_dict({name: 1})
+
+
+def test_an_unknown_field_without_a_near_one_lists_all():
+    with pytest.raises(LemoConfigError, match="known fields: attention_forward, block_size"):
+        LemoConfig.from_dict({"zzz": 1})
+
+
+def test_a_newer_schema_is_named_before_its_new_fields():
+    with pytest.raises(LemoConfigError, match=f"schema_version {SCHEMA_VERSION + 1}.*upgrade lemo_hf"):
+        LemoConfig.from_dict({"schema_version": SCHEMA_VERSION + 1, "field_of_the_future": 1})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keep_ratio": 0},
+        {"keep_ratio": 0.0},
+        {"keep_ratio": -0.5},
+        {"keep_ratio": 1.0001},
+        {"keep_ratio": float("nan")},
+        {"keep_ratio": "0.5"},
+        {"keep_ratio": True},
+        {"keep_ratio": [0.5, 0.0]},
+        {"keep_ratio": []},
+        {"block_size": 0},
+        {"block_size": 64.0},
+        {"block_size": True},
+        {"segment_size": -1},
+        {"predictor_rank": 0},
+        {"predictor_features": None},
+        {"selection": "best"},
+        {"selection": None},
+        {"score_source": "guessed"},
+        {"attention_forward": "Sparse"},
+        {"checkpoint": "all"},
+        {"sampling_temperature": 0},
+        {"sampling_temperature": -1.0},
+        {"sampling_temperature": float("nan")},
+        {"sampling_temperature": "hot"},
+        {"schema_version": "1"},
+        {"thresholds": 0.5},
+        {"thresholds": [0.1, None]},
+        {"thresholds": [float("nan")]},
+        {"dense_layers": 1},
+        {"dense_layers": [0.5]},
+        {"enabled": "no"},
+        {"seed": 1.5},
+        {"seed": "0"},
+        {"predictor_sizes": [3]},
+    ],
+    ids=str,
+)
+def test_a_value_outside_its_domain_is_refused_in_one_line(change):
+    with pytest.raises(LemoConfigError) as error:
+        LemoConfig(**change)
+    message = str(error.value)
+    assert "\n" not in message
+    assert next(iter(change)) in message
+    assert message.count(";") >= 1, "fact; value; fix"
+
+
+def test_update_is_all_or_nothing():
+    config = LemoConfig()
+    with pytest.raises(LemoConfigError):
+        config.update(block_size=32, keep_ratio=2.0)
+    assert config == LemoConfig()
+    config.update(block_size=32, keep_ratio=0.25)
+    assert (config.block_size, config.keep_ratio) == (32, 0.25)
+
+
+def test_update_names_an_unknown_field():
+    with pytest.raises(LemoConfigError, match="did you mean 'keep_ratio'"):
+        LemoConfig().update(keep_rato=0.3)
+
+
+@pytest.mark.parametrize(
+    "change", [{"keep_ratio": [0.5]}, {"thresholds": [0.1] * 4}, {"predictor_sizes": [[1, 1, 1, 1]]}], ids=str
+)
+def test_lists_by_layer_must_fit_the_model(change):
+    with pytest.raises(LemoConfigError, match="the model has 3"):
+        LemoLlamaConfig(num_hidden_layers=3, lemo=LemoConfig(**change))
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_dense_layers_must_exist(layer):
+    with pytest.raises(LemoConfigError, match=f"names layer {layer}, the model has 3"):
+        LemoConfig(dense_layers=[layer]).validate_for(3)
+
+
+def test_dense_layers_count_from_the_end_too():
+    config = LemoConfig(dense_layers=[0, -1])
+    assert [config.is_dense(layer, 4) for layer in range(4)] == [True, False, False, True]
+    assert LemoConfig(keep_ratio=[1, 0.5]).is_dense(0, 2)
+    assert not LemoConfig(keep_ratio=1, selection="threshold").is_dense(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "scores", "predictors"),
+    [
+        ({}, False, False),
+        ({"sampling_temperature": 1.0}, True, True),
+        ({"selection": "ratio"}, True, True),
+        ({"selection": "threshold"}, True, True),
+        ({"selection": "ratio", "score_source": "true"}, True, False),
+    ],
+)
+def test_what_a_step_needs(fields, scores, predictors):
+    config = LemoConfig(**fields)
+    assert (config.needs_scores, config.needs_predictors) == (scores, predictors)
+
+
+def test_the_model_config_writes_the_whole_block_and_reads_it_back(tmp_path):
+    for lemo in (LemoConfig(), LemoConfig(**CHANGED)):
+        LemoLlamaConfig(num_hidden_layers=2, lemo=lemo).save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text())
+        # Defaults are written too: a later release may change them, a saved model must not change with it.
+        assert written["lemo"] == lemo.to_dict()
+        assert written["model_type"] == "lemo_llama"
+        again = LemoLlamaConfig.from_pretrained(tmp_path)
+        assert isinstance(again.lemo, LemoConfig)
+        assert again.lemo == lemo
+
+
+def test_one_block_is_shared_by_reference():
+    lemo = LemoConfig()
+    config = LemoLlamaConfig(num_hidden_layers=2, lemo=lemo)
+    config.lemo.update(keep_ratio=0.3)
+    assert lemo.keep_ratio == 0.3
+
+
+def test_a_stock_config_keeps_its_values():
+    stock = LlamaConfig(
+        num_attention_heads=8, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}, rms_norm_eps=1e-3
+    )
+    config = lemo_config_from(stock, LemoConfig(keep_ratio=0.25))
+    assert config.architectures == ["LemoLlamaForCausalLM"]
+    assert config.lemo.keep_ratio == 0.25
+    ignored = {"lemo", "architectures", "model_type"}
+    assert {k: v for k, v in config.to_dict().items() if k not in ignored} == {
+        k: v for k, v in stock.to_dict().items() if k not in ignored
+    }

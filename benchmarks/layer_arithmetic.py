@@ -1,6 +1,6 @@
 """What a LeMo layer saves for backward and computes, against stock LoRA, at the shape of an 8B model. Exact, no GPU, no weights.
 
-    python benchmarks/layer_arithmetic.py --out benchmarks/results/layer_arithmetic--any.json
+    python benchmarks/layer_arithmetic.py
 
 Fake CPU tensors run the real code (forward and backward) of `--layers` layers; embeddings, final norm and head are left out.
 Bytes are unique storages that autograd saves, parameters excluded; FLOPs count causal pairs once; choosing blocks is included.
@@ -34,6 +34,8 @@ LLAMA_3_8B = {
     "max_position_embeddings": 131072,
     "vocab_size": 128,
 }
+# "any": exact counts are the same on every machine.
+RESULT = Path(__file__).parent / "results" / "layer_arithmetic--any.json"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # Predictor sizes of an 8B layer: 2 * (4096 * 128 + 128 * 128 + 128 * 64) = 1.10 M, 0.5 % of the layer's 218 M.
 PREDICTOR = {"predictor_rank": 128, "predictor_features": 64}
@@ -91,7 +93,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the one document")
     parser.add_argument("--keep", type=float, default=0.5, help="kept share of blocks")
     parser.add_argument("--layers", type=int, default=2, help="layers that are run; figures are per layer")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write (default: %(default)s)")
     args = parser.parse_args()
     rows = []
     row_bytes = args.tokens * LLAMA_3_8B["hidden_size"] * 2
@@ -117,11 +119,10 @@ def main() -> None:
                 f"  {name:32s} saved {row['saved_rows_of_h']:6.2f} H a token = {row['saved_of_stock']:.3f} of stock, "
                 f"{result['flops'] / 1e12:.3f} TFLOP = {row['flops_of_stock']:.3f}"
             )
-    if args.out:
-        config = {"shape": "Llama-3-8B", "tokens": args.tokens, "keep": args.keep, "batch": 1, "lora": "r=8 on q, k, v, o"}
-        document = {"date": f"{datetime.now(UTC):%Y-%m-%d}", **provenance(), "config": config, "rows": rows}
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"\nwrote {args.out}")
+    config = {"shape": "Llama-3-8B", "tokens": args.tokens, "keep": args.keep, "batch": 1, "lora": "r=8 on q, k, v, o"}
+    document = {"date": f"{datetime.now(UTC):%Y-%m-%d}", **provenance(), "config": config, "rows": rows}
+    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"\nwrote {args.out}")
 
 
 if __name__ == "__main__":

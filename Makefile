@@ -38,8 +38,9 @@ lint: $(STAMP)       ## style and types
 format: $(STAMP)     ## put the code into the style that lint checks
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
-bench: $(STAMP)      ## benchmarks; results in benchmarks/results
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(STAMP)      ## what a layer saves and computes at 8B shapes; results in benchmarks/results and README.md
+	@$(BIN)/python -W ignore::FutureWarning benchmarks/layer_arithmetic.py --out benchmarks/results/layer_arithmetic--any.json
+	@$(BIN)/python benchmarks/update_readme.py
 
 base: $(STAMP)       ## train the embedded base model anew (hours; resumes where it stopped)
 	@$(BIN)/python -m lemo_hf.base_model recipes/base_python_1k.yaml

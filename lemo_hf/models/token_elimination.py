@@ -8,7 +8,7 @@ Nothing else knows how they were chosen.
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def find_documents(
         `Documents`; there may be none if every token is padding.
 
     Raises:
-        LemoConfigError: If the attention mask is not two-dimensional.
+        LemoConfigError: If the attention mask is not two-dimensional, or has padding within a document.
     """
     if attention_mask is not None and attention_mask.dim() != 2:
         raise LemoConfigError(
@@ -132,6 +132,14 @@ def find_documents(
     real_before = real.view(-1).long().cumsum(0)
     counts = torch.diff(real_before[first_rows] - 1, append=real_before[-1:])
     starts, lengths = torch.stack((first_rows, counts)).tolist()
+    rows_of_starts = [start // seq_len for start in starts]
+    if position_ids is None and seq_idx is None and cu_seq_lens is None and len(set(rows_of_starts)) < len(starts):
+        # The stock model lets tokens behind the hole attend to those before it; two documents would not.
+        row = next(row for row, after in pairwise(rows_of_starts) if row == after)
+        raise LemoConfigError(
+            f"the attention mask may pad a row's ends only; got padding between the tokens of row {row}; "
+            "give position_ids that start anew at each document, or train with enabled=False"
+        )
     real_rows = real.view(-1).nonzero().squeeze(1)
     places = real_rows - first_rows.repeat_interleave(counts)
     tokens = None if input_ids is None else input_ids.reshape(-1)[real_rows]

@@ -1,0 +1,78 @@
+"""Arguments of a LeMo run: the stock `TrainingArguments` and those of the phases predictor -> calibrate -> sparse -> dense tail.
+
+What is eliminated (block size, keep ratio, selection, form) belongs to the model and stands in `LemoConfig`.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..errors import LemoError
+
+
+@dataclass
+class LemoTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the phases of a LeMo run.
+
+    Documents are samples of the training set, drawn by `data_seed` (or `seed`) without touching the order of training.
+
+    Raises:
+        LemoError: If a value is outside its domain.
+    """
+
+    # Predictor phase: fits the pattern predictors on the frozen model.
+    predictors: str | None = field(
+        default=None, metadata={"help": "Folder with lemo_predictors.safetensors to start from; without it they start at random."}
+    )
+    predictor_documents: int | None = field(
+        default=None,
+        metadata={"help": "Documents to fit the predictors on; by default 64, or 0 where the selection does not read predictors."},
+    )
+    predictor_passes: int = field(default=1, metadata={"help": "Passes over these documents (the paper: up to 400)."})
+    predictor_steps: int = field(default=4, metadata={"help": "Optimizer steps of every layer's predictor on each document."})
+    predictor_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate (Adam), decaying linearly to 0."})
+    prune_documents: int = field(default=16, metadata={"help": "Documents between two prunings of hidden units; 0 never prunes."})
+    prune_share: float = field(
+        default=0.999, metadata={"help": "A hidden unit is removed when it is zero after ReLU for more than this share of tokens."}
+    )
+
+    # Calibrate phase: thresholds under the budget of keep_ratio (Algorithm 1), for selection="threshold".
+    calibrate_documents: int = field(default=4, metadata={"help": "Documents of the profile set."})
+    calibrate_rounds: int = field(default=3, metadata={"help": "Rounds of central differences; each runs 2 x layers forwards a document."})
+    calibrate_eta: float = field(
+        default=0.25, metadata={"help": "Largest move of a threshold in a round, in standard deviations of the layer's informativeness."}
+    )
+    calibrate_epsilon: float = field(default=0.25, metadata={"help": "Half width of the central difference, in the same unit."})
+
+    # Recall probes during the sparse phase: a dense forward without autograd on fixed text.
+    probe_steps: int = field(default=100, metadata={"help": "Steps between recall probes; 0 never probes."})
+    probe_documents: int = field(default=1, metadata={"help": "Documents that a probe reads."})
+    recall_floor: float = field(default=0.8, metadata={"help": "Mean recall below which the predictors are fitted again."})
+    refit_documents: int = field(default=8, metadata={"help": "Documents that a refit reads."})
+    refit_limit: int = field(default=2, metadata={"help": "Most refits in a run."})
+
+    # Dense tail: the last steps keep every token, which closes most of the perplexity gap of the sparse form.
+    dense_tail_share: float = field(default=0.0, metadata={"help": "Share of the steps, at the end, that keep every token."})
+
+    # Surviving a kill before the first checkpoint.
+    phase_save_documents: int = field(
+        default=8, metadata={"help": "Documents between two saves of the predictor phase; calibration saves after every round."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("predictor_passes", "predictor_steps", "calibrate_documents", "probe_documents", "phase_save_documents"):
+            self._require(name, getattr(self, name) >= 1, "at least 1", "set it to 1 or more")
+        for name in ("calibrate_rounds", "prune_documents", "probe_steps", "refit_documents", "refit_limit"):
+            self._require(name, getattr(self, name) >= 0, "0 or more", "set it to 0 to switch it off")
+        for name in ("predictor_learning_rate", "calibrate_eta", "calibrate_epsilon"):
+            self._require(name, getattr(self, name) > 0, "above 0", "leave it out for the default")
+        documents = self.predictor_documents
+        self._require("predictor_documents", documents is None or documents >= 0, "0 or more", "set it to 0 to skip the phase")
+        self._require("recall_floor", 0 <= self.recall_floor <= 1, "a share in [0, 1]", "set it to 0 to never refit")
+        self._require("prune_share", 0 < self.prune_share <= 1, "a share in (0, 1]", "leave it out for the default")
+        self._require("dense_tail_share", 0 <= self.dense_tail_share < 1, "a share in [0, 1)", "0.05 is a short tail")
+
+    def _require(self, name: str, holds: bool, domain: str, fix: str) -> None:
+        if not holds:
+            raise LemoError(f"{name} must be {domain}; got {getattr(self, name)!r}; {fix}")

@@ -1,0 +1,196 @@
+"""Fits every layer's pattern predictor on the frozen model (LeMo paper, section 4.2).
+
+Text runs through the model densely, without autograd. At each layer the attention input and the true scores are at hand: that
+layer's predictor takes its optimizer steps at once and the forward goes on, so one layer's inputs live at a time and nothing
+backpropagates through the model. With predicted scores S^ and informativeness I^, the loss of a document is
+
+    |S^ - S|^2 / variance of S  +  |c(I^) - c(I)|^2 / variance of I,          c(.) centred within the document,
+
+over causal pairs of blocks m > n, and over the blocks that are not kept anyway. The first term ties features to scores, the
+second is what selection reads: only differences within a document choose blocks. The variances are the layer's running ones, so
+one learning rate serves every layer.
+
+Elastic size: hidden units that are zero after ReLU for almost every token are removed together with their Adam moments, so the
+matrices really shrink. Cost of a document and layer: its dense forward, its block scores, `3 * steps + 1` predictor forwards.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluation.block_recall import PositionProfile
+from ..evaluation.layer_scores import LayerScores, visit_layers
+from ..models.pattern_predictor import PatternPredictor, predicted_block_scores, predicted_informativeness
+from ..models.token_informativeness import block_informativeness
+from .predictor_files import record_predictor_sizes
+
+_BETAS = (0.9, 0.99)
+_EPSILON = 1e-8
+_WARMUP_SHARE = 0.05
+# Weight of a document in the running variances.
+_VARIANCE_WEIGHT = 0.1
+
+
+class _LayerFit:
+    """One layer's predictor with its Adam moments, zero counts and running variances, all of them tensors to be saved."""
+
+    def __init__(self, predictor: PatternPredictor) -> None:
+        self.predictor = predictor
+        self.first = [torch.zeros_like(weight) for weight in predictor.parameters()]
+        self.second = [torch.zeros_like(weight) for weight in predictor.parameters()]
+        self.zeros = [torch.zeros(size) for size in predictor.sizes]
+        # Tokens counted, variance of S, variance of I.
+        self.running = torch.zeros(3, dtype=torch.float64)
+
+    def observe(self, found: LayerScores) -> None:
+        """Counts zero activations and follows the variances of one batch."""
+        with torch.no_grad():
+            hidden_units = [units for network in self._networks() for units in network(found.hidden)[1:]]
+        for count, units in zip(self.zeros, hidden_units, strict=True):
+            count += (units == 0).sum(0).cpu()
+        variances = [(_causal_pairs(scores).var().item(), block_informativeness(scores)[1:-1].var().item()) for scores in found.scores if len(scores) > 3]
+        for of_scores, of_informativeness in variances:
+            fresh = torch.tensor([of_scores, of_informativeness], dtype=torch.float64).clamp_min(1e-12)
+            weight = 1.0 if self.running[1] == 0 else _VARIANCE_WEIGHT
+            self.running[1:] += weight * (fresh - self.running[1:])
+        self.running[0] += found.hidden.shape[0]
+
+    def loss(self, found: LayerScores) -> Tensor | None:
+        """Mean loss of the batch's documents; `None` if none has blocks to choose among."""
+        query, key = self.predictor(found.hidden, found.documents)
+        _, of_scores, of_informativeness = self.running.tolist()
+        losses = []
+        for q, k, scores in zip(found.documents.split_blocks(query), found.documents.split_blocks(key), found.scores, strict=True):
+            if len(scores) <= 3:
+                continue
+            score_error = _causal_pairs(predicted_block_scores(q, k) - scores).square().mean()
+            difference = (predicted_informativeness(q, k) - block_informativeness(scores))[1:-1]
+            losses.append(score_error / of_scores + difference.var(correction=0) / of_informativeness)
+        return torch.stack(losses).mean() if losses else None
+
+    def step(self, found: LayerScores, number: int, rate: float) -> float:
+        """One Adam step, the `number`-th from 1 at learning rate `rate`; returns the loss before it."""
+        weights = list(self.predictor.parameters())
+        with torch.enable_grad():
+            for weight in weights:
+                weight.requires_grad_(True)
+            loss = self.loss(found)
+            grads = torch.autograd.grad(loss, weights) if loss is not None else None
+            for weight in weights:
+                weight.requires_grad_(False)
+        if loss is None or grads is None:
+            return float("nan")
+        corrections = [1 - beta**number for beta in _BETAS]
+        for weight, grad, first, second in zip(weights, grads, self.first, self.second, strict=True):
+            first.lerp_(grad, 1 - _BETAS[0])
+            second.lerp_(grad.square(), 1 - _BETAS[1])
+            weight.sub_(rate * (first / corrections[0]) / ((second / corrections[1]).sqrt() + _EPSILON))
+        return loss.item()
+
+    def prune(self, share: float) -> int:
+        """Removes hidden units that were zero for more than `share` of the tokens since the last call; returns how many."""
+        tokens, removed = self.running[0].item(), 0
+        for index, network in enumerate(self._networks()):
+            for hidden in (0, 1):
+                zeros = self.zeros[2 * index + hidden]
+                alive = zeros <= share * tokens
+                if not alive.any():
+                    alive[zeros.argmin()] = True
+                removed += int((~alive).sum())
+                self._keep_units(network, index, hidden, alive.nonzero().squeeze(1))
+        self.zeros = [torch.zeros(size) for size in self.predictor.sizes]
+        self.running[0] = 0
+        return removed
+
+    def _keep_units(self, network: nn.Module, index: int, hidden: int, units: Tensor) -> None:
+        matrices: Any = network.matrices
+        units = units.to(matrices[0].device)
+        # A unit is a column of the matrix before it and a row of the one after it.
+        for place, dim in ((hidden, 1), (hidden + 1, 0)):
+            matrices[place] = nn.Parameter(matrices[place].data.index_select(dim, units), requires_grad=False)
+            for moments in (self.first, self.second):
+                moments[3 * index + place] = moments[3 * index + place].index_select(dim, units)
+
+    def _networks(self) -> list[nn.Module]:
+        return [self.predictor.query, self.predictor.key]
+
+    def tensors(self) -> dict[str, Tensor]:
+        lists = {"first": self.first, "second": self.second, "zeros": self.zeros}
+        return {f"{name}.{index}": value for name, values in lists.items() for index, value in enumerate(values)} | {"running": self.running}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, values in (("first", self.first), ("second", self.second), ("zeros", self.zeros)):
+            values[:] = [tensors[f"{name}.{index}"].to(value.device) for index, value in enumerate(values)]
+        self.running = tensors["running"]
+
+
+def _causal_pairs(scores: Tensor) -> Tensor:
+    """Entries below the diagonal, `(blocks * (blocks - 1) / 2,)`."""
+    rows, columns = torch.tril_indices(*scores.shape, offset=-1, device=scores.device)
+    return scores[rows, columns]
+
+
+class PredictorTraining:
+    """Training of all predictors of a model, document by document; it can be saved and continued between any two.
+
+    Args:
+        backbone: A model with `SparseBackbone` among its bases.
+        documents: Documents in all, passes counted; the learning rate falls linearly to 0 over them after a short warmup.
+        steps: Optimizer steps of every layer on each document.
+        learning_rate: Peak learning rate.
+        prune_documents: Documents between two prunings; 0 never prunes.
+        prune_share: Share of tokens for which a removed unit was zero.
+    """
+
+    def __init__(
+        self, backbone: Any, documents: int, steps: int, learning_rate: float, prune_documents: int = 0, prune_share: float = 0.999
+    ) -> None:
+        self.backbone = backbone
+        self.documents = documents
+        self.steps = steps
+        self.learning_rate = learning_rate
+        self.prune_documents = prune_documents
+        self.prune_share = prune_share
+        self.done = 0
+        self.positions = PositionProfile(len(backbone.layers))
+        self._fits = [_LayerFit(layer.lemo_predictor) for layer in backbone.layers]
+
+    def fit(self, batch: dict[str, Any]) -> list[float]:
+        """Takes the optimizer steps on one batch; returns the layers' losses after all but the last of them."""
+        losses = [float("nan")] * len(self._fits)
+
+        def visit(found: LayerScores) -> None:
+            fit = self._fits[found.layer]
+            fit.observe(found)
+            for informativeness in found.informativeness():
+                self.positions.add(found.layer, informativeness)
+            for step in range(self.steps):
+                number = self.done * self.steps + step + 1
+                losses[found.layer] = fit.step(found, number, self._rate(number))
+
+        visit_layers(self.backbone, batch, visit)
+        self.done += 1
+        if self.prune_documents and self.done % self.prune_documents == 0:
+            for fit in self._fits:
+                fit.prune(self.prune_share)
+            record_predictor_sizes(self.backbone)
+        return losses
+
+    def _rate(self, number: int) -> float:
+        total = self.documents * self.steps
+        warmup = max(1.0, _WARMUP_SHARE * total)
+        return self.learning_rate * min(number / warmup, max(0.0, 1 - (number - 1) / total))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Optimizer state and statistics; the matrices themselves are the model's."""
+        tensors = {f"fit.{index}.{name}": value for index, fit in enumerate(self._fits) for name, value in fit.tensors().items()}
+        return tensors | {"positions.sums": self.positions.sums, "positions.counts": self.positions.counts}
+
+    def restore(self, tensors: dict[str, Tensor], done: int) -> None:
+        """Continues after `done` documents with what `tensors` gave then; the model's predictors must be those of then."""
+        for index, fit in enumerate(self._fits):
+            prefix = f"fit.{index}."
+            fit.restore({name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+        self.positions.sums, self.positions.counts = tensors["positions.sums"], tensors["positions.counts"]
+        self.done = done

@@ -85,14 +85,17 @@ def build_optimizers(model: Any, recipe: BaseModelRecipe) -> list[torch.optim.Op
     ]
 
 
+def run_progress(step: int, minutes: float, recipe: BaseModelRecipe) -> float:
+    """Fraction of the run that is over, by steps or by the clock, whichever is further."""
+    by_clock = 0.0 if recipe.max_minutes is None else minutes / recipe.max_minutes
+    return max(step / recipe.max_steps, by_clock)
+
+
 def learning_rate_factor(step: int, minutes: float, recipe: BaseModelRecipe) -> float:
     """Share of the peak learning rate at a step (0-based) after `minutes` of training: warmup, constant, linear decay."""
-    progress = step / recipe.max_steps
-    if recipe.max_minutes is not None:
-        progress = max(progress, minutes / recipe.max_minutes)
     warmup = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
-    decay = min(1.0, (1.0 - progress) / recipe.decay_share) if recipe.decay_share else 1.0
-    return max(0.0, min(warmup, decay))
+    left = 1.0 - run_progress(step, minutes, recipe)
+    return max(0.0, min(warmup, left / recipe.decay_share if recipe.decay_share else 1.0))
 
 
 class BaseModelTrainer:
@@ -106,9 +109,10 @@ class BaseModelTrainer:
     def __init__(self, recipe: BaseModelRecipe, documents: list[TextDocument] | None = None) -> None:
         self.recipe = recipe
         self.folder = Path(recipe.output_dir)
-        torch.set_num_threads(recipe.threads)
         # One single-threaded worker a core, taking microbatches from a queue: on a shared machine this loses far less
-        # than operators split over all cores, each of which waits for the slowest core.
+        # than operators split over all cores, each of which waits for the slowest core. Muon's many small products in
+        # the main thread slow down up to 60 times by such waiting and take little time on one core.
+        torch.set_num_threads(1)
         self.workers = ThreadPoolExecutor(recipe.threads, initializer=torch.set_num_threads, initargs=(1,))
         documents = python_sources(recipe.packages) if documents is None else documents
         train, held_out = split_documents(documents, recipe.held_out_share)
@@ -214,6 +218,9 @@ class BaseModelTrainer:
             optimizer.param_groups[0]["lr"] = peak * factor
         rows = self.stream.rows(self.step * recipe.batch_rows, recipe.batch_rows)
         microbatches = rows.split(recipe.micro_batch_rows)
+        if run_progress(self.step, self.minutes, recipe) < recipe.short_context_share:
+            short = recipe.short_context_length
+            microbatches = tuple(batch.unfold(1, short + 1, short).flatten(0, 1) for batch in microbatches)
         total = 0.0
         # Summed in the order of the rows, whichever worker ends first: the result is the same bit for bit.
         for loss, gradients in self.workers.map(self._gradients, microbatches):

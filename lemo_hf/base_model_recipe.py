@@ -36,6 +36,8 @@ class BaseModelRecipe:
         packages: Python packages to read, `stdlib` being the running interpreter's library.
         held_out_share: fraction of the files that is never trained on.
         batch_rows, micro_batch_rows: rows of `context_length` tokens a step, and a forward pass.
+        short_context_length, short_context_share: the first part of the run, as a share of it, sees rows cut to this
+            many tokens: attention over short rows is cheap, and long-range structure is learnt quickly afterwards.
         learning_rate: peak rate of Muon (root mean square of an update matched to AdamW's).
         embedding_learning_rate: peak rate of AdamW for embeddings and norms.
         max_steps, max_minutes: the end of training, whichever comes first; `None` for no limit by minutes.
@@ -59,8 +61,10 @@ class BaseModelRecipe:
     rope_theta: float = 10000.0
     batch_rows: int = 8
     micro_batch_rows: int = 1
-    learning_rate: float = 0.02
-    embedding_learning_rate: float = 0.005
+    short_context_length: int = 256
+    short_context_share: float = 0.5
+    learning_rate: float = 0.008
+    embedding_learning_rate: float = 0.004
     weight_decay: float = 0.1
     warmup_steps: int = 50
     max_steps: int = 4000
@@ -77,6 +81,12 @@ class BaseModelRecipe:
         if self.batch_rows % self.micro_batch_rows:
             raise LemoError(
                 f"batch_rows is not a multiple of micro_batch_rows; {self.batch_rows} and {self.micro_batch_rows}; change either"
+            )
+
+        if self.context_length % self.short_context_length:
+            raise LemoError(
+                f"context_length is not a multiple of short_context_length; {self.context_length} and "
+                f"{self.short_context_length}; change either"
             )
 
     @classmethod

@@ -60,9 +60,24 @@ DOCUMENTS = [TextDocument(f"file{i}", "".join(f"x{i} = {(i * j) % 97}\n" for j i
 
 
 def tiny_recipe(folder, **changes):
-    fields = {"held_out_share": 0.2, "vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    fields: dict = {
+        "held_out_share": 0.2,
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+    }
     fields |= {"head_dim": 16, "intermediate_size": 48, "context_length": 64, "batch_rows": 4, "micro_batch_rows": 2}
-    fields |= {"warmup_steps": 2, "max_steps": 8, "eval_every": 3, "eval_rows": 4, "threads": 1, "output_dir": str(folder)}
+    fields |= {
+        "short_context_length": 16,
+        "warmup_steps": 2,
+        "max_steps": 8,
+        "eval_every": 3,
+        "eval_rows": 4,
+        "threads": 1,
+        "output_dir": str(folder),
+    }
     return BaseModelRecipe(**(fields | {"export_dir": str(folder / "export")} | changes))
 
 
@@ -94,7 +109,6 @@ def test_worker_threads_change_nothing(tmp_path):
     assert one.evaluate(one.held_out) == three.evaluate(three.held_out)
     found = parameters(three)
     assert all(torch.equal(value, found[name]) for name, value in parameters(one).items())
-    torch.set_num_threads(1)
 
 
 def test_output_folder_of_another_run_and_broken_checkpoints_are_refused(tmp_path):

@@ -120,7 +120,7 @@ def test_bad_files_are_one_line(tmp_path, content, message):
 
 def test_file_that_is_not_utf8_names_the_byte(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(LemoError, match="not UTF-8 text; .*latin.txt' byte 3; "):
+    with pytest.raises(LemoError, match=r"not UTF-8 text; .*latin.txt' byte 3; "):
         text_file_documents([tmp_path / "latin.txt"])
 
 
@@ -134,7 +134,7 @@ def test_dataset_from_a_local_folder(tmp_path, monkeypatch):
     assert [document.text for document in found] == ["text 0", "text 1", "text 2"]
     with pytest.raises(LemoError, match=r"no text column 'text'; .* has \['body'\]; "):
         dataset_documents(str(tmp_path / "set"))
-    with pytest.raises(LemoError, match="cannot be loaded .*; check") as error:
+    with pytest.raises(LemoError, match=r"cannot be loaded .*; check") as error:
         dataset_documents(str(tmp_path / "set"), split="nothing")
     assert "\n" not in str(error.value)
 

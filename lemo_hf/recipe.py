@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # Given for a run, never written down with it.
 SECRET_FIELDS = ("hub_token",)
+# Say where things lie on one machine: nobody else's business, and no part of what was trained.
+LOCAL_FIELDS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name")
+PATH_FIELDS = ("model", "data_files", "held_out_files", "dataset", "predictors")
 
 
 @dataclass
@@ -37,7 +40,6 @@ class ModelFields:
         rope_type: How positions beyond the base model's context are reached; "checkpoint" leaves them as they are.
         rope_factor: How many times the context grows; null is seq_len divided by the base model's context.
         rope_theta: Base of the rotary frequencies; null is the checkpoint's own.
-        predictors_from: Folder of an earlier run on this base model whose predictors and thresholds to start from.
     """
 
     model: str
@@ -46,7 +48,6 @@ class ModelFields:
     rope_type: Literal["checkpoint", "linear", "yarn"] = "checkpoint"
     rope_factor: float | None = None
     rope_theta: float | None = None
-    predictors_from: str | None = None
 
 
 @dataclass
@@ -215,10 +216,28 @@ class Recipe:
                 f"training arguments are refused: {reason}; {self.name}; change these fields of the recipe"
             ) from error
 
-    def to_yaml(self) -> str:
-        """The recipe as a file that gives this run again; secrets are left out."""
-        values = {name: value for name, value in self.values.items() if name not in SECRET_FIELDS}
+    @property
+    def seed(self) -> int:
+        """Seed of the run: the trainer's."""
+        return int(self.values.get("seed", fields_of(sections()["Training"])["seed"].default))
+
+    def to_yaml(self, public: bool = False) -> str:
+        """The recipe as a file that gives this run again; secrets are left out.
+
+        Args:
+            public: Leave out local folders too and cut local paths down to their names, for a model card.
+        """
+        hidden = (*SECRET_FIELDS, *LOCAL_FIELDS) if public else SECRET_FIELDS
+        values = {name: value for name, value in self.values.items() if name not in hidden}
+        if public:
+            values |= {name: _without_folders(values[name]) for name in PATH_FIELDS if name in values}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=130)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return Path(value).name if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()) else value
 
 
 def read_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:

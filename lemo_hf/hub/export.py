@@ -1,15 +1,12 @@
 """The two files that lie beside a PEFT adapter, and how they come back.
 
-`lemo_predictors.safetensors` holds every layer's pattern predictor, float32, under `layers.<i>.query.matrices.<j>` and
-`layers.<i>.key.matrices.<j>`. `lemo_config.json` holds the `lemo` block (thresholds and pruned predictor sizes included) and
-under `base_config` the fields in which the trained model's config departs from its base checkpoint's: whoever loads the adapter
-on the stock model has to pass them (RoPE scaling above all), or every position beyond the old context is wrong.
-
-Files appear by a rename, so a reader finds the old file or the new one, never half of one.
+`lemo_predictors.safetensors` holds every layer's pattern predictor. `lemo_config.json` holds the `lemo` block (thresholds and
+pruned predictor sizes included) and, as `base_config`, the fields of the base model's config that a longer context changes:
+whoever loads the adapter on the stock model has to pass them (RoPE scaling above all), or every position is another one than the
+adapter learned, and a PEFT adapter has no place for them.
 """
 
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,18 +14,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LemoError
 from ..models.lemo_config import LemoConfig, LemoConfigError
-from ..models.pattern_predictor import PatternPredictor
+from ..models.sparse_decoder import sparse_backbone
+from ..training.predictor_files import (
+    CONFIG_FILE,
+    PREDICTORS_FILE,
+    load_predictors,
+    predictor_tensors,
+    read_json,
+    record_predictor_sizes,
+    write_json,
+    write_tensors,
+)
 
-PREDICTORS_FILE = "lemo_predictors.safetensors"
-CONFIG_FILE = "lemo_config.json"
-# Config fields that fine-tuning for a longer context changes and that a PEFT adapter does not carry.
+BASE_CONFIG = "base_config"
+# What fine-tuning for a longer context changes in the base model's config. Reading sets these fields and no others.
 CONTEXT_FIELDS = ("rope_parameters", "max_position_embeddings")
 
 
@@ -39,62 +43,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(descriptor)
     partial = Path(name)
+    partial.chmod(0o644)  # mkstemp makes files private; results are for others too
     try:
         yield partial
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes files private; results are as readable as their folder
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_json(values: Any, path: str | Path) -> None:
-    """Writes `values` as indented JSON, atomically."""
-    with atomic_path(path) as partial:
-        partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def predictor_layers(model: nn.Module) -> list[Any]:
-    """The decoder layers that carry a pattern predictor, first to last, wrapped by PEFT or not.
-
-    Raises:
-        LemoError: If there is none.
-    """
-    # By what the layers have, not by class: a model that came as remote code has classes of its own.
-    layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "lemo_predictor", None), nn.Module)]
-    if not layers:
-        raise LemoError(
-            f"the model has no pattern predictors; {type(model).__name__}; load it with AutoLemoModelForCausalLM.from_pretrained"
-        )
-    return sorted(layers, key=lambda layer: layer.layer_idx)
-
-
-def lemo_block(model: nn.Module) -> LemoConfig:
-    """The model's `LemoConfig`, which all its layers share.
-
-    Raises:
-        LemoError: If the model's config has no `lemo` block.
-    """
-    block = getattr(getattr(model, "config", None), "lemo", None)
-    if block is None:
-        raise LemoError(
-            f"the model's config has no lemo block; {type(model).__name__}; load it with AutoLemoModelForCausalLM.from_pretrained"
-        )
-    return block
-
-
-def predictor_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every predictor parameter of `model` under its name in `lemo_predictors.safetensors`, float32 on the CPU."""
-    return {
-        f"layers.{index}.{name}": value.detach().to("cpu", torch.float32).contiguous()
-        for index, layer in enumerate(predictor_layers(model))
-        for name, value in layer.lemo_predictor.state_dict().items()
-    }
 
 
 def context_config(model: nn.Module) -> dict[str, Any]:
@@ -105,126 +59,94 @@ def context_config(model: nn.Module) -> dict[str, Any]:
 
 
 def save_lemo_files(model: nn.Module, folder: str | Path) -> None:
-    """Writes `lemo_predictors.safetensors` and `lemo_config.json` into `folder`, beside the adapter.
+    """Writes `lemo_predictors.safetensors` and `lemo_config.json` into `folder`, each whole or not at all.
 
     Args:
         model: A LeMo model, wrapped by PEFT or not.
         folder: Created if it does not exist.
 
     Raises:
-        LemoError: If `model` is no LeMo model.
+        LemoConfigError: If `model` is no LeMo model.
     """
-    block = lemo_block(model)
-    tensors = predictor_tensors(model)
-    sizes = [layer.lemo_predictor.sizes for layer in predictor_layers(model)]
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {"lemo": {**block.to_dict(), "predictor_sizes": sizes}, "base_config": context_config(model)}
-    with atomic_path(folder / PREDICTORS_FILE) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
-    write_json(values, folder / CONFIG_FILE)
+    backbone: Any = sparse_backbone(model)
+    record_predictor_sizes(backbone)
+    block = backbone.config.lemo.to_dict()
+    write_tensors(Path(folder) / PREDICTORS_FILE, predictor_tensors(backbone), {"format": "pt"})
+    write_json(Path(folder) / CONFIG_FILE, {**block, BASE_CONFIG: context_config(model)})
 
 
-def read_lemo_config(folder: str | Path) -> tuple[LemoConfig, dict[str, Any]]:
-    """The `lemo` block and the `base_config` of `folder`'s `lemo_config.json`.
+def read_lemo_files(folder: str | Path) -> tuple[LemoConfig, dict[str, Any]]:
+    """The `lemo` block in `folder`, and the config fields to load the base model with.
 
     Raises:
-        LemoError: If the file is missing or is not what `save_lemo_files` writes.
+        LemoError: If `lemo_config.json` is missing or holds anything else.
     """
     path = Path(folder) / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LemoError(f"{CONFIG_FILE} is missing; {str(folder)!r}; give the folder of a LeMo run's adapter") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LemoError(f"{CONFIG_FILE} is not JSON ({error}); {str(path)!r}; restore it from the run, or train again") from error
-    if not isinstance(values, dict) or not isinstance(values.get("lemo"), dict):
-        raise LemoError(f"{CONFIG_FILE} has no lemo block; {str(path)!r}; restore it from the run, or train again")
-    base_config = values.get("base_config", {})
+    values = read_json(path)
+    base_config = values.pop(BASE_CONFIG, {})
     if not isinstance(base_config, dict) or not set(base_config) <= set(CONTEXT_FIELDS):
-        # Nothing else may be set through this file: a config from outside must not reach arbitrary fields.
-        raise LemoError(f"base_config may hold {', '.join(CONTEXT_FIELDS)} only; {str(path)!r}; restore the file from the run")
-    return LemoConfig.from_dict(values["lemo"]), base_config
+        raise LemoError(f"{BASE_CONFIG} may hold {', '.join(CONTEXT_FIELDS)} only; {str(path)!r}; restore the file from its run")
+    try:
+        return LemoConfig.from_dict(values), base_config
+    except LemoConfigError as error:
+        raise LemoError(str(error)) from error
 
 
-def load_lemo_files(model: nn.Module, folder: str | Path, settings: bool = True) -> None:
-    """Puts the predictors of `folder` into `model`, in place. Nothing is changed unless everything fits.
+def load_lemo_files(model: nn.Module, folder: str | Path) -> None:
+    """Gives `model` the predictors, the thresholds and the other settings in `folder`; on an error it is unchanged.
 
     Args:
         model: A LeMo model, wrapped by PEFT or not.
         folder: Where `save_lemo_files` wrote.
-        settings: Also take the saved `lemo` block as the model's; `False` takes predictors and thresholds only, and leaves
-            the model's own keep ratio, selection and so on.
 
     Raises:
         LemoError: If a file is missing, corrupt or does not fit the model. Shapes are compared before anything is allocated.
+        LemoConfigError: If `model` is no LeMo model.
     """
-    block = lemo_block(model)
-    layers = predictor_layers(model)
-    saved, _ = read_lemo_config(folder)
-    path = Path(folder) / PREDICTORS_FILE
-    config: Any = model.config
-    hidden_size = int(config.hidden_size)
-    sizes = saved.predictor_sizes or [[saved.predictor_rank] * 4] * len(layers)
-    if len(sizes) != len(layers):
-        raise _misfit(path, f"they are for {len(sizes)} layers, the model has {len(layers)}")
-    expected: dict[str, tuple[int, int]] = {}
-    for index, four in enumerate(sizes):
-        expected |= _predictor_shapes(index, four, hidden_size, saved.predictor_features, path)
-    tensors = _read_tensors(path, expected)
-
-    predictors = []
+    backbone: Any = sparse_backbone(model)
+    block, _ = read_lemo_files(folder)
+    check_predictor_shapes(Path(folder) / PREDICTORS_FILE, block, len(backbone.layers), backbone.config.hidden_size)
+    settings = {**block.to_dict(), "predictor_sizes": backbone.config.lemo.predictor_sizes}
+    before = backbone.config.lemo.to_dict()
+    backbone.config.lemo.update(**settings)
     try:
-        for index in range(len(layers)):
-            predictor = PatternPredictor.from_config(saved, hidden_size, index)
-            prefix = f"layers.{index}."
-            predictor.load_state_dict({name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)})
-            predictors.append(predictor)
-        names = saved.to_dict() if settings else ("thresholds", "predictor_sizes", "predictor_rank", "predictor_features")
-        changes = {name: getattr(saved, name) for name in names}
-        trial = LemoConfig.from_dict({**block.to_dict(), **changes})
-        trial.validate_for(len(layers))
-    except LemoConfigError as error:
-        raise LemoError(str(error)) from error
-    for layer, predictor in zip(layers, predictors, strict=True):
-        device = next(layer.lemo_predictor.parameters()).device
-        layer.lemo_predictor = predictor.to(device)
-    block.update(**changes)
+        load_predictors(backbone, folder)
+    except LemoError:
+        backbone.config.lemo.update(**before)
+        raise
 
 
-def _predictor_shapes(index: int, sizes: list[int], hidden_size: int, features: int, path: Path) -> dict[str, tuple[int, int]]:
-    if len(sizes) != 4 or not all(isinstance(size, int) and 0 < size <= hidden_size for size in sizes):
-        raise _misfit(path, f"layer {index} has widths {sizes}, the model's hidden_size is {hidden_size}")
-    shapes = {}
-    for name, (first, second) in (("query", sizes[:2]), ("key", sizes[2:])):
-        widths = (hidden_size, first, second, features)
-        for matrix, shape in enumerate(itertools.pairwise(widths)):
-            shapes[f"layers.{index}.{name}.matrices.{matrix}"] = shape
-    return shapes
+def check_predictor_shapes(path: Path, block: LemoConfig, layers: int, hidden_size: int) -> None:
+    """Compares the header of a predictor file with what the block and the model need, without reading a tensor.
 
-
-def _read_tensors(path: Path, expected: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    Raises:
+        LemoError: If they do not fit, or the file is missing, corrupt or truncated.
+    """
     if not path.is_file():
-        raise LemoError(
-            f"predictors are missing; {str(path)!r}; give the folder of a LeMo run, or train without it to make new ones"
-        )
+        raise LemoError(f"predictors are missing; {str(path)!r}; name a folder that a LeMo run saved, or train predictors")
     try:
-        with safe_open(path, framework="pt") as file:
-            found = set(file.keys())
-            for name in sorted(expected.keys() | found):
-                if name not in found:
-                    raise _misfit(path, f"{name} is missing")
-                if name not in expected:
-                    raise _misfit(path, f"{name} belongs to no layer of the model")
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != expected[name]:
-                    raise _misfit(path, f"{name} has shape {shape}, the model needs {expected[name]}")
-            return {name: file.get_tensor(name) for name in expected}
+        block.validate_for(layers)
+        with safe_open(path, framework="pt") as stored:
+            found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    except LemoConfigError as error:
+        raise _misfit(path, str(error)) from error
     except SafetensorError as error:
         reason = " ".join(str(error).split())
         raise LemoError(
-            f"predictor file is corrupt or truncated ({reason}); {str(path)!r}; copy it again, or train without it to make new ones"
+            f"predictor file is corrupt or truncated ({reason}); {str(path)!r}, {path.stat().st_size} bytes; "
+            "copy it again, or train predictors"
         ) from error
+    needed: dict[str, tuple[int, int]] = {}
+    for layer, sizes in enumerate(block.predictor_sizes or [[block.predictor_rank] * 4] * layers):
+        if len(sizes) != 4 or not all(isinstance(size, int) and 0 < size <= hidden_size for size in sizes):
+            raise _misfit(path, f"layer {layer} has widths {sizes}, the model's hidden_size is {hidden_size}")
+        for name, hidden in (("query", sizes[:2]), ("key", sizes[2:])):
+            widths = (hidden_size, *hidden, block.predictor_features)
+            for index, shape in enumerate(itertools.pairwise(widths)):
+                needed[f"layers.{layer}.{name}.matrices.{index}"] = shape
+    for name in sorted(needed.keys() | found.keys()):
+        if found.get(name) != needed.get(name):
+            raise _misfit(path, f"{name} is {found.get(name, 'missing')}, the model needs {needed.get(name, 'no such tensor')}")
 
 
 def _misfit(path: Path, fact: str) -> LemoError:

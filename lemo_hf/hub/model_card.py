@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from ..errors import LemoError
+from ..evaluation.perplexity import Perplexity, paired_difference
 from ..profiling.provenance import provenance
 from .export import atomic_path
 
@@ -32,14 +33,28 @@ class Interval:
 
     Args:
         value: Perplexity per token.
-        low, high: Ends of the interval.
+        low, high: Ends of the interval; `None` where one document alone was measured.
         tokens: Tokens it was measured on.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     tokens: int
+
+    @classmethod
+    def of(cls, measured: Perplexity) -> "Interval":
+        """The perplexity `measured` with its interval over documents."""
+        if len(measured.token_counts) < 2:
+            return cls(measured.perplexity, None, None, measured.tokens)
+        # Its difference to a model that predicts every token with certainty, paired by document, is the perplexity less 1.
+        certain = Perplexity((0.0,) * len(measured.token_counts), measured.token_counts)
+        difference = paired_difference(certain, measured)
+        return cls(measured.perplexity, 1 + difference.low / 100, 1 + difference.high / 100, measured.tokens)
+
+    def __str__(self) -> str:
+        between = "one document, so no interval" if self.low is None else f"95 % interval {self.low:.3f} to {self.high:.3f}"
+        return f"{self.value:.3f} ({between}; {self.tokens} tokens)"
 
 
 @dataclass

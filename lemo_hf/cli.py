@@ -1,0 +1,173 @@
+"""The `lemo` command.
+
+Bad input of any kind ends in one line on stderr, `fact; value; fix`, and exit code 2.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperCommand
+
+from .errors import LemoError
+from .models.lemo_config import LemoConfigError
+
+app = typer.Typer(
+    help="Long-context LoRA fine-tuning that leaves uninformative tokens out of each layer's computation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: it reads the same in a pipe, a log and a narrow terminal
+)
+
+
+@app.callback()
+def _lemo() -> None:
+    """Long-context LoRA fine-tuning that leaves uninformative tokens out of each layer's computation."""
+
+
+class _TrainCommand(TyperCommand):
+    """Adds the recipe's fields to the help; they are read from dataclasses whose import takes seconds."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from .recipe import describe_fields
+
+        super().format_epilog(ctx, formatter)
+        formatter.write(f"\nRecipe fields, in the file as `field: value` and here as `--field value`:\n\n{describe_fields()}\n")
+
+
+@app.command(cls=_TrainCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="Flat YAML file, one `field: value` a line.", show_default=False)],
+) -> None:
+    """Fine-tune a model as a recipe says.
+
+    Any field of the recipe can be overridden: --field value, or --field=value. A list is written with commas or as [a, b].
+
+    \b
+    Examples:
+      lemo train recipes/llama_4m_python_4096.yaml
+      lemo train recipes/llama_4m_python_4096.yaml --keep_ratio 0.3 --output_dir outputs/r03
+      lemo train recipes/llama_4m_python_4096.yaml --resume_from_checkpoint last
+
+    \b
+    Writes to output_dir (outputs/<recipe's name> if not given):
+      adapter_model.safetensors, adapter_config.json   the PEFT adapter; loads without lemo_hf
+      lemo_predictors.safetensors, lemo_config.json    for going on with LeMo from here
+      README.md                                        the model card; what you add to it stays
+      results.json, recipe.yaml                        what was measured; what gives this run again
+    """  # noqa: D301 (\b is for the help formatter)
+    from .recipe import read_recipe
+    from .recipe_run import run_recipe
+
+    checked = read_recipe(recipe, _overrides(context.args))
+    results = run_recipe(checked)
+    for label, measured in (("before", results.perplexity_before), ("after", results.perplexity_after)):
+        if measured is not None:
+            typer.echo(f"dense perplexity {label}: {measured}")
+    typer.echo(f"{results.steps} steps in {results.train_seconds:.0f} s; adapter and card in {checked.output_dir}")
+
+
+@app.command()
+def eval(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model or adapter.", show_default=False)],
+    data: Annotated[list[str] | None, typer.Option(help="Text or .jsonl file, or a folder of them; may be repeated.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Id of a data set, instead of --data.")] = None,
+    dataset_config: Annotated[str | None, typer.Option(help="Its configuration.")] = None,
+    split: Annotated[str, typer.Option(help="Its split.")] = "test",
+    python: Annotated[
+        list[str] | None, typer.Option(help="Installed Python package, instead of --data; may be repeated.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Column or JSONL field that holds the text.")] = "text",
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a sample; the model's context, at most 4096, if not given.")
+    ] = None,
+    layout: Annotated[
+        Literal["packed", "windows"], typer.Option(help="packed: documents one after the other; windows: one document a sample.")
+    ] = "packed",
+    max_samples: Annotated[int, typer.Option(help="Samples at most.", min=1)] = 32,
+    sparse: Annotated[bool, typer.Option("--sparse", help="Also the sparse forward's perplexity, which is optimistic.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the results here as JSON too.")] = None,
+) -> None:
+    """Perplexity of a model or adapter on text.
+
+    The number that counts is the dense one: ordinary attention over every token, as the model is served. --sparse adds that of
+    the training-time forward. It is optimistic, because a block is kept for what later tokens see in it, and is labelled so.
+    The interval is a 95 % confidence interval over documents.
+
+    \b
+    Examples:
+      lemo eval outputs/llama_4m_python_4096 --python accelerate
+      lemo eval outputs/llama_4m_python_4096 --data notes.txt --data more/ --seq-len 2048 --sparse
+      lemo eval meta-llama/Meta-Llama-3-8B --dataset emozilla/pg19 --split test --seq-len 8192
+    """  # noqa: D301
+    from .evaluation.perplexity import dense_perplexity, sparse_perplexity
+    from .hub.model_card import Interval
+    from .loading import load_saved_model
+    from .profiling.provenance import provenance
+    from .recipe import DataFields
+    from .recipe_run import read_documents
+    from .text_data import PackedDocuments, pack_documents
+    from .training.predictor_files import write_json
+
+    text = DataFields(
+        seq_len=seq_len or 0,
+        data_files=data,
+        dataset=dataset,
+        dataset_config=dataset_config,
+        dataset_split=split,
+        python_packages=python,
+        text_field=text_field,
+    )
+    documents = read_documents(text)
+    loaded, tokenizer = load_saved_model(model, sparse)
+    context = loaded.config.max_position_embeddings
+    length = seq_len or min(context, 4096)
+    if length > context:
+        raise LemoError(f"seq_len {length} is longer than the model's context of {context}; {model!r}; lower --seq-len")
+    samples = pack_documents(tokenizer, documents, length, layout)
+    samples = PackedDocuments(samples.samples[:max_samples], length)
+    measured = {"dense": Interval.of(dense_perplexity(loaded, samples, description="dense"))}
+    typer.echo(f"dense perplexity at {length} tokens: {measured['dense']}")
+    if sparse:
+        measured["sparse"] = Interval.of(sparse_perplexity(loaded, samples, description="sparse"))
+        typer.echo(f"sparse-forward perplexity, optimistic (selection looks ahead): {measured['sparse']}")
+    if output is not None:
+        figures = {f"{form}_perplexity": dataclasses.asdict(result) for form, result in measured.items()}
+        values = {"model": model, "data": text.source, "seq_len": length, "layout": layout, **figures, "provenance": provenance()}
+        write_json(output, values)
+
+
+def _overrides(arguments: list[str]) -> dict[str, str]:
+    """`--field value` and `--field=value` pairs."""
+    found: dict[str, str] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        name, given, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not name:
+            raise LemoError(f"unexpected argument; {argument!r}; write overrides as --field value")
+        if not given:
+            following = next(rest, None)
+            if following is None or (following.startswith("--") and len(following) > 2):
+                raise LemoError(f"override has no value; {argument!r}; write {argument} value")
+            value = following
+        if name in found:
+            raise LemoError(f"override is given twice; {name!r}; give it once")
+        found[name] = value
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; bad input exits with code 2 after one line on stderr."""
+    try:
+        app(args=arguments)
+    except (LemoError, LemoConfigError) as error:
+        print(f"lemo: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

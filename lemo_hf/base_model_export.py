@@ -116,7 +116,7 @@ def measure(trainer: BaseModelTrainer, folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     recipe = trainer.recipe
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     rows = trainer.held_out
     per_token = losses(model, rows)
     targets = int((rows[:, 1:] != -100).sum())
@@ -138,6 +138,8 @@ def measure(trainer: BaseModelTrainer, folder: Path) -> dict[str, Any]:
         twice = losses(model, torch.cat([once, once], dim=1))
         copies[name] = {"first_copy_loss": twice[:, : half - 1].mean().item(), "second_copy_loss": twice[:, half:].mean().item()}
 
+    model.set_attn_implementation("eager")  # the only one that returns attention weights
+    structure = attention_structure(model, full[:4, :-1])
     stream = torch.cat(trainer.stream.documents).numpy()
     documents = [document.numpy() for document in trainer.held_out_documents]
     seen = trainer.step * recipe.batch_rows * recipe.context_length
@@ -162,7 +164,7 @@ def measure(trainer: BaseModelTrainer, folder: Path) -> dict[str, Any]:
         "five_gram_perplexity": ngram_perplexity(stream, documents, 5, recipe.vocab_size),
         "loss_by_context": by_context,
         **copies,
-        **attention_structure(model, full[:4, :-1]),
+        **structure,
         "history": trainer.history,
     }
 

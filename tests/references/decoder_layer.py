@@ -10,6 +10,10 @@ def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rows * cos[:, None] + turned * sin[:, None]
 
 
+def normalise(norm, rows: Tensor) -> Tensor:
+    return norm.weight * rows * (rows.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+
 def probabilities(scores: Tensor) -> Tensor:
     """Causal softmax of `(heads, rows, rows)`."""
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
@@ -42,11 +46,11 @@ def lemo_layer(layer, hidden: Tensor, cos: Tensor, sin: Tensor, kept: Tensor, fo
     """
     attention = layer.self_attn
     if form == "sparse":
-        query, key, value = heads_of(attention, layer.input_layernorm(hidden[kept]), cos[kept], sin[kept])
+        query, key, value = heads_of(attention, normalise(layer.input_layernorm, hidden[kept]), cos[kept], sin[kept])
         mixed = probabilities(query @ key.mT * attention.scaling) @ value
         update = torch.zeros_like(hidden).index_put((kept,), attention.o_proj(mixed.transpose(0, 1).flatten(1)))
     else:
-        query, key, value = heads_of(attention, layer.input_layernorm(hidden), cos, sin)
+        query, key, value = heads_of(attention, normalise(layer.input_layernorm, hidden), cos, sin)
         scores = query @ key.mT * attention.scaling
         # Pairs with a key that is not kept: their probabilities are right, but nothing flows back through them.
         scores = torch.where(kept[None, None, :], scores, scores.detach())
@@ -55,5 +59,5 @@ def lemo_layer(layer, hidden: Tensor, cos: Tensor, sin: Tensor, kept: Tensor, fo
         mixed = torch.where(kept[None, :, None], mixed, mixed.detach()).transpose(0, 1).flatten(1)
         update = torch.where(kept[:, None], attention.o_proj(mixed), attention.o_proj(mixed).detach())
     middle = hidden + update
-    feed_forward = layer.mlp(layer.post_attention_layernorm(middle))
+    feed_forward = layer.mlp(normalise(layer.post_attention_layernorm, middle))
     return middle + torch.where(kept[:, None], feed_forward, feed_forward.detach())

@@ -1,0 +1,311 @@
+import contextlib
+
+import pytest
+import torch
+from references.decoder_layer import lemo_layer
+from references.tiny_models import (
+    add_lora,
+    assert_same_gradients,
+    lemo_model,
+    loss_and_gradients,
+    place,
+    random_tokens,
+    stock_model,
+    trainable_gradients,
+)
+from torch import nn
+
+from lemo_hf.models.lemo_config import LemoConfigError
+from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone, sparse_evaluation
+from lemo_hf.models.token_elimination import find_documents, selection_of_blocks
+
+FORMS = ["sparse", "exact"]
+
+
+def layer_under_test(lora, form, checkpoint, lengths=(11, 1, 19, 8), block_size=4, seed=3):
+    """One float64 layer, its input and a fixed selection over left-padded documents; the last row is padding only."""
+    model = lemo_model(
+        stock_model(num_hidden_layers=1), lora, attention_forward=form, checkpoint=checkpoint, block_size=block_size
+    )
+    backbone = sparse_backbone(model.double())
+    rows, width = len(lengths) + 1, max(lengths) + 2
+    mask = torch.zeros(rows, width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, width - length :] = 1
+    documents = find_documents(rows, width, block_size, torch.device("cpu"), attention_mask=mask)
+    generator = torch.Generator().manual_seed(seed)
+    marks = torch.rand(sum(documents.block_counts), generator=generator) < 0.5
+    for part in documents.split_blocks(marks):
+        part[0] = part[-1] = True
+    assert 0 < marks.sum() < len(marks)
+    hidden = torch.randn(rows, width, 32, generator=generator, dtype=torch.float64, requires_grad=True)
+    positions = torch.arange(width)[None]
+    rotary = backbone.rotary_emb(hidden, position_ids=positions)
+    batch = SparseBatch(documents, backbone.config.lemo, 1, 0, selections={0: selection_of_blocks(marks, documents)})
+    return backbone.layers[0], hidden, rotary, batch
+
+
+def slowly(layer, hidden, rotary, batch, form):
+    """The layer document by document with the slow reference; rows of no document pass unchanged."""
+    flat = hidden.flatten(0, 1)
+    cos, sin = (part.expand(hidden.shape[0], -1, -1).flatten(0, 1) for part in rotary)
+    kept = torch.zeros(flat.shape[0], dtype=torch.bool)
+    kept[batch.selections[0].kept_rows] = True
+    output = flat
+    for start, length in zip(batch.documents.starts, batch.documents.lengths, strict=True):
+        span = torch.arange(start, start + length)
+        output = output.index_copy(0, span, lemo_layer(layer, flat[span], cos[span], sin[span], kept[span], form))
+    return output.view_as(hidden)
+
+
+@pytest.mark.parametrize("lora", [None, {}, {"targets": ["q_proj", "up_proj"]}], ids=["full", "all-linear", "some"])
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_equals_the_slow_reference_with_all_its_gradients(form, checkpoint, lora):
+    layer, hidden, rotary, batch = layer_under_test(lora, form, checkpoint)
+    weights = {name: weight for name, weight in layer.named_parameters() if weight.requires_grad}
+    upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    wanted = slowly(layer, hidden, rotary, batch, form)
+    wanted_grads = torch.autograd.grad(wanted, [hidden, *weights.values()], upstream)
+    got = layer.sparse_forward(hidden, rotary, batch)
+    got_grads = torch.autograd.grad(got, [hidden, *weights.values()], upstream)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
+    for name, mine, reference in zip(["input", *weights], got_grads, wanted_grads, strict=True):
+        assert reference.abs().max() > 1e-3, name
+        torch.testing.assert_close(mine, reference, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+def test_a_layer_whose_input_needs_no_gradient_trains_its_weights(form, checkpoint):
+    layer, hidden, rotary, batch = layer_under_test({}, form, checkpoint)
+    weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    wanted = torch.autograd.grad(layer.sparse_forward(hidden, rotary, batch).square().sum(), weights)
+    got = torch.autograd.grad(layer.sparse_forward(hidden.detach(), rotary, batch).square().sum(), weights)
+    for mine, reference in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_the_sparse_layer_passes_gradcheck():
+    layer, hidden, rotary, batch = layer_under_test({}, "sparse", "none", lengths=(5, 13), block_size=2)
+    layer.mlp.requires_grad_(False)
+    # Rest rows' MLP output is a constant to backward by design: without it, the layer is a plain function.
+    layer.feed_forward = lambda rows: torch.zeros_like(rows)
+    small = hidden.detach()[:, -6:].clone()[:2].requires_grad_()
+    documents = find_documents(2, 6, 2, small.device)
+    marks = torch.tensor([True, False, True, True, False, True])
+    batch = SparseBatch(documents, batch.config, 1, 0, selections={0: selection_of_blocks(marks, documents)})
+    assert torch.autograd.gradcheck(lambda stream: layer.sparse_forward(stream, tuple(p[:, :6] for p in rotary), batch), (small,))
+
+
+def saved_tensors(compute, parameters):
+    """Every tensor that autograd saves while `compute` runs, parameters aside."""
+    kept = []
+    known = {weight.untyped_storage().data_ptr() for weight in parameters}
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = compute()
+    return result, kept
+
+
+def run_layer(form, checkpoint, keep_ratio, dtype=torch.float32):
+    stock = stock_model(num_hidden_layers=1).to(dtype)
+    model = lemo_model(stock, {}, attention_forward=form, checkpoint=checkpoint, keep_ratio=keep_ratio, block_size=8)
+    backbone = sparse_backbone(model)
+    documents = find_documents(2, 61, 8, torch.device("cpu"))
+    batch = SparseBatch(documents, backbone.config.lemo, 1, 0)
+    hidden = torch.randn(2, 61, 32).to(dtype).requires_grad_()
+    rotary = backbone.rotary_emb(hidden, position_ids=torch.arange(61)[None])
+    parameters = list(model.parameters())
+    # The result is held: what it saved must live for as long as the storages are compared.
+    result, saved = saved_tensors(lambda: backbone.layers[0].sparse_forward(hidden, rotary, batch), parameters)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    return result, saved, storages, batch.selections[0].kept_rows.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_saves_kept_rows_and_nothing_of_the_whole_stream(form, checkpoint, dtype):
+    _, saved, _, kept = run_layer(form, checkpoint, 0.5, dtype)
+    assert kept < 0.6 * 2 * 61
+    assert saved
+    for tensor in saved:
+        assert tensor.shape[0] == kept, tuple(tensor.shape)
+        # Not a view of something longer either.
+        rows_in_storage = tensor.untyped_storage().nbytes() / (tensor.nbytes / kept)
+        assert rows_in_storage <= kept, tuple(tensor.shape)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_bytes_are_a_constant_per_kept_row(form, checkpoint):
+    per_row = []
+    for keep_ratio in (0.25, 0.5, 1.0):
+        _, _, storages, kept = run_layer(form, checkpoint, keep_ratio)
+        per_row.append(sum(storages.values()) / kept)
+    # Index tensors aside, which a dense layer shares.
+    assert max(per_row) - min(per_row) <= 24
+
+
+def test_kept_row_checkpointing_saves_what_the_documentation_says():
+    row, head_rows = 32 * 4, 4 * 4
+    for form, wanted in (("sparse", row), ("exact", 2 * row + head_rows)):
+        _, _, storages, kept = run_layer(form, "kept_rows", 0.5)
+        assert sum(storages.values()) == kept * wanted, form
+
+
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+VARIANTS = {
+    "lora": {},
+    "full": {"lora": None},
+    "dropout": {"lora": {"lora_dropout": 0.4}},
+    "autocast": {"context": autocast},
+    "autocast_dropout": {"lora": {"lora_dropout": 0.4}, "context": autocast},
+    "bf16_base": {"dtype": torch.bfloat16},
+    "input_gradients": {"inputs": True},
+    "hidden_states": {"extra": {"output_hidden_states": True}},
+    "true_scores_dropout": {"lora": {"lora_dropout": 0.4}, "lemo": {"selection": "ratio", "score_source": "true"}},
+    "true_scores_autocast": {"context": autocast, "lemo": {"selection": "ratio", "score_source": "true"}},
+    "dense_layer": {"lemo": {"dense_layers": [0]}},
+}
+
+
+def train_once(form, variant, checkpoint, stock_checkpointing=None):
+    settings = VARIANTS[variant]
+    stock = stock_model().to(settings.get("dtype", torch.float32))
+    lemo = {"attention_forward": form, "checkpoint": checkpoint, "keep_ratio": 0.4, **settings.get("lemo", {})}
+    model = lemo_model(stock, settings.get("lora", {}), **lemo)
+    if stock_checkpointing is not None:
+        model.activation_checkpointing_enable({"use_reentrant": stock_checkpointing})
+    if settings.get("inputs") or stock_checkpointing:
+        model.enable_input_require_grads()
+    batch = place([random_tokens(length, length) for length in (37, 50, 9)], "right").batch
+    torch.manual_seed(13)
+    with settings.get("context", contextlib.nullcontext)():
+        loss = model(**batch, **settings.get("extra", {})).loss
+    loss.backward()
+    return loss.detach(), trainable_gradients(model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_no_way_of_checkpointing_changes_a_gradient(form, variant):
+    loss, wanted = train_once(form, variant, "none")
+    full = VARIANTS[variant].get("lora", {}) is None
+    assert len(wanted) == (2 * 9 + 3 if full else 2 * 7 * 2)
+    for checkpoint, stock_checkpointing in (
+        ("kept_rows", None),
+        ("none", False),
+        ("none", True),
+        ("kept_rows", False),
+        ("kept_rows", True),
+    ):
+        got_loss, got = train_once(form, variant, checkpoint, stock_checkpointing)
+        assert torch.equal(got_loss, loss), (checkpoint, stock_checkpointing)
+        # Dropout drawn anew, or a selection made anew, would be off by far more than rounding.
+        largest = max(grad.abs().max().item() for grad in wanted.values())
+        assert_same_gradients(got, wanted, rtol=1e-5, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_two_backward_passes_add_up(form, checkpoint):
+    model = lemo_model(stock_model(), {}, attention_forward=form, checkpoint=checkpoint)
+    tokens = random_tokens(50, 1)[None]
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward(retain_graph=True)
+    once = trainable_gradients(model)
+    loss.backward()
+    assert_same_gradients(trainable_gradients(model), {name: 2 * grad for name, grad in once.items()}, rtol=1e-6)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_two_forwards_before_their_backwards(form, checkpoint):
+    """Nothing of a forward lives in the model: another one in between does not disturb its backward."""
+    model = lemo_model(stock_model(), {}, attention_forward=form, checkpoint=checkpoint, selection="ratio")
+    first, second = random_tokens(50, 1)[None], random_tokens(33, 2)[None]
+    _, wanted = loss_and_gradients(model, {"input_ids": first, "labels": first})
+    model.zero_grad()
+    loss = model(input_ids=first, labels=first).loss
+    model(input_ids=second, labels=second)
+    loss.backward()
+    assert_same_gradients(trainable_gradients(model), wanted)
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_recorded_hidden_states_are_what_each_layer_gave(form, checkpoint, inputs):
+    model = lemo_model(stock_model(), {}, attention_forward=form, checkpoint=checkpoint)
+    if inputs:
+        model.enable_input_require_grads()
+    backbone = sparse_backbone(model)
+    seen = []
+    for module in (backbone.embed_tokens, *backbone.layers[:-1], backbone.norm):
+        module.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    tokens = random_tokens(40, 1)[None]
+    output = model(input_ids=tokens, labels=tokens, output_hidden_states=True)
+    output.loss.backward()
+    assert len(output.hidden_states) == 3
+    for recorded, copied in zip(output.hidden_states, seen, strict=True):
+        assert torch.equal(recorded, copied)
+
+
+def test_the_stored_selection_is_what_the_layers_used():
+    model = lemo_model(stock_model(), keep_ratio=0.3)
+    tokens = random_tokens(80, 1)[None]
+    backbone = sparse_backbone(model)
+    for number in range(3):
+        assert backbone.lemo_draw == number
+        model(input_ids=tokens, labels=tokens)
+    assert sorted(backbone.lemo_last_batch.selections) == [0, 1]
+    assert backbone.lemo_last_batch.draw == 2
+    assert all(selection.kept_share == 0.3 for selection in backbone.lemo_last_batch.selections.values())
+
+
+def test_sparse_evaluation_is_the_sparse_forward_and_ends():
+    model = lemo_model(stock_model(), selection="ratio", keep_ratio=0.3, attention_forward="sparse")
+    tokens = random_tokens(80, 1)[None]
+    trained = model(input_ids=tokens, labels=tokens).loss
+    model.eval()
+    backbone = sparse_backbone(model)
+    dense = model(input_ids=tokens, labels=tokens).loss
+    with torch.no_grad(), sparse_evaluation(backbone):
+        torch.testing.assert_close(model(input_ids=tokens, labels=tokens).loss, trained)
+    with torch.no_grad(), sparse_evaluation(backbone, enabled=False):
+        assert torch.equal(model(input_ids=tokens, labels=tokens).loss, dense)
+    assert torch.equal(model(input_ids=tokens, labels=tokens).loss, dense)
+    assert not torch.allclose(dense, trained)
+    assert backbone.lemo_draw == 1, "evaluation must not advance the draws of training"
+
+
+def test_the_backbone_is_found_through_wrappers():
+    model = lemo_model(stock_model())
+    assert sparse_backbone(add_lora(model)) is model.model
+    assert sparse_backbone(nn.ModuleDict({"module": model})["module"]) is model.model
+    with pytest.raises(LemoConfigError, match="carries no LeMo; got LlamaForCausalLM"):
+        sparse_backbone(stock_model())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"attention_dropout": 0.1}, "attention_dropout=0.1; set it to 0.0"), ({"output_attentions": True}, "after model.eval")],
+)
+def test_what_sparse_training_cannot_do_is_refused(change, message):
+    stock = stock_model(**change, attn_implementation="eager")
+    model = lemo_model(stock)
+    tokens = random_tokens(10, 1)[None]
+    with pytest.raises(LemoConfigError, match=message):
+        model(input_ids=tokens, labels=tokens)
+    model.config.lemo.update(enabled=False)
+    model(input_ids=tokens, labels=tokens).loss.backward()

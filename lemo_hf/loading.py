@@ -1,5 +1,6 @@
 """From a name to a model: base models with their context extended, and whatever a run saved; errors are one line."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,26 @@ def model_location(name: str) -> str:
     """Where `from_pretrained` finds `name`: a folder or Hub id as it is, an embedded model in the package.
 
     A folder that is gone but is called like an embedded model means that one: adapters record the folder of their base.
+
+    Raises:
+        LemoError: If `name` can only be a folder, and there is none.
     """
+    if Path(name).exists():
+        return name
     embedded = _ASSETS / Path(name).name
-    return str(embedded) if not Path(name).exists() and embedded.is_dir() and name.count("/") != 1 else name
+    if embedded.is_dir() and name.count("/") != 1:
+        return str(embedded)
+    if name.count("/") > 1 or name.startswith((".", "~", "/")):
+        raise LemoError(f"model folder does not exist; {name!r}; give a folder that holds a model, or a Hub id")
+    return name
+
+
+@contextmanager
+def without_peft_deprecation() -> Iterator[None]:
+    """Keeps one warning from users that they can do nothing about: PEFT 0.21 reads an attribute that transformers 5.23 renames."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 @contextmanager
@@ -122,7 +140,8 @@ def _load_adapter(location: str, adapter_config: str, sparse: bool) -> Any:
         load_lemo_files(model, Path(found).parent)
     else:
         model = AutoModelForCausalLM.from_pretrained(base, **base_config)
-    return PeftModel.from_pretrained(model, location)
+    with without_peft_deprecation():
+        return PeftModel.from_pretrained(model, location)
 
 
 def _load_whole(location: str, sparse: bool) -> Any:

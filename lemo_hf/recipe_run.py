@@ -14,7 +14,7 @@ from .errors import LemoError
 from .evaluation.perplexity import dense_perplexity
 from .hub.export import atomic_path, check_predictor_shapes, read_lemo_files, save_lemo_files
 from .hub.model_card import CARD_FILE, Interval, RunResults, write_model_card
-from .loading import extended_config, load_tokenizer, model_location, one_line_errors
+from .loading import extended_config, load_tokenizer, model_location, one_line_errors, without_peft_deprecation
 from .models.lemo_config import LemoConfigError
 from .recipe import DataFields, Recipe
 from .registry import AutoLemoModelForCausalLM
@@ -98,7 +98,7 @@ def load_model(recipe: Recipe, overrides: dict[str, Any]) -> Any:
         modules_to_save=lora.lora_modules_to_save,
         task_type="CAUSAL_LM",
     )
-    with one_line_errors("adapter cannot be added", ", ".join(lora.lora_target_modules)):
+    with one_line_errors("adapter cannot be added", str(lora.lora_target_modules)), without_peft_deprecation():
         return get_peft_model(model, adapter, autocast_adapter_dtype=lora.lora_dtype == "float32")
 
 
@@ -194,6 +194,7 @@ def save_run(trainer: Any, recipe: Recipe, results: RunResults) -> None:
     card = folder / CARD_FILE
     existing = card.read_text(encoding="utf-8") if card.is_file() else None
     trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and it may hold a token; recipe.yaml says the same
     save_lemo_files(trainer.model, folder)
     with atomic_path(folder / RECIPE_FILE) as partial:
         partial.write_text(recipe.to_yaml(), encoding="utf-8")

@@ -1,0 +1,333 @@
+"""The phases of a run as callbacks for any Trainer: predictor -> calibrate -> sparse -> dense tail, probes, layer metrics.
+
+    Trainer(model=model, args=args, callbacks=lemo_callbacks(LemoTrainingArguments(...)), ...)
+
+`LemoTrainer` installs the same ones and also hands their metrics to TensorBoard, W&B or trackio. A stock Trainer calls those
+reporters before callbacks that a user passes, so there the metrics land in `state.log_history` and trainer_state.json; give the
+reporter among `callbacks`, after these, to have them reported too.
+
+Metrics, means over layers and by layer: `kept_share/layer_<i>` (rows kept of the step's last forward, in [0, 1]),
+`saved_bytes/layer_<i>` (measured on logged steps in the step's first forward: every unique storage that autograd keeps),
+`threshold/layer_<i>`, and after a probe `recall/layer_<i>`.
+"""
+
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import LemoError
+from ..evaluation.block_recall import RecallReport, measure_recall
+from ..profiling.activation_memory import ActivationMemory
+from .arguments import LemoTrainingArguments
+from .lemo_run import LemoRun, untouched_randomness
+from .predictor_files import load_predictors, parameter_share, record_predictor_sizes
+from .predictor_training import PredictorTraining
+from .threshold_search import ThresholdSearch
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_DOCUMENTS = 64
+
+
+def lemo_callbacks(args: LemoTrainingArguments) -> list[TrainerCallback]:
+    """The callbacks of a LeMo run, for `transformers.Trainer`, `trl.SFTTrainer` and their kin.
+
+    Args:
+        args: Arguments of the phases. Output folder, seed and logging are those of the Trainer that the callbacks join.
+    """
+    return callbacks_of(LemoRun(args))
+
+
+def callbacks_of(run: LemoRun) -> list[TrainerCallback]:
+    """The callbacks that share `run`, in the order in which they act."""
+    # Metrics before the probe: what they read of the step's last forward, a refit overwrites.
+    phases = PredictorPhase, CalibratePhase, SparsePhase, LayerMetrics, RecallProbe
+    return [phase(run) for phase in phases]
+
+
+class _LemoCallback(TrainerCallback):
+    def __init__(self, run: LemoRun) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.run.attach(args, state, kwargs["model"], kwargs["train_dataloader"])
+        if self.run.lemo.enabled:
+            with untouched_randomness(), precision(args):
+                self.begin(args, state)
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        """What the callback does before the first step."""
+
+
+def precision(args: TrainingArguments) -> torch.autocast:
+    """The precision that the training forward runs in."""
+    return torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=bool(args.bf16))
+
+
+def probe(run: LemoRun, training: PredictorTraining | None = None) -> RecallReport:
+    """Recall on the run's probe documents, which no phase fits on as long as the training set is large enough."""
+    batches = run.documents.span(0, run.args.probe_documents)
+    return measure_recall(run.backbone, batches, training.positions if training is not None else None)
+
+
+def _by_layer(name: str, values: list[float]) -> dict[str, float]:
+    known = {f"{name}/layer_{index}": value for index, value in enumerate(values) if not math.isnan(value)}
+    return known and {name: sum(known.values()) / len(known), **known}
+
+
+class PredictorPhase(_LemoCallback):
+    """Fits the predictors on the frozen model before the first step."""
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        run, own = self.run, self.run.args
+        if "predictor" in run.finished:
+            return
+        documents = own.predictor_documents
+        if documents is None:
+            documents = _DEFAULT_DOCUMENTS if run.lemo.needs_predictors else 0
+        taken = run.take_progress("predictor")
+        if taken is None and own.predictors:
+            load_predictors(run.backbone, own.predictors)
+            run.predictors_fitted = True
+        if documents:
+            self._fit(documents * own.predictor_passes, documents, taken)
+        elif run.lemo.needs_predictors:
+            logger.warning("predictor phase skipped (predictor_documents=0): selection reads the predictors as they are")
+        else:
+            logger.info("predictor phase skipped: selection=%r does not read predictors", run.lemo.selection)
+        run.finished.append("predictor")
+        run.phase = "calibrate"
+
+    def _fit(self, total: int, documents: int, taken: Any) -> None:
+        run, own = self.run, self.run.args
+        training = PredictorTraining(
+            run.backbone, total, own.predictor_steps, own.predictor_learning_rate, own.prune_documents, own.prune_share
+        )
+        if taken is not None:
+            training.restore(taken[1], taken[0]["done"])
+        # Probe and profile documents come first, so that recall and thresholds are found on other text.
+        first = own.probe_documents + own.calibrate_documents
+        began = time.perf_counter()
+        with tqdm(total=total, initial=training.done, desc="predictor", unit="doc", disable=not run.shows_progress) as bar:
+            while training.done < total:
+                losses = training.fit(run.documents[first + training.done % documents])
+                bar.update()
+                bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
+                if training.done % own.phase_save_documents == 0:
+                    run.save_progress("predictor", {"done": training.done}, training.tensors())
+        record_predictor_sizes(run.backbone)
+        run.predictors_fitted = True
+        report = probe(run, training)
+        run.report(
+            {
+                **_by_layer("recall", report.layers),
+                "recall_of_positions": report.position_mean,
+                "recall_of_chance": report.chance,
+                "predictor_parameter_share": parameter_share(run.backbone),
+                "predictor_seconds": time.perf_counter() - began,
+            }
+        )
+
+
+class CalibratePhase(_LemoCallback):
+    """Finds the thresholds before the first step, where the selection reads them."""
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        run = self.run
+        if "calibrate" in run.finished:
+            return
+        taken = run.take_progress("calibrate")
+        if run.lemo.selection != "threshold":
+            logger.info("calibrate phase skipped: selection=%r has no thresholds", run.lemo.selection)
+        elif taken is None and run.lemo.thresholds is not None:
+            logger.info("calibrate phase skipped: the lemo block brings thresholds")
+        else:
+            self._search(taken)
+        run.finished.append("calibrate")
+        run.phase = "sparse"
+        run.save_progress("sparse", {}, {})
+
+    def _search(self, taken: Any) -> None:
+        run, own = self.run, self.run.args
+        began = time.perf_counter()
+        search = threshold_search(run)
+        search.begin()
+        if taken is not None:
+            search.restore(taken[0])
+        rounds = own.calibrate_rounds if search.differentiates else 0
+        with tqdm(total=rounds, initial=search.round, desc="calibrate", unit="round", disable=not run.shows_progress) as bar:
+            while search.round < rounds:
+                search.step()
+                run.save_progress("calibrate", search.state(), {})
+                bar.update()
+        run.report(
+            {
+                **_by_layer("threshold", search.thresholds),
+                **_by_layer("calibrated_share", search.kept_shares()),
+                "calibrate_forward_passes": search.forward_passes,
+                "calibrate_seconds": time.perf_counter() - began,
+            }
+        )
+
+
+def threshold_search(run: LemoRun) -> ThresholdSearch:
+    """The search over the run's profile documents."""
+    own = run.args
+    batches = run.documents.span(own.probe_documents, own.calibrate_documents)
+    return ThresholdSearch(run.model, run.backbone, batches, own.calibrate_eta, own.calibrate_epsilon)
+
+
+class SparsePhase(_LemoCallback):
+    """Ties draws to the step, makes the last steps dense, writes checkpoints' LeMo files, stops at a gradient that is not finite."""
+
+    def __init__(self, run: LemoRun) -> None:
+        super().__init__(run)
+        self._dense_layers: list[int] | None = None
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        # The draw of a forward depends on its step only: a run that was stopped and resumed draws alike.
+        self._set_draw(args, state)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._set_draw(args, state)
+        lemo = self.run.lemo
+        tail = self.run.args.dense_tail_share
+        if lemo.enabled and tail and state.global_step >= round(state.max_steps * (1 - tail)):
+            self.run.phase = "dense"
+            # For this step only, so that what is saved between steps is the user's setting.
+            self._dense_layers = lemo.dense_layers
+            lemo.update(dense_layers=list(range(len(self.run.backbone.layers))))
+
+    def _set_draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        self.run.backbone.lemo_draw = state.global_step * args.gradient_accumulation_steps
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # With a float16 scaler infinite gradients are its business: it skips the step.
+        if args.fp16:
+            return
+        grads = [weight.grad for weight in kwargs["model"].parameters() if weight.grad is not None]
+        if grads and not torch.stack([grad.isfinite().all() for grad in grads]).all():
+            raise not_finite("gradient", math.nan, state, args)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._dense_layers is not None:
+            self.run.lemo.update(dense_layers=self._dense_layers)
+            self._dense_layers = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.run.save_files(self.run.folder / f"checkpoint-{state.global_step}", with_state=True)
+        self.run.forget_progress()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.run.forget_progress()
+
+
+def not_finite(what: str, value: float, state: TrainerState, args: TrainingArguments) -> LemoError:
+    """The error that stops a run whose loss or gradient is not finite."""
+    folder = get_last_checkpoint(args.output_dir)
+    return LemoError(
+        f"{what} is not finite; {value} at step {state.global_step + 1}, last good checkpoint: {folder or 'none yet'}; "
+        "lower learning_rate and resume from it"
+    )
+
+
+class RecallProbe(_LemoCallback):
+    """Measures recall on fixed text every so many steps, and fits the predictors again when it falls too low."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        run, own = self.run, self.run.args
+        if not run.lemo.enabled or not run.predictors_fitted or not own.probe_steps or state.global_step % own.probe_steps:
+            return
+        with untouched_randomness(), precision(args):
+            report = probe(run)
+            if run.lemo.needs_predictors and report.mean < own.recall_floor and run.refits < own.refit_limit:
+                before = report.mean
+                self._refit()
+                report = probe(run)
+                logger.info("recall fell to %.3f; predictors fitted again: %.3f", before, report.mean)
+                run.metrics["recall_before_refit"] = before
+        run.metrics |= _by_layer("recall", report.layers)
+
+    def _refit(self) -> None:
+        run, own = self.run, self.run.args
+        run.refits += 1
+        shares = None
+        if run.lemo.selection == "threshold":
+            search = threshold_search(run)
+            search.begin(keep_thresholds=True)
+            shares = search.kept_shares()
+        training = PredictorTraining(run.backbone, own.refit_documents, own.predictor_steps, own.predictor_learning_rate / 3)
+        # Each refit reads documents that neither the phase nor an earlier refit read.
+        fitted = (own.predictor_documents or _DEFAULT_DOCUMENTS) + (run.refits - 1) * own.refit_documents
+        first = own.probe_documents + own.calibrate_documents + fitted
+        for index in tqdm(range(own.refit_documents), desc="refit", unit="doc", leave=False, disable=not run.shows_progress):
+            training.fit(run.documents[first + index])
+        if shares is not None:
+            # The new predictors may have another scale: the layers' kept shares stay, the thresholds follow.
+            search = threshold_search(run)
+            search.begin(keep_thresholds=True)
+            search.keep_shares(shares)
+
+
+class LayerMetrics(_LemoCallback):
+    """Gathers kept share, threshold and saved bytes by layer on the steps that will be logged."""
+
+    def __init__(self, run: LemoRun) -> None:
+        super().__init__(run)
+        self._hooks: list[Any] = []
+        self._memory: ActivationMemory | None = None
+        self._measured = False
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = state.global_step + 1
+        by_steps = args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
+        if self.run.lemo.enabled and (by_steps or (step == 1 and args.logging_first_step)):
+            self._measured = False
+            model = kwargs["model"]
+            self._hooks = [
+                model.register_forward_pre_hook(self._before_forward),
+                model.register_forward_hook(self._after_forward, always_call=True),
+            ]
+
+    def _before_forward(self, model: Any, args: Any) -> None:
+        if not self._measured:
+            self._memory = ActivationMemory(model)
+            self._memory.__enter__()
+
+    def _after_forward(self, model: Any, args: Any, output: Any) -> None:
+        if self._memory is not None:
+            self._memory.__exit__(None, None, None)
+            saved = self._memory.saved.by("layer")
+            layers = [saved.get(layer, 0) for layer in range(len(self.run.backbone.layers))]
+            self.run.metrics |= {f"saved_bytes/layer_{layer}": value for layer, value in enumerate(layers)}
+            # The whole forward: beside the layers the embeddings, the last norm and the loss.
+            self.run.metrics["saved_bytes"] = self._memory.saved.total
+            self._memory, self._measured = None, True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        batch = self.run.backbone.lemo_last_batch
+        layers = range(len(self.run.backbone.layers))
+        self.run.metrics |= _by_layer("kept_share", [batch.selections[layer].kept_share for layer in layers])
+        if self.run.lemo.selection == "threshold" and self.run.lemo.thresholds is not None:
+            self.run.metrics |= _by_layer("threshold", self.run.lemo.thresholds)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            metrics = self.run.take_metrics()  # already in the logs under LemoTrainer
+            state.log_history[-1].update(metrics)
+            logs.update(metrics)
+        # History and reporters have them; the terminal, which comes after, shows the means.
+        for name in [name for name in logs if "/layer_" in name]:
+            del logs[name]

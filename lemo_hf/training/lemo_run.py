@@ -1,0 +1,240 @@
+"""What the callbacks of a run share: model, documents, what is finished, metrics on their way to the log, and the files.
+
+Two kinds of files let a run survive a kill. Until the first checkpoint there is `lemo_phases.safetensors` in the output folder:
+predictors, their optimizer and the phase's progress in one file, replaced as a whole. Every checkpoint holds the predictors, the
+lemo block with its thresholds, and `lemo_state.json`: the phase, what is finished, and the settings that must not change.
+"""
+
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerState, TrainingArguments
+
+from ..errors import LemoError
+from ..hub.export import load_lemo_files, save_lemo_files
+from ..models.lemo_config import LemoConfig
+from ..models.sparse_decoder import sparse_backbone
+from .arguments import LemoTrainingArguments
+from .predictor_files import predictor_tensors, read_json, read_tensors, set_predictors, write_json, write_tensors
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "lemo_state.json"
+PROGRESS_FILE = "lemo_phases.safetensors"
+# Found by the phases, so they may differ between the start of a run and its continuation.
+_FOUND_FIELDS = ("thresholds", "predictor_sizes")
+_PHASE_ARGUMENTS = (
+    "predictors",
+    "predictor_documents",
+    "predictor_passes",
+    "predictor_steps",
+    "predictor_learning_rate",
+    "prune_documents",
+    "prune_share",
+    "calibrate_documents",
+    "calibrate_rounds",
+    "calibrate_eta",
+    "calibrate_epsilon",
+)
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Leaves the global random states of Python, NumPy and torch as they were: phases must not move the training curve."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global state is what is protected)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+class PhaseDocuments:
+    """Single samples of the training set as collated batches, in an order of their own.
+
+    Args:
+        dataset: The training set; a stream is read from its start into memory as far as it is needed.
+        collate: The training collator.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], dict[str, Any]], seed: int) -> None:
+        self._dataset = dataset
+        self._collate = collate
+        self._stream = None if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else iter(dataset)
+        self._read: list[Any] = []
+        self._order: list[int] = []
+        if self._stream is None:
+            self._order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The `index`-th document; beyond the last one the order starts again."""
+        with untouched_randomness():
+            if self._stream is None:
+                return self._collate([self._dataset[self._order[index % len(self._order)]]])
+            while len(self._read) <= index:
+                sample = next(self._stream, None)
+                if sample is None:
+                    break
+                self._read.append(sample)
+            if not self._read:
+                raise LemoError("the training set is empty; 0 samples; give it at least one")
+            return self._collate([self._read[index % len(self._read)]])
+
+    def span(self, start: int, count: int) -> list[dict[str, Any]]:
+        """Documents `start` to `start + count - 1`."""
+        return [self[index] for index in range(start, start + count)]
+
+
+class LemoRun:
+    """One run's shared state; `attach` fills it in when training begins.
+
+    Args:
+        args: The arguments of the phases.
+    """
+
+    model: Any
+    backbone: Any
+    documents: PhaseDocuments
+    folder: Path
+    writes: bool
+    shows_progress: bool
+
+    def __init__(self, args: LemoTrainingArguments) -> None:
+        self.args = args
+        # Set by LemoTrainer: its log, and the checkpoint that it resumes from.
+        self.send: Callable[[dict[str, float]], None] | None = None
+        self.checkpoint: str | None = None
+        self.finished: list[str] = []
+        self.phase = "predictor"
+        self.refits = 0
+        self.metrics: dict[str, float] = {}
+        self.predictors_fitted = False
+        self.progress: dict[str, Any] | None = None
+        self.progress_tensors: dict[str, Tensor] = {}
+        self._settings: dict[str, Any] = {}
+        self._attached_to: TrainerState | None = None
+
+    @property
+    def lemo(self) -> LemoConfig:
+        """The model's lemo block."""
+        block: LemoConfig = self.backbone.config.lemo
+        return block
+
+    def attach(self, args: TrainingArguments, state: TrainerState, model: Any, train_dataloader: Any) -> None:
+        """Looks at the model and the output folder as training begins; every callback may call it, the first call counts."""
+        if self._attached_to is state:
+            return
+        self._attached_to = state
+        self.model, self.backbone = model, sparse_backbone(model)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.documents = PhaseDocuments(train_dataloader.dataset, train_dataloader.collate_fn, seed)
+        self.folder = Path(args.output_dir)
+        self.writes = state.is_world_process_zero
+        self.shows_progress = self.writes and not args.disable_tqdm
+        self.lemo.validate_for(len(self.backbone.layers))
+        phase_arguments = {name: getattr(self.args, name) for name in _PHASE_ARGUMENTS}
+        block = {name: value for name, value in self.lemo.to_dict().items() if name not in _FOUND_FIELDS}
+        self._settings = json.loads(json.dumps({**block, **phase_arguments, "phase_seed": seed}))
+        self.finished, self.refits, self.metrics = [], 0, {}
+        if state.global_step > 0:
+            self._load_checkpoint(Path(self.checkpoint or self.folder / f"checkpoint-{state.global_step}"))
+        elif (self.folder / PROGRESS_FILE).is_file():
+            self._load_progress(self.folder / PROGRESS_FILE)
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Logs the outcome of a phase through the Trainer, or into its history where only the callbacks are used."""
+        if self.send is not None:
+            self.send(metrics)
+        elif self._attached_to is not None:
+            self._attached_to.log_history.append({**metrics, "step": self._attached_to.global_step})
+            logger.info("%s", metrics)
+
+    def take_metrics(self) -> dict[str, float]:
+        """The metrics gathered since the last log."""
+        taken, self.metrics = self.metrics, {}
+        return taken
+
+    # Files.
+
+    def save_progress(self, phase: str, progress: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Replaces `lemo_phases.safetensors` by the present state of `phase` and the predictors."""
+        if not self.writes:
+            return
+        stored = {"phase": phase, "finished": self.finished, "progress": progress, "predictors_fitted": self.predictors_fitted}
+        stored |= {"settings": self._settings, "lemo": self.lemo.to_dict()}
+        named = {f"predictors.{name}": value for name, value in predictor_tensors(self.backbone).items()}
+        named |= {f"phase.{name}": value for name, value in tensors.items()}
+        write_tensors(self.folder / PROGRESS_FILE, named, {"state": json.dumps(stored)})
+
+    def _load_progress(self, path: Path) -> None:
+        tensors, metadata = read_tensors(path)
+        try:
+            stored = json.loads(metadata["state"])
+        except (KeyError, json.JSONDecodeError) as error:
+            raise LemoError(f"file holds no phase progress; {str(path)!r}; delete it to start the phases anew") from error
+        self._require_same_settings(stored["settings"], path)
+        block = LemoConfig.from_dict(stored["lemo"])
+        predictors = {name.removeprefix("predictors."): value for name, value in tensors.items() if name.startswith("predictors.")}
+        set_predictors(self.backbone, predictors, block, str(path))
+        self.lemo.update(thresholds=block.thresholds)
+        self.finished, self.predictors_fitted = stored["finished"], stored["predictors_fitted"]
+        self.phase, self.progress = stored["phase"], stored["progress"]
+        self.progress_tensors = {name.removeprefix("phase."): value for name, value in tensors.items() if name.startswith("phase.")}
+        logger.info("continuing in the %s phase from %s", self.phase, path)
+
+    def take_progress(self, phase: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What a killed run had of `phase`, once; `None` if it had not begun."""
+        if self.progress is None or self.phase != phase:
+            return None
+        taken = self.progress, self.progress_tensors
+        self.progress, self.progress_tensors = None, {}
+        return taken
+
+    def save_files(self, folder: str | Path, with_state: bool) -> None:
+        """Writes predictors and lemo block, and in a checkpoint the state, into `folder`."""
+        if not self.writes:
+            return
+        save_lemo_files(self.model, folder)
+        if with_state:
+            values = {"phase": self.phase, "finished": self.finished, "refits": self.refits, "settings": self._settings}
+            write_json(Path(folder) / STATE_FILE, {**values, "predictors_fitted": self.predictors_fitted})
+
+    def _load_checkpoint(self, folder: Path) -> None:
+        if not (folder / STATE_FILE).is_file():
+            raise LemoError(f"checkpoint holds no LeMo state; {str(folder)!r}; resume from one that a LeMo run saved whole")
+        stored = read_json(folder / STATE_FILE)
+        self._require_same_settings(stored["settings"], folder)
+        load_lemo_files(self.model, folder)
+        self.phase, self.finished, self.refits = stored["phase"], stored["finished"], stored["refits"]
+        self.predictors_fitted = stored["predictors_fitted"]
+
+    def _require_same_settings(self, stored: dict[str, Any], source: Path) -> None:
+        for name, value in self._settings.items():
+            if stored.get(name) != value:
+                raise LemoError(
+                    f"run was started with {name}={stored.get(name)!r}, it is resumed with {value!r}; {str(source)!r}; "
+                    "resume with the same settings, or start in another output_dir"
+                )
+
+    def forget_progress(self) -> None:
+        """Removes the phases' file: a checkpoint holds all of it."""
+        if self.writes:
+            (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
+
+
+def has_progress(folder: str | Path) -> bool:
+    """Whether a run was stopped in `folder` before its first checkpoint."""
+    return (Path(folder) / PROGRESS_FILE).is_file()
+
+

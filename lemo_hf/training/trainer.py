@@ -1,0 +1,104 @@
+"""`Trainer` with the phases of a LeMo run installed: the same loop, the same arguments, one import to swap."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+
+from ..errors import LemoError
+from ..models.sparse_decoder import sparse_backbone
+from .arguments import LemoTrainingArguments
+from .callbacks import callbacks_of, not_finite
+from .lemo_run import LemoRun, has_progress
+from .predictor_files import CONFIG_FILE, load_predictors
+
+# Files that only a run leaves in its output folder.
+_RUN_FILES = (CONFIG_FILE, "adapter_model.safetensors", "model.safetensors", "trainer_state.json")
+
+
+class LemoTrainer(Trainer):
+    """A `transformers.Trainer` that trains a LeMo model through its phases, predictor -> calibrate -> sparse -> dense tail.
+
+    It installs the callbacks of `lemo_callbacks`, merges their metrics into every log, so that each reporter receives them, and
+    writes `lemo_predictors.safetensors` and `lemo_config.json` wherever it saves the model.
+
+    Args:
+        model: A model of `AutoLemoModelForCausalLM`, usually wrapped by PEFT.
+        args: `LemoTrainingArguments`.
+        callbacks: More callbacks; they act before LeMo's.
+        **kwargs: As for `Trainer`.
+
+    Raises:
+        LemoError: If `args` are not `LemoTrainingArguments`.
+        LemoConfigError: If the model carries no LeMo.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: LemoTrainingArguments | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = LemoTrainingArguments() if args is None else args
+        if not isinstance(args, LemoTrainingArguments):
+            raise LemoError(f"LemoTrainer needs LemoTrainingArguments; got {type(args).__name__}; replace the class, its fields are the same")
+        if model is not None:
+            sparse_backbone(model)
+        self.lemo_run = LemoRun(args)
+        self._has_trained = False
+        super().__init__(model=model, args=args, callbacks=[*(callbacks or []), *callbacks_of(self.lemo_run)], **kwargs)
+        self.lemo_run.send = self.log
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As in `Trainer`; `resume_from_checkpoint=True` also continues a run that was stopped before its first checkpoint.
+
+        Raises:
+            LemoError: If the output folder holds another run, or there is nothing to resume; if the loss is not finite.
+        """
+        folder = str(self.args.output_dir)
+        if not resume_from_checkpoint:
+            self._refuse_used_folder(folder)
+            resume_from_checkpoint = None
+        elif resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+            if resume_from_checkpoint is None and not has_progress(folder):
+                raise LemoError(f"no run to go on from; {folder!r}; start without resume_from_checkpoint")
+        elif not Path(resume_from_checkpoint).is_dir():
+            raise LemoError(f"checkpoint does not exist; {resume_from_checkpoint!r}; name a checkpoint-N folder of the run")
+        self._has_trained = True
+        self.lemo_run.checkpoint = resume_from_checkpoint
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _refuse_used_folder(self, folder: str) -> None:
+        # A trainer may train several times into its own folder.
+        if self._has_trained or not Path(folder).is_dir():
+            return
+        if get_last_checkpoint(folder) or has_progress(folder) or any((Path(folder) / name).exists() for name in _RUN_FILES):
+            raise LemoError(
+                f"output folder holds another run; {folder!r}; choose another output_dir, or go on with resume_from_checkpoint=True"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Predictors first: pruning may have left them other shapes than the fresh model's, which weights are loaded into.
+        load_predictors(sparse_backbone(self.model if model is None else model), resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise not_finite("loss", loss.item(), self.state, self.args)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.lemo_run.take_metrics()}
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self.lemo_run.model = self.model
+        self.lemo_run.writes = self.args.should_save
+        self.lemo_run.save_files(output_dir or str(self.args.output_dir), with_state=_internal_call)

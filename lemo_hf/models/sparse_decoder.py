@@ -137,8 +137,6 @@ class SparseDecoderLayer:
         Returns:
             The new residual stream, `(batch, seq_len, hidden)`; padding rows pass unchanged.
         """
-        if not batch.documents.lengths:
-            return hidden_states
         residual = hidden_states.flatten(0, 1)
         flat_rotary = batch.flat_rotary(rotary)
         selection = self.choose(residual, flat_rotary, batch)
@@ -338,6 +336,9 @@ class SparseBackbone:
         if self.training:
             self.lemo_draw += 1
         self.lemo_last_batch = batch
+        if not documents.lengths:
+            # Nothing but padding: the stock forward still gives every weight its zero gradient, which a backward pass expects.
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         # A mask that is 4-dimensional already is passed through by the stock code: no (seq_len, seq_len) mask is ever formed,
         # and the layers read documents instead.
         no_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=shape_of.device)

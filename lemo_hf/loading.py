@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -115,7 +116,8 @@ def load_saved_model(name: str, sparse: bool = False) -> tuple[Any, Any]:
         adapter = _file(location, "adapter_config.json")
         model = _load_adapter(location, adapter, sparse) if adapter else _load_whole(location, sparse)
         source = location if _file(location, "tokenizer_config.json") else model.config.name_or_path
-        return model.eval(), AutoTokenizer.from_pretrained(source)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(source)
 
 
 def _file(location: str, name: str) -> str | None:

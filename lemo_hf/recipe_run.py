@@ -3,7 +3,7 @@
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import LemoError
 from .evaluation.perplexity import dense_perplexity
-from .hub.export import atomic_path, check_predictor_shapes, read_lemo_files, save_lemo_files
+from .hub.export import atomic_path, check_predictor_shapes, read_lemo_files
 from .hub.model_card import CARD_FILE, Interval, RunResults, write_model_card
 from .loading import extended_config, load_tokenizer, model_location, one_line_errors, without_peft_deprecation
 from .models.lemo_config import LemoConfigError
@@ -27,7 +27,9 @@ from .text_data import (
     split_documents,
     text_file_documents,
 )
+from .training.lemo_run import has_progress
 from .training.predictor_files import PREDICTORS_FILE, write_json
+from .training.trainer import LemoTrainer
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
@@ -102,8 +104,8 @@ def load_model(recipe: Recipe, overrides: dict[str, Any]) -> Any:
         return get_peft_model(model, adapter, autocast_adapter_dtype=lora.lora_dtype == "float32")
 
 
-def resume_checkpoint(recipe: Recipe, resume: str | None) -> str | None:
-    """The checkpoint to go on from, `None` for a new run.
+def resume_checkpoint(recipe: Recipe, resume: str | None) -> str | bool | None:
+    """The checkpoint to go on from, `None` for a new run, `True` for one that was stopped before its first checkpoint.
 
     Args:
         recipe: The recipe; its output folder is looked at, not touched.
@@ -122,7 +124,11 @@ def resume_checkpoint(recipe: Recipe, resume: str | None) -> str | None:
                 f"or go on from its newest checkpoint with --resume_from_checkpoint {LAST}"
             )
         return None
-    found = get_last_checkpoint(str(folder)) if resume == LAST and folder.is_dir() else resume
+    found: str | None = resume
+    if resume == LAST:
+        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if found is None and has_progress(folder):
+            return True
     if found is None or not Path(found).is_dir():
         raise LemoError(f"no checkpoint to go on from; {str(folder if resume == LAST else resume)!r}; start without resuming")
     return found
@@ -131,8 +137,8 @@ def resume_checkpoint(recipe: Recipe, resume: str | None) -> str | None:
 def run_recipe(recipe: Recipe) -> RunResults:
     """Trains and writes the run's folder: adapter, LeMo files, tokenizer, results.json, recipe.yaml, README.md.
 
-    Everything that can be refused is checked before the folder is made; a run refused later but before its first step
-    leaves no folder behind.
+    Everything that can be refused is checked before the folder is made; a run refused later but before it has anything to go
+    on from leaves no folder behind.
 
     Raises:
         LemoError: For bad input.
@@ -149,11 +155,7 @@ def run_recipe(recipe: Recipe) -> RunResults:
     train_samples, held_out = load_samples(recipe.data, tokenizer, recipe.lemo.block_size)
     model = load_model(recipe, overrides)
 
-    from .training.trainer import LemoTrainer
-
-    before = _perplexity(model, held_out, "perplexity before")
     new_folder = not recipe.output_dir.exists()
-    trainer: Any = None
     try:
         trainer = LemoTrainer(
             model=model,
@@ -163,12 +165,16 @@ def run_recipe(recipe: Recipe) -> RunResults:
             processing_class=tokenizer,
             data_collator=default_data_collator,
         )
+        before = _perplexity(model, held_out, "perplexity before")  # after the trainer has put the model on its device
         began = time.perf_counter()
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     except (LemoError, LemoConfigError):
-        if new_folder and (trainer is None or trainer.state.global_step == 0):
-            shutil.rmtree(recipe.output_dir, ignore_errors=True)
+        folder = recipe.output_dir
+        if new_folder and folder.is_dir() and get_last_checkpoint(str(folder)) is None and not has_progress(folder):
+            shutil.rmtree(folder)
         raise
+    history = trainer.state.log_history
+    layers = config.num_hidden_layers
     results = RunResults(
         base_model=recipe.model.model,
         data=recipe.data.source,
@@ -179,8 +185,9 @@ def run_recipe(recipe: Recipe) -> RunResults:
         recipe=recipe.to_yaml(public=True),
         steps=outcome.global_step,
         train_seconds=time.perf_counter() - began,
-        kept_share=_by_layer(trainer.state.log_history, "kept_share"),
-        recall=list(_by_layer(trainer.state.log_history, "recall", last=True) or []) or None,
+        kept_share=_by_layer(history, "kept_share", layers, statistics.fmean),
+        recall=_by_layer(history, "recall", layers, lambda probes: probes[-1]),
+        recall_chance=next((logs["recall_of_chance"] for logs in reversed(history) if "recall_of_chance" in logs), None),
         perplexity_before=before,
         perplexity_after=_perplexity(model, held_out, "perplexity after"),
     )
@@ -195,23 +202,18 @@ def save_run(trainer: Any, recipe: Recipe, results: RunResults) -> None:
     existing = card.read_text(encoding="utf-8") if card.is_file() else None
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and it may hold a token; recipe.yaml says the same
-    save_lemo_files(trainer.model, folder)
     with atomic_path(folder / RECIPE_FILE) as partial:
         partial.write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(folder / RESULTS_FILE, results.to_dict())
     write_model_card(results, folder, recipe.name, existing=existing)
 
 
-def _by_layer(history: list[dict[str, Any]], name: str, last: bool = False) -> list[float] | None:
-    # Logged as `<name>/layer_<i>`: the mean over all logs, or the last one.
-    found: dict[int, list[float]] = {}
-    for logs in history:
-        for key, value in logs.items():
-            if key.startswith(f"{name}/layer_"):
-                found.setdefault(int(key.rsplit("_", 1)[1]), []).append(value)
-    if not found:
-        return None
-    return [values[-1] if last else statistics.fmean(values) for _, values in sorted(found.items())]
+def _by_layer(
+    history: list[dict[str, Any]], name: str, layers: int, combine: Callable[[list[float]], float]
+) -> list[float | None] | None:
+    # Logged as `<name>/layer_<i>`; a layer may have none (dense layers have no recall), and so may the run.
+    found = [[logs[key] for logs in history if (key := f"{name}/layer_{layer}") in logs] for layer in range(layers)]
+    return [combine(values) if values else None for values in found] if any(found) else None
 
 
 def _perplexity(model: Any, samples: PackedDocuments | None, description: str) -> Interval | None:

@@ -87,7 +87,7 @@ class RunResults:
     recipe: str = ""
     steps: int | None = None
     train_seconds: float | None = None
-    kept_share: list[float] | None = None
+    kept_share: list[float | None] | None = None
     recall: list[float | None] | None = None
     recall_chance: float | None = None
     perplexity_before: Interval | None = None

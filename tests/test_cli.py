@@ -138,6 +138,19 @@ def test_every_layers_kept_share_is_in_the_results(trained):
     assert all(0.3 < share < 0.9 for share in shares)
 
 
+def test_recall_of_predicted_selection_reaches_results_and_card(source, tmp_path):
+    out = tmp_path / "out"
+    form = ["--selection", "ratio", "--attention_forward", "sparse", "--predictor_documents", "2"]
+    cli_ends(["train", str(source / "recipe.yaml"), "--output_dir", str(out), *form], code=0)
+    results = RunResults.read(out / "results.json")
+    assert all(0 <= recall <= 1 for recall in results.recall)
+    assert 0 < results.recall_chance < 1
+    text = (out / "README.md").read_text()
+    for layer in range(2):
+        assert f"| {layer} | {results.kept_share[layer]:.3f} | {results.recall[layer]:.3f} |" in text
+    assert results.lemo["predictor_sizes"] == read_lemo_files(out)[0].predictor_sizes
+
+
 def test_eval_is_the_adapter_on_the_stock_model(trained, source, capsys, tmp_path):
     out = tmp_path / "eval.json"
     data = ["--data", str(source / "held_out.jsonl")]

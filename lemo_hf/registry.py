@@ -49,7 +49,8 @@ def lemo_config_from(config: PreTrainedConfig, lemo: LemoConfig | None = None) -
     values["architectures"] = [known[1].__name__]
     if lemo is not None:
         values["lemo"] = lemo
-    return known[0].from_dict(values)
+    # The attention implementation is not among a config's written values.
+    return known[0].from_dict(values, attn_implementation=config._attn_implementation)
 
 
 class AutoLemoModelForCausalLM:

@@ -16,6 +16,7 @@ from .hub.export import atomic_path, check_predictor_shapes, read_lemo_files
 from .hub.model_card import CARD_FILE, Interval, RunResults, write_model_card
 from .loading import extended_config, load_tokenizer, model_location, one_line_errors, without_peft_deprecation
 from .models.lemo_config import LemoConfigError
+from .models.sparse_decoder import sparse_backbone
 from .recipe import DataFields, Recipe
 from .registry import AutoLemoModelForCausalLM
 from .text_data import (
@@ -179,7 +180,7 @@ def run_recipe(recipe: Recipe) -> RunResults:
         base_model=recipe.model.model,
         data=recipe.data.source,
         seq_len=recipe.data.seq_len,
-        lemo=recipe.lemo.to_dict(),
+        lemo=sparse_backbone(model).config.lemo.to_dict(),  # with what the phases found
         base_config=overrides,
         datasets=[recipe.data.dataset] if recipe.data.dataset and not Path(recipe.data.dataset).exists() else [],
         recipe=recipe.to_yaml(public=True),

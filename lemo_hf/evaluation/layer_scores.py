@@ -77,8 +77,18 @@ def visit_layers(backbone: Any, batch: dict[str, Any], visit: Callable[[LayerSco
     lemo = backbone.config.lemo
     inputs = backbone_inputs(batch, next(backbone.parameters()).device)
     tokens = inputs["inputs_embeds" if "input_ids" not in inputs else "input_ids"]
-    where = {name.removesuffix("_q"): value for name, value in inputs.items() if name not in ("inputs_embeds", "cu_seq_lens_k")}
-    documents = find_documents(*tokens.shape[:2], lemo.block_size, tokens.device, **where)
+    batch_size, seq_len = tokens.shape[:2]
+    documents = find_documents(
+        batch_size,
+        seq_len,
+        lemo.block_size,
+        tokens.device,
+        input_ids=inputs.get("input_ids"),
+        attention_mask=inputs.get("attention_mask"),
+        position_ids=inputs.get("position_ids"),
+        seq_idx=inputs.get("seq_idx"),
+        cu_seq_lens=inputs.get("cu_seq_lens_q"),
+    )
     if not documents.lengths:
         return
     shared = SparseBatch(documents, lemo, len(backbone.layers), draw=0)
@@ -90,8 +100,10 @@ def visit_layers(backbone: Any, batch: dict[str, Any], visit: Callable[[LayerSco
         rotary = tuple(part.index_select(0, documents.rows) for part in rotary)
         query, key, _ = module.project_heads(hidden, rotary)
         pairs = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)
-        scores = [block_scores(q, k, lemo.block_size, module.attention_scale) for q, k in pairs]
-        visit(LayerScores(module.layer_idx, module, hidden, scores, documents))
+        # Autocast would take the scores, and whatever is fitted to them, back to 16 bits.
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = [block_scores(q, k, lemo.block_size, module.attention_scale) for q, k in pairs]
+            visit(LayerScores(module.layer_idx, module, hidden, scores, documents))
 
     hooks = [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in backbone.layers]
     try:

@@ -139,7 +139,7 @@ class LemoRun:
         self.model, self.backbone = model, sparse_backbone(model)
         seed = args.seed if args.data_seed is None else args.data_seed
         self.documents = PhaseDocuments(train_dataloader.dataset, train_dataloader.collate_fn, seed)
-        self.folder = Path(args.output_dir)
+        self.folder = Path(str(args.output_dir))
         self.writes = state.is_world_process_zero
         self.shows_progress = self.writes and not args.disable_tqdm
         self.lemo.validate_for(len(self.backbone.layers))

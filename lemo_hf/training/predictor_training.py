@@ -127,7 +127,8 @@ class _LayerFit:
 
 def _causal_pairs(scores: Tensor) -> Tensor:
     """Entries below the diagonal, `(blocks * (blocks - 1) / 2,)`."""
-    rows, columns = torch.tril_indices(*scores.shape, offset=-1, device=scores.device)
+    blocks = len(scores)
+    rows, columns = torch.tril_indices(blocks, blocks, offset=-1, device=scores.device)
     return scores[rows, columns]
 
 

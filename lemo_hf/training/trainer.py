@@ -52,7 +52,7 @@ class LemoTrainer(Trainer):
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), *callbacks_of(self.lemo_run)], **kwargs)
         self.lemo_run.send = self.log
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`; `resume_from_checkpoint=True` also continues a run that was stopped before its first checkpoint.
 
         Raises:
@@ -70,7 +70,7 @@ class LemoTrainer(Trainer):
             raise LemoError(f"checkpoint does not exist; {resume_from_checkpoint!r}; name a checkpoint-N folder of the run")
         self._has_trained = True
         self.lemo_run.checkpoint = resume_from_checkpoint
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _refuse_used_folder(self, folder: str) -> None:
         # A trainer may train several times into its own folder.
@@ -83,7 +83,8 @@ class LemoTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Predictors first: pruning may have left them other shapes than the fresh model's, which weights are loaded into.
-        load_predictors(sparse_backbone(self.model if model is None else model), resume_from_checkpoint)
+        target: Any = self.model if model is None else model
+        load_predictors(sparse_backbone(target), resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -172,7 +172,7 @@ DOCUMENTS = [random_tokens(length, seed) for seed, length in enumerate((21, 3, 4
 
 
 def model_for(selection, form, **changes):
-    model = lemo_model(stock_model(), {}, block_size=4, attention_forward=form, **{**SELECTIONS[selection], **changes})
+    model = lemo_model(stock_model(), {}, attention_forward=form, **{"block_size": 4, **SELECTIONS[selection], **changes})
     sparse_backbone(model).lemo_draw = 5
     return model
 
@@ -206,6 +206,27 @@ def test_a_document_is_trained_the_same_wherever_it_lies(form, selection, layout
         torch.testing.assert_close(hidden[row, start : start + length], hidden_alone[0], rtol=1e-3, atol=2e-4)
     torch.testing.assert_close(loss, sum(result[0] for result in alone), rtol=1e-4, atol=1e-4)
     wanted = {name: sum(result[2].get(name, torch.zeros(())) for result in alone) for name in grads}
+    largest = max(grad.abs().max().item() for grad in wanted.values())
+    assert_same_gradients(grads, wanted, rtol=1e-3, atol=1e-4 * largest)
+
+
+LONG_DOCUMENTS = [random_tokens(length, seed) for seed, length in enumerate((63, 64, 65, 2001, 700, 128))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+@pytest.mark.parametrize("selection", ["ratio", "ratio_true", "uniform", "informed"])
+@pytest.mark.parametrize("form", FORMS)
+def test_long_documents_of_real_blocks_too(form, selection, checkpoint, layout):
+    changes = {"block_size": 64, "checkpoint": checkpoint}
+    model = model_for(selection, form, **changes)
+    loss, _, grads, chosen = run(model, place(LONG_DOCUMENTS, layout).batch)
+    alone = [run(model_for(selection, form, **changes), place([tokens], "right").batch) for tokens in LONG_DOCUMENTS]
+    for layer in range(2):
+        assert chosen[layer] == [result[3][layer][0] for result in alone]
+    torch.testing.assert_close(loss, sum(result[0] for result in alone), rtol=1e-4, atol=1e-4)
+    wanted = {name: sum(result[2][name] for result in alone) for name in grads}
     largest = max(grad.abs().max().item() for grad in wanted.values())
     assert_same_gradients(grads, wanted, rtol=1e-3, atol=1e-4 * largest)
 

@@ -88,7 +88,7 @@ def eval(
     layout: Annotated[
         Literal["packed", "windows"], typer.Option(help="packed: documents one after the other; windows: one document a sample.")
     ] = "packed",
-    max_samples: Annotated[int, typer.Option(help="Samples at most.", min=1)] = 32,
+    max_samples: Annotated[int, typer.Option(help="Samples at most, taken evenly from the text.", min=1)] = 32,
     sparse: Annotated[bool, typer.Option("--sparse", help="Also the sparse forward's perplexity, which is optimistic.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the results here as JSON too.")] = None,
 ) -> None:
@@ -109,8 +109,8 @@ def eval(
     from .loading import load_saved_model
     from .profiling.provenance import provenance
     from .recipe import DataFields
-    from .recipe_run import read_documents
-    from .text_data import PackedDocuments, pack_documents
+    from .recipe_run import read_documents, spread_samples
+    from .text_data import pack_documents
     from .training.predictor_files import write_json
 
     text = DataFields(
@@ -128,8 +128,7 @@ def eval(
     length = seq_len or min(context, 4096)
     if length > context:
         raise LemoError(f"seq_len {length} is longer than the model's context of {context}; {model!r}; lower --seq-len")
-    samples = pack_documents(tokenizer, documents, length, layout)
-    samples = PackedDocuments(samples.samples[:max_samples], length)
+    samples = spread_samples(pack_documents(tokenizer, documents, length, layout), max_samples)
     measured = {"dense": Interval.of(dense_perplexity(loaded, samples, description="dense"))}
     typer.echo(f"dense perplexity at {length} tokens: {measured['dense']}")
     if sparse:

@@ -67,8 +67,8 @@ class DataFields:
         layout: "packed" lays documents one after the other and cuts where a sample is full; "windows" takes one document a sample.
         held_out_files: Files whose text is held out for evaluation; held_out_share is not used then.
         held_out_share: Share of the documents held out for evaluation, in [0, 1), chosen by their names.
-        max_train_samples: Training samples at most.
-        max_eval_samples: Held-out samples at most.
+        max_train_samples: Training samples at most, taken evenly from the whole text.
+        max_eval_samples: Held-out samples at most, likewise.
     """
 
     seq_len: int

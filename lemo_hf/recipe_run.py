@@ -67,15 +67,17 @@ def load_samples(data: DataFields, tokenizer: Any, block_size: int) -> tuple[Pac
                 "name held_out_files, raise held_out_share, or set it to 0"
             )
     train = pack_documents(tokenizer, documents, data.seq_len, data.layout, block_size)
-    train = _first(train, data.max_train_samples)
+    train = spread_samples(train, data.max_train_samples)
     if not held_out:
         return train, None
     evaluation = pack_documents(tokenizer, held_out, data.seq_len, data.layout, block_size)
-    return train, _first(evaluation, data.max_eval_samples)
+    return train, spread_samples(evaluation, data.max_eval_samples)
 
 
-def _first(samples: PackedDocuments, limit: int | None) -> PackedDocuments:
-    return PackedDocuments(samples.samples[:limit], samples.seq_len)
+def spread_samples(samples: PackedDocuments, limit: int | None) -> PackedDocuments:
+    """At most `limit` samples, evenly from all of them: documents are sorted, and the first ones may all be of one kind."""
+    count = len(samples) if limit is None else min(limit, len(samples))
+    return PackedDocuments([samples.samples[index * len(samples) // count] for index in range(count)], samples.seq_len)
 
 
 def load_model(recipe: Recipe, overrides: dict[str, Any]) -> Any:

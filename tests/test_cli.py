@@ -14,7 +14,8 @@ from lemo_hf import cli
 from lemo_hf.base_model_data import train_tokenizer
 from lemo_hf.hub.export import CONFIG_FILE, PREDICTORS_FILE, read_lemo_files
 from lemo_hf.hub.model_card import RunResults
-from lemo_hf.text_data import TextDocument
+from lemo_hf.recipe_run import spread_samples
+from lemo_hf.text_data import PackedDocuments, TextDocument
 
 TEXT = "the model keeps some blocks and leaves other blocks out of each layer in every step of the run"
 WORDS = TEXT.split()
@@ -272,6 +273,12 @@ def test_bad_input_of_eval_ends_in_one_line(bad_inputs, trained, tmp_path, refus
     assert "corrupt or truncated" in refused("eval", cut, *data, "--sparse")
     (cut / "adapter_model.safetensors").write_bytes(b"\x00" * 30)
     assert "model cannot be loaded" in refused("eval", cut, *data)
+
+
+def test_fewer_samples_still_come_from_the_whole_text():
+    samples = PackedDocuments([{"input_ids": torch.tensor([number])} for number in range(10)], 1)
+    assert [int(each["input_ids"]) for each in spread_samples(samples, 4).samples] == [0, 2, 5, 7]
+    assert len(spread_samples(samples, 99)) == len(spread_samples(samples, None)) == 10
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import json
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -22,15 +23,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
+from transformers.utils import logging as transformers_logging
 
 from . import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer, LemoTrainingArguments
 from .evaluation.block_recall import measure_recall
@@ -46,11 +50,7 @@ from .text_data import pack_documents, python_sources
 
 BASE = Path(__file__).parent / "assets" / "python-llama-4m"
 SEQ_LEN = 4096
-CONTEXT = {
-    # The base saw 1024 positions; linear interpolation brings 4096 into that range, and LoRA adapts the model to it.
-    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
-    "max_position_embeddings": SEQ_LEN,
-}
+BASE_CONTEXT = 1024
 # The base was trained on the standard library; these are other people's packages, each held out from it.
 TRAIN_PACKAGES = ("networkx", "accelerate", "peft")
 EVALUATION_PACKAGES = ("huggingface_hub", "datasets")
@@ -96,17 +96,20 @@ class Comparison(TrainerCallback):
 
     def __init__(self, measured: Measured, steps: int, seconds: float | None, evaluate: Any) -> None:
         self.measured, self.steps, self.seconds, self.evaluate = measured, steps, seconds, evaluate
-        self.begun = time.perf_counter()
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        # LeMo's phases run in this same event, before this callback.
-        self.measured.phase_seconds = time.perf_counter() - self.begun
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = time.perf_counter()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
+        if not self.measured.step_seconds:
+            # LeMo's phases run before the first step.
+            self.measured.phase_seconds = self.started - self.begun
+            self.bar = tqdm(total=self.steps if self.seconds is None else None, desc="steps", unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.measured.step_seconds.append(time.perf_counter() - self.started)
+        self.bar.update()
         if state.global_step == self.steps:
             self.evaluate("equal_steps", model)
         spent = sum(self.measured.step_seconds)
@@ -117,10 +120,12 @@ class Comparison(TrainerCallback):
             if state.global_step > self.steps:
                 self.evaluate("equal_time", model)
             control.should_training_stop = True
+            self.bar.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.measured.losses.append((state.global_step, sum(self.measured.step_seconds), logs["loss"]))
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
         shares = {name: value for name, value in (logs or {}).items() if name.startswith("kept_share/layer_")}
         if shares:
             self.measured.kept_share.append({"step": state.global_step, **shares})
@@ -128,10 +133,13 @@ class Comparison(TrainerCallback):
 
 def load(arm: Arm) -> Any:
     """The base with its context extended and a fresh adapter, the same one in every arm."""
+    # Linear interpolation brings the longer context into the range of positions that the base saw; LoRA adapts it to that.
+    rope = {"rope_type": "linear", "factor": SEQ_LEN / BASE_CONTEXT, "rope_theta": 10000.0}
+    context: dict[str, Any] = {"rope_parameters": rope, "max_position_embeddings": SEQ_LEN}
     if arm.lemo is None:
-        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, **CONTEXT)
+        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, **context)
     else:
-        model = AutoLemoModelForCausalLM.from_pretrained(BASE, lemo=arm.lemo, dtype=torch.float32, **CONTEXT)
+        model = AutoLemoModelForCausalLM.from_pretrained(BASE, lemo=arm.lemo, dtype=torch.float32, **context)
     set_seed(0)
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
 
@@ -155,7 +163,7 @@ def arguments(arm: Arm, folder: Path, steps: int) -> TrainingArguments:
     }
     if arm.lemo is None:
         return TrainingArguments(**common)
-    return LemoTrainingArguments(**common, **PHASES)
+    return LemoTrainingArguments(**common, **(PHASES if arm.lemo.needs_predictors else {}))
 
 
 # The shipped predictors were fitted at 1024 tokens of the standard library; the phase refits them to this text and length.
@@ -191,6 +199,8 @@ def train(
     trainer_class = Trainer if arm.lemo is None else LemoTrainer
     compare = Comparison(measured, steps, seconds, evaluate)
     trainer = trainer_class(**settings, data_collator=default_data_collator, callbacks=[compare])
+    # Trainer would print every step's metrics by layer; they go to results.json, and a bar to the screen.
+    trainer.remove_callback(ProgressCallback)
     trainer.train()
     trainer.save_model(str(folder))
     measured.perplexity = {when: score.perplexity for when, score in scores.items()}
@@ -233,7 +243,7 @@ def score_maps(model: Any, sample: dict[str, torch.Tensor], layers: list[int], p
         if found.layer in layers:
             query, key = found.module.lemo_predictor(found.hidden, found.documents)
             true.append(found.scores[0])
-            predicted.append(predicted_block_scores(query, key))
+            predicted.append(predicted_block_scores(query, key, found.module.lemo_predictor.distance.by_distance(len(query))))
 
     visit_layers(sparse_backbone(model), default_data_collator([sample]), visit)
     plot_block_scores(true, predicted, layers, path)
@@ -272,13 +282,16 @@ def table(before: Perplexity, measured: dict[str, Measured], seconds: dict[str, 
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments_given: list[str] | None = None) -> None:
     """Runs the arms, prints the table and writes `outputs/quickstart/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=25, help="training steps compared (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="folder to write (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments_given)
     started = time.perf_counter()
+    transformers_logging.disable_progress_bar()
+    # PEFT reads an attribute that transformers renames; nothing for the reader of this screen.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(BASE)

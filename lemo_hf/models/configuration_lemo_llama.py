@@ -27,6 +27,14 @@ class LemoLlamaConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         self.lemo.validate_for(self.num_hidden_layers)
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        # A stock Llama's config is one of ours with the default block; named so, it is read without a warning about its type.
+        config_dict, unused = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") == LlamaConfig.model_type:
+            config_dict["model_type"] = cls.model_type
+        return config_dict, unused
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         if isinstance(output.get("lemo"), LemoConfig):

@@ -41,7 +41,7 @@ def plot_kept_share(shares: Mapping[str, Sequence[Mapping[str, float]]], path: P
     for axis, (arm, entries) in zip(axes[0], shares.items(), strict=True):
         names = sorted((name for name in entries[0] if name != "step"), key=lambda name: int(name.rsplit("_", 1)[1]))
         grid = torch.tensor([[entry[name] for entry in entries] for name in names])
-        axis.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+        axis.imshow(grid.numpy(), aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
         ticks = range(0, len(entries), max(1, len(entries) // 6))
         axis.set_xticks(list(ticks), [f"{entries[tick]['step']:.0f}" for tick in ticks])
         axis.set_yticks(range(len(names)))
@@ -68,7 +68,7 @@ def plot_block_scores(true: Sequence[Tensor], predicted: Sequence[Tensor], layer
             bulk = lower[1:][:, 1:]
             limits = torch.quantile(bulk[~bulk.isnan()], torch.tensor([0.02, 0.98])).tolist() if blocks > 2 else (None, None)
             axis = axes[row][column]
-            image = axis.imshow(lower, cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+            image = axis.imshow(lower.cpu().numpy(), cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
             axis.set(title=f"layer {layer}, {name}")
             axis.set_xlabel("key block")
             axis.set_ylabel("query block" if column == 0 else "")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from references.tiny_models import add_lora, lemo_model, random_tokens, stock_model
 from torch import nn
 
@@ -35,7 +36,8 @@ def test_features_are_their_formula_token_by_token():
         for document in hidden.double().split(lengths):
             for block in document.split(block_size):
                 tokens = [(((token @ w1).clamp_min(0) @ w2).clamp_min(0)) @ w3 for token in block]
-                wanted.append(torch.stack(tokens).max(0).values)
+                together = torch.stack(tokens)
+                wanted.append(torch.cat((together[:, :1].mean(0), together[:, 1:].max(0).values)))
         torch.testing.assert_close(features.double(), torch.stack(wanted), rtol=1e-5, atol=1e-5)
 
 
@@ -43,8 +45,18 @@ def test_features_are_their_formula_token_by_token():
 def test_informativeness_without_the_matrix_equals_that_of_the_matrix(blocks):
     generator = torch.Generator().manual_seed(blocks)
     query, key = (torch.randn(blocks, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    formed = block_informativeness(predicted_block_scores(query, key))
-    torch.testing.assert_close(predicted_informativeness(query, key), formed)
+    profile = F.pad(torch.randn(blocks - 1, generator=generator, dtype=torch.float64), (1, 0))
+    formed = block_informativeness(predicted_block_scores(query, key, profile))
+    torch.testing.assert_close(predicted_informativeness(query, key, profile), formed)
+
+
+def test_profile_is_read_by_distance_at_any_length():
+    distances = predictor().distance
+    assert distances.by_distance(300).tolist() == [0.0] * 300
+    distances[0].copy_(torch.arange(48.0))
+    assert distances.by_distance(9).tolist() == [0.0, 0.0, 4.0, 6.0, 8.0, 9.0, 10.0, 11.0, 12.0]
+    assert distances.by_distance(10_000)[-1] == 47
+    assert distances.by_distance(1).tolist() == [0.0]
 
 
 def test_informativeness_is_per_document():
@@ -60,10 +72,10 @@ def test_pruned_sizes_build_the_right_shapes():
     config = LemoConfig(predictor_sizes=[[5, 6, 7, 4], [1, 2, 3, 4]], predictor_features=9)
     model = PatternPredictor.from_config(config, 12, 1)
     assert model.sizes == [1, 2, 3, 4]
-    assert [tuple(matrix.shape) for matrix in model.parameters()] == [(12, 1), (1, 2), (2, 9), (12, 3), (3, 4), (4, 9)]
+    assert [tuple(matrix.shape) for matrix in model.parameters()] == [(12, 1), (1, 2), (2, 9), (12, 3), (3, 4), (4, 9), (48,)]
 
 
-@pytest.mark.parametrize("sizes", [[1, 2, 3], [0, 2, 3, 4], [1, 2, 3, 13], [1, 2, 3, 4.0]])
+@pytest.mark.parametrize("sizes", [[1, 2, 3], [0, 2, 3, 4], [1, 2, 3, 13]])
 def test_impossible_sizes_are_named(sizes):
     with pytest.raises(LemoConfigError, match="predictor_sizes of layer 0 must be four widths between 1 and hidden_size 12"):
         PatternPredictor.from_config(LemoConfig(predictor_sizes=[sizes]), 12, 0)
@@ -96,7 +108,7 @@ def test_predictors_are_frozen_and_never_trained_by_the_loss(lora):
     tokens = random_tokens(40, 1)[None]
     model(input_ids=tokens, labels=tokens).loss.backward()
     parameters = {name: weight for name, weight in model.named_parameters() if "lemo_predictor" in name}
-    assert len(parameters) == 2 * 6
+    assert len(parameters) == 2 * 7
     assert all(not weight.requires_grad and weight.grad is None for weight in parameters.values())
 
 

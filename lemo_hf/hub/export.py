@@ -6,7 +6,6 @@ whoever loads the adapter on the stock model has to pass them (RoPE scaling abov
 adapter learned, and a PEFT adapter has no place for them.
 """
 
-import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import LemoError
 from ..models.lemo_config import LemoConfig, LemoConfigError
+from ..models.pattern_predictor import PatternPredictor
 from ..models.sparse_decoder import sparse_backbone
 from ..training.predictor_files import (
     CONFIG_FILE,
@@ -136,14 +137,13 @@ def check_predictor_shapes(path: Path, block: LemoConfig, layers: int, hidden_si
             f"predictor file is corrupt or truncated ({reason}); {str(path)!r}, {path.stat().st_size} bytes; "
             "copy it again, or train predictors"
         ) from error
-    needed: dict[str, tuple[int, int]] = {}
+    needed: dict[str, tuple[int, ...]] = {}
     for layer, sizes in enumerate(block.predictor_sizes or [[block.predictor_rank] * 4] * layers):
         if len(sizes) != 4 or not all(isinstance(size, int) and 0 < size <= hidden_size for size in sizes):
             raise _misfit(path, f"layer {layer} has widths {sizes}, the model's hidden_size is {hidden_size}")
-        for name, hidden in (("query", sizes[:2]), ("key", sizes[2:])):
-            widths = (hidden_size, *hidden, block.predictor_features)
-            for index, shape in enumerate(itertools.pairwise(widths)):
-                needed[f"layers.{layer}.{name}.matrices.{index}"] = shape
+        with torch.device("meta"):
+            predictor = PatternPredictor(hidden_size, sizes, block.predictor_features)
+        needed |= {f"layers.{layer}.{name}": tuple(weight.shape) for name, weight in predictor.named_parameters()}
     for name in sorted(needed.keys() | found.keys()):
         if found.get(name) != needed.get(name):
             raise _misfit(path, f"{name} is {found.get(name, 'missing')}, the model needs {needed.get(name, 'no such tensor')}")

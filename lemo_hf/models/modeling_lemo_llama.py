@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_lemo_llama import LemoLlamaConfig
-from .pattern_predictor import LowRankMatrices, PatternPredictor
+from .pattern_predictor import PatternPredictor, PredictorParameters
 from .row_operations import rms_norm, shared_adapter_input
 from .segmented_loss import segmented_causal_lm_loss
 from .sparse_decoder import SparseBackbone, SparseBatch, SparseDecoderLayer, gated_feed_forward
@@ -81,7 +81,7 @@ class LemoLlamaPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LowRankMatrices):
+        if isinstance(module, PredictorParameters):
             module.reset_parameters()
 
 

@@ -65,7 +65,9 @@ def test_a_stock_checkpoint_loads_without_a_word(stock_folder, upstream_log, cap
 def test_predictors_of_a_stock_checkpoint_are_initialised(stock_folder):
     model = AutoLemoModelForCausalLM.from_pretrained(stock_folder, lemo=LemoConfig(predictor_rank=16))
     for name, weight in model.named_parameters():
-        if "lemo_predictor" in name:
+        if "lemo_predictor.distance" in name:
+            assert not weight.any()
+        elif "lemo_predictor" in name:
             assert weight.std().item() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.3), name
 
 
@@ -175,6 +177,8 @@ def test_a_block_that_cannot_be_honoured_is_named(tmp_path, changes, message):
 def test_loaded_predictors_of_a_layer_survive_when_others_are_missing(tmp_path):
     """A checkpoint that lacks one layer's predictor: that one is initialised, the others are what was saved."""
     model = lemo_model(stock_model())
+    for layer in model.model.layers:
+        layer.lemo_predictor.distance[0].data.fill_(0.5)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert any("layers.1.lemo_predictor" in name for name in weights)
@@ -186,7 +190,9 @@ def test_loaded_predictors_of_a_layer_survive_when_others_are_missing(tmp_path):
     again = AutoLemoModelForCausalLM.from_pretrained(tmp_path)
     first = zip(again.model.layers[0].lemo_predictor.parameters(), model.model.layers[0].lemo_predictor.parameters(), strict=True)
     assert all(torch.equal(mine, saved) for mine, saved in first)
-    assert all(0.1 < weight.std() < 2 for weight in again.model.layers[1].lemo_predictor.parameters())
+    *matrices, distances = again.model.layers[1].lemo_predictor.parameters()
+    assert all(0.1 < weight.std() < 2 for weight in matrices)
+    assert not distances.any()
 
 
 def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path):

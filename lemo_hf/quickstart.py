@@ -9,14 +9,12 @@ the dense forward pass on text of another package. Writes adapters, results.json
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +36,11 @@ from transformers.utils import logging as transformers_logging
 
 from . import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer, LemoTrainingArguments
 from .evaluation.block_recall import measure_recall
-from .evaluation.layer_scores import LayerScores, visit_layers
 from .evaluation.perplexity import Perplexity, dense_perplexity, paired_difference
-from .models.pattern_predictor import predicted_block_scores
 from .models.sparse_decoder import sparse_backbone
 from .profiling.activation_memory import ActivationMemory
 from .profiling.flops import FlopCounter
-from .profiling.plots import plot_block_scores, plot_kept_share, plot_losses, plot_saved_bytes
-from .profiling.provenance import provenance
+from .quickstart_report import Arm, Measured, draw_plots, table, write_card, write_results
 from .text_data import pack_documents, python_sources
 
 BASE = Path(__file__).parent / "assets" / "python-llama-4m"
@@ -57,38 +52,11 @@ EVALUATION_PACKAGES = ("huggingface_hub", "datasets")
 EVALUATION_WINDOWS = 24
 
 
-@dataclass
-class Arm:
-    """One of the runs compared."""
-
-    name: str
-    title: str
-    lemo: LemoConfig | None
-
-
 ARMS = (
     Arm("stock", "LoRA, stock Trainer", None),
     Arm("exact", "LeMo exact, sampled", LemoConfig(attention_forward="exact", selection="sampled", keep_ratio=0.5)),
     Arm("sparse", "LeMo sparse, predicted", LemoConfig(attention_forward="sparse", selection="ratio", keep_ratio=0.5)),
 )
-
-
-@dataclass
-class Measured:
-    """What one arm showed; times in seconds, of training steps alone."""
-
-    title: str
-    step_seconds: list[float] = field(default_factory=list)
-    losses: list[tuple[float, float, float]] = field(default_factory=list)
-    phase_seconds: float = 0.0
-    saved_bytes: dict[str, float] = field(default_factory=dict)
-    flops: float = 0.0
-    recall: list[float] | None = None
-    chance: float | None = None
-    steps_at_equal_time: int = 0
-    perplexity: dict[str, float] = field(default_factory=dict)
-    versus_stock: dict[str, Any] = field(default_factory=dict)
-    kept_share: list[dict[str, float]] = field(default_factory=list)
 
 
 class Comparison(TrainerCallback):
@@ -131,15 +99,18 @@ class Comparison(TrainerCallback):
             self.measured.kept_share.append({"step": state.global_step, **shares})
 
 
+def context() -> dict[str, Any]:
+    """Config fields that extend the base's context: linear interpolation of positions, to which LoRA adapts the model."""
+    rope = {"rope_type": "linear", "factor": SEQ_LEN / BASE_CONTEXT, "rope_theta": 10000.0}
+    return {"rope_parameters": rope, "max_position_embeddings": SEQ_LEN}
+
+
 def load(arm: Arm) -> Any:
     """The base with its context extended and a fresh adapter, the same one in every arm."""
-    # Linear interpolation brings the longer context into the range of positions that the base saw; LoRA adapts it to that.
-    rope = {"rope_type": "linear", "factor": SEQ_LEN / BASE_CONTEXT, "rope_theta": 10000.0}
-    context: dict[str, Any] = {"rope_parameters": rope, "max_position_embeddings": SEQ_LEN}
     if arm.lemo is None:
-        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, **context)
+        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, **context())
     else:
-        model = AutoLemoModelForCausalLM.from_pretrained(BASE, lemo=arm.lemo, dtype=torch.float32, **context)
+        model = AutoLemoModelForCausalLM.from_pretrained(BASE, lemo=arm.lemo, dtype=torch.float32, **context())
     set_seed(0)
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
 
@@ -235,53 +206,6 @@ def time_steps(models: dict[str, Any], sample: dict[str, torch.Tensor], rounds: 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def score_maps(model: Any, sample: dict[str, torch.Tensor], layers: list[int], path: Path) -> None:
-    """Draws true block scores of one window over the predicted ones."""
-    true, predicted = [], []
-
-    def visit(found: LayerScores) -> None:
-        if found.layer in layers:
-            query, key = found.module.lemo_predictor(found.hidden, found.documents)
-            true.append(found.scores[0])
-            predicted.append(predicted_block_scores(query, key, found.module.lemo_predictor.distance.by_distance(len(query))))
-
-    visit_layers(sparse_backbone(model), default_data_collator([sample]), visit)
-    plot_block_scores(true, predicted, layers, path)
-
-
-def table(before: Perplexity, measured: dict[str, Measured], seconds: dict[str, float]) -> str:
-    """The result as text, one column per arm."""
-    arms = list(measured.values())
-    stock = arms[0]
-    rows: list[tuple[str, list[str]]] = [
-        ("saved for backward (MiB)", [f"{sum(a.saved_bytes.values()) / 2**20:.0f}" for a in arms]),
-        ("  of stock", [f"{sum(a.saved_bytes.values()) / sum(stock.saved_bytes.values()):.2f}" for a in arms]),
-        ("FLOPs a step (G)", [f"{a.flops / 1e9:.0f}" for a in arms]),
-        ("  of stock", [f"{a.flops / stock.flops:.2f}" for a in arms]),
-        ("step time, median (s)", [f"{value:.2f}" for value in seconds.values()]),
-        ("  speed of stock", [f"{seconds['stock'] / value:.2f}x" for value in seconds.values()]),
-        ("predictor phase (s)", [f"{a.phase_seconds:.0f}" if a.recall else "-" for a in arms]),
-        (
-            "predictor recall (chance)",
-            [f"{statistics.mean(a.recall):.3f} ({a.chance:.3f})" if a.recall else "-" for a in arms],
-        ),
-        ("dense perplexity before", [f"{before.perplexity:.3f}"] * len(arms)),
-        (f"  after {len(stock.step_seconds)} steps", [f"{a.perplexity['equal_steps']:.3f}" for a in arms]),
-        ("    against stock", [str(a.versus_stock.get("equal_steps", {}).get("text", "-")) for a in arms]),
-        (
-            "  at equal time (steps)",
-            [f"{a.perplexity.get('equal_time', a.perplexity['equal_steps']):.3f} ({a.steps_at_equal_time})" for a in arms],
-        ),
-        ("    against stock", [str(a.versus_stock.get("equal_time", {}).get("text", "-")) for a in arms]),
-    ]
-    width = max(len(name) for name, _ in rows) + 2
-    columns = [max(len(a.title), *(len(cells[i]) for _, cells in rows)) + 3 for i, a in enumerate(arms)]
-    lines = [" " * width + "".join(a.title.rjust(c) for a, c in zip(arms, columns, strict=True))]
-    for name, cells in rows:
-        lines.append(name.ljust(width) + "".join(cell.rjust(c) for cell, c in zip(cells, columns, strict=True)))
-    return "\n".join(lines)
-
-
 def main(arguments_given: list[str] | None = None) -> None:
     """Runs the arms, prints the table and writes `outputs/quickstart/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -326,28 +250,22 @@ def main(arguments_given: list[str] | None = None) -> None:
     seconds = time_steps(models, evaluation[0], rounds=5)
     text = table(before, measured, seconds)
     print(f"\n{text}\n")
-    plot_saved_bytes({m.title: m.saved_bytes for m in measured.values()}, args.out / "saved_bytes.png")
-    plot_losses({m.title: m.losses for m in measured.values()}, args.out / "losses.png")
-    plot_kept_share({m.title: m.kept_share for m in measured.values() if m.kept_share}, args.out / "kept_share.png")
-    score_maps(models["sparse"], evaluation[0], [1, 3, 5], args.out / "block_scores.png")
-    results = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        **provenance(),
-        "config": {
-            "tokens": SEQ_LEN,
-            "batch": 1,
-            "steps": args.steps,
-            "dtype": "float32 base and adapters, no autocast",
-            "lora": "r=8 on q, k, v, o",
-            "train": TRAIN_PACKAGES,
-            "evaluation": EVALUATION_PACKAGES,
-            "arms": {arm.name: arm.lemo.to_dict() if arm.lemo else None for arm in ARMS},
-        },
-        "perplexity_before": before.perplexity,
-        "step_seconds_in_turns": seconds,
-        "arms": {name: asdict(found) for name, found in measured.items()},
+    draw_plots(measured, models["sparse"], evaluation[0], args.out)
+    text_of = f"Python sources of {', '.join(TRAIN_PACKAGES)}; evaluated on {', '.join(EVALUATION_PACKAGES)}"
+    for arm in ARMS:
+        # The adapter on disk is that of the last step.
+        after = list(scores[arm.name].values())[-1]
+        write_card(arm, measured[arm.name], BASE.name, text_of, context(), before, after, args.out / arm.name)
+    config = {
+        "tokens": SEQ_LEN,
+        "batch": 1,
+        "steps": args.steps,
+        "dtype": "float32 base and adapters, no autocast",
+        "lora": "r=8 on q, k, v, o",
+        "train": TRAIN_PACKAGES,
+        "evaluation": EVALUATION_PACKAGES,
     }
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(ARMS, measured, seconds, before, config, args.out)
     (args.out / "table.txt").write_text(text + "\n")
     print(f"Adapters, results.json and plots are in {args.out}/ ({(time.perf_counter() - started) / 60:.1f} minutes in all)")
 

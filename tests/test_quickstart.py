@@ -29,6 +29,13 @@ def test_every_arm_leaves_an_adapter_and_the_lemo_arms_their_files(finished):
             assert (finished / arm / name).is_file(), (arm, name)
 
 
+def test_each_adapter_has_its_card(finished):
+    for arm in ("stock", "exact", "sparse"):
+        card = (finished / arm / "README.md").read_text()
+        assert "Perplexity on held-out text at 512 tokens" in card
+        assert ("none: every token was computed on" in card) == (arm == "stock")
+
+
 def test_plots_are_written(finished):
     for name in ("saved_bytes", "losses", "kept_share", "block_scores"):
         assert (finished / f"{name}.png").stat().st_size > 10_000

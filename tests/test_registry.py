@@ -131,6 +131,18 @@ def test_a_lemo_checkpoint_comes_back_whole(tmp_path, upstream_log, auto):
     assert again.model.layers[1].lemo_predictor.sizes == [7, 8, 9, 2]
 
 
+def test_saved_predictors_keep_their_float32_bits_in_a_16_bit_model(tmp_path):
+    model = lemo_model(stock_model())
+    model.save_pretrained(tmp_path)
+    again = AutoLemoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, weight in again.named_parameters():
+        if "lemo_predictor" in name:
+            assert weight.dtype == torch.float32
+            assert torch.equal(weight, model.get_parameter(name)), name
+        else:
+            assert weight.dtype == torch.bfloat16
+
+
 def test_a_lemo_checkpoint_takes_another_block_when_given(tmp_path):
     lemo_model(stock_model(), keep_ratio=0.25).save_pretrained(tmp_path)
     model = AutoLemoModelForCausalLM.from_pretrained(

@@ -1,0 +1,182 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+from training_runs import RandomText, curve, tiny_arguments, tiny_lemo_model, tiny_trainer
+from transformers import TrainerCallback, default_data_collator
+
+from lemo_hf import LemoTrainer
+from lemo_hf.errors import LemoError
+from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.training.lemo_run import PhaseDocuments
+
+SPARSE = {"selection": "ratio", "attention_forward": "sparse"}
+SAMPLED = {"selection": "sampled"}
+
+
+class NoisyText(RandomText):
+    """Reading a sample draws from every global generator, as augmentation would."""
+
+    def __getitem__(self, index):
+        torch.rand(1)
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        return super().__getitem__(index)
+
+
+class Watch(TrainerCallback):
+    """What the model looked like at each step."""
+
+    def __init__(self):
+        self.draws, self.dense = [], []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        backbone = sparse_backbone(model)
+        self.draws.append(backbone.lemo_last_batch.draw)
+        self.dense.append(backbone.config.lemo.dense_layers)
+
+
+def trained(folder, lemo, data=None, **changes):
+    trainer = LemoTrainer(model=tiny_lemo_model(**lemo), args=tiny_arguments(folder, **changes), train_dataset=data or RandomText())
+    trainer.train()
+    return trainer
+
+
+def recalls(trainer):
+    return [(logs["step"], logs["recall"]) for logs in trainer.state.log_history if "recall" in logs]
+
+
+def test_probes_do_not_disturb_the_curve(tmp_path):
+    quiet = trained(tmp_path / "a", SPARSE, NoisyText())
+    probed = trained(tmp_path / "b", SPARSE, NoisyText(), probe_steps=2, recall_floor=0.0)
+    assert [step for step, _ in recalls(quiet)] == [0]
+    assert [step for step, _ in recalls(probed)] == [0, 2, 4, 6]
+    assert curve(quiet) == curve(probed)
+
+
+def test_phases_do_not_disturb_the_curve(tmp_path):
+    # The uniform draw reads no predictors: with and without the phase the steps are the same.
+    without = trained(tmp_path / "a", SAMPLED, NoisyText(), predictor_documents=0)
+    with_phase = trained(tmp_path / "b", SAMPLED, NoisyText(), predictor_documents=3)
+    assert not recalls(without)
+    assert recalls(with_phase)
+    assert curve(without) == curve(with_phase)
+
+
+def test_a_phase_draws_nothing_from_global_generators(tmp_path):
+    documents = PhaseDocuments(NoisyText(), default_data_collator, seed=0)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    documents.span(0, 3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]  # noqa: NPY002
+
+
+def test_documents_have_their_own_order_and_start_again():
+    data = RandomText(samples=5)
+    documents, other = (PhaseDocuments(data, default_data_collator, seed=seed) for seed in (0, 1))
+    rows = torch.cat([batch["input_ids"] for batch in documents.span(0, 5)])
+    assert sorted(rows.tolist()) == sorted(data.tokens.tolist())
+    assert torch.equal(documents[5]["input_ids"], documents[0]["input_ids"])
+    assert not torch.equal(rows, torch.cat([batch["input_ids"] for batch in other.span(0, 5)]))
+
+
+class Stream(IterableDataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        data = RandomText()
+        return (data[index] for index in range(self.samples))
+
+
+def test_streams_are_read_from_their_start():
+    documents = PhaseDocuments(Stream(3), default_data_collator, seed=0)
+    wanted = RandomText().tokens
+    for index, row in ((1, 1), (0, 0), (2, 2), (4, 1)):
+        assert torch.equal(documents[index]["input_ids"][0], wanted[row])
+    with pytest.raises(LemoError, match="the training set is empty"):
+        PhaseDocuments(Stream(0), default_data_collator, seed=0)[0]
+
+
+def test_a_stream_can_be_trained_on(tmp_path):
+    assert len(curve(trained(tmp_path, SPARSE, Stream(24)))) == 6
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_draws_follow_the_step(tmp_path, accumulation):
+    watch = Watch()
+    # Evaluation between the steps draws nothing.
+    args = tiny_arguments(tmp_path, max_steps=3, gradient_accumulation_steps=accumulation, eval_strategy="steps", eval_steps=1)
+    data = {"train_dataset": RandomText(), "eval_dataset": RandomText(samples=2)}
+    LemoTrainer(model=tiny_lemo_model(**SAMPLED), args=args, callbacks=[watch], **data).train()
+    assert watch.draws == [accumulation * step + accumulation - 1 for step in range(3)]
+
+
+def test_the_dense_tail_keeps_everything_and_leaves_the_config_alone(tmp_path):
+    watch = Watch()
+    trainer = tiny_trainer(tmp_path, {**SPARSE, "dense_layers": [0]}, dense_tail_share=0.34)
+    trainer.add_callback(watch)
+    trainer.train()
+    shares = [logs["kept_share/layer_1"] for logs in trainer.state.log_history if "kept_share" in logs]
+    assert shares == [0.5] * 4 + [1.0] * 2
+    assert watch.dense == [[0]] * 6
+
+
+def test_low_recall_refits_within_the_limit(tmp_path):
+    trainer = tiny_trainer(tmp_path, SPARSE, probe_steps=1, recall_floor=1.0, refit_limit=2, refit_documents=1)
+    before = []
+
+    class Remember(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            before.append(sparse_backbone(model).layers[0].lemo_predictor.key.matrices[0].clone())
+
+    trainer.add_callback(Remember())
+    trainer.train()
+    assert sum("recall_before_refit" in logs for logs in trainer.state.log_history) == 2
+    changed = [not torch.equal(one, other) for one, other in zip(before, before[1:], strict=False)]
+    assert changed == [True, True, False, False, False]
+
+
+def test_shipped_predictors_are_the_start(tmp_path):
+    first = trained(tmp_path / "first", SPARSE)
+    first.save_model(str(tmp_path / "shipped"))
+    second = tiny_trainer(tmp_path / "second", SPARSE, predictors=str(tmp_path / "shipped"), predictor_documents=0)
+    second.train()
+    assert curve(second) == curve(first)
+    with pytest.raises(LemoError, match="does not exist"):
+        tiny_trainer(tmp_path / "third", SPARSE, predictors=str(tmp_path / "nowhere")).train()
+
+
+def test_switched_off_is_the_stock_run(tmp_path):
+    trainer = trained(tmp_path, {"enabled": False}, probe_steps=1)
+    assert len(curve(trainer)) == 6
+    assert not any(name.startswith(("kept_share", "recall", "saved_bytes")) for logs in trainer.state.log_history for name in logs)
+
+
+def test_skipped_phases_are_said(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="lemo_hf"):
+        trained(tmp_path / "a", SAMPLED, predictor_documents=None)
+        trained(tmp_path / "b", SPARSE, predictor_documents=0)
+    assert "predictor phase skipped: selection='sampled' does not read predictors" in caplog.text
+    assert "calibrate phase skipped: selection='ratio' has no thresholds" in caplog.text
+    assert "selection reads the predictors as they are" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("predictor_documents", -1),
+        ("predictor_passes", 0),
+        ("calibrate_eta", 0.0),
+        ("recall_floor", 1.5),
+        ("prune_share", 0.0),
+        ("dense_tail_share", 1.0),
+        ("probe_steps", -1),
+    ],
+)
+def test_arguments_outside_their_domain_are_refused(tmp_path, name, value):
+    with pytest.raises(LemoError, match=f"{name} must be .*; got {value}; ") as error:
+        tiny_arguments(tmp_path, **{name: value})
+    assert "\n" not in str(error.value)

@@ -109,8 +109,8 @@ def eval(
     from .loading import load_saved_model
     from .profiling.provenance import provenance
     from .recipe import DataFields
-    from .recipe_run import read_documents, spread_samples
-    from .text_data import pack_documents
+    from .recipe_run import read_documents
+    from .text_data import pack_documents, spread_samples
     from .training.predictor_files import write_json
 
     text = DataFields(

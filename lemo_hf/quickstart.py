@@ -41,7 +41,7 @@ from .models.sparse_decoder import sparse_backbone
 from .profiling.activation_memory import ActivationMemory
 from .profiling.flops import FlopCounter
 from .quickstart_report import Arm, Measured, draw_plots, table, write_card, write_results
-from .text_data import pack_documents, python_sources
+from .text_data import pack_documents, python_sources, spread_samples
 
 BASE = Path(__file__).parent / "assets" / "python-llama-4m"
 SEQ_LEN = 4096
@@ -107,6 +107,7 @@ def context() -> dict[str, Any]:
 
 def load(arm: Arm) -> Any:
     """The base with its context extended and a fresh adapter, the same one in every arm."""
+    model: Any
     if arm.lemo is None:
         model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, **context())
     else:
@@ -220,10 +221,8 @@ def main(arguments_given: list[str] | None = None) -> None:
     args.out.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     data = pack_documents(tokenizer, python_sources(TRAIN_PACKAGES), SEQ_LEN)
-    evaluation = pack_documents(tokenizer, python_sources(EVALUATION_PACKAGES), SEQ_LEN)
-    # Windows spread over all documents, not the first package's alone.
-    stride = max(1, len(evaluation) // EVALUATION_WINDOWS)
-    evaluation = [evaluation[index] for index in range(0, len(evaluation), stride)][:EVALUATION_WINDOWS]
+    windows = pack_documents(tokenizer, python_sources(EVALUATION_PACKAGES), SEQ_LEN)
+    evaluation = spread_samples(windows, EVALUATION_WINDOWS)
     print(
         f"{len(data)} training windows of {SEQ_LEN} tokens from {', '.join(TRAIN_PACKAGES)}; "
         f"{len(evaluation)} for evaluation from {', '.join(EVALUATION_PACKAGES)}"
@@ -242,7 +241,10 @@ def main(arguments_given: list[str] | None = None) -> None:
                 difference = paired_difference(scores["stock"]["equal_steps"], score)
                 found.versus_stock[when] = {**asdict(difference), "text": str(difference)}
         if arm.lemo is not None and arm.lemo.needs_predictors:
-            report = measure_recall(sparse_backbone(models[arm.name]), [default_data_collator([w]) for w in evaluation[:8]])
+            report = measure_recall(
+                sparse_backbone(models[arm.name]),
+                [default_data_collator([evaluation[i]]) for i in range(min(8, len(evaluation)))],
+            )
             found.recall, found.chance = report.layers, report.chance
     for name, model in models.items():
         profile_step(model, evaluation[0], measured[name])

@@ -26,6 +26,7 @@ from .text_data import (
     pack_documents,
     python_sources,
     split_documents,
+    spread_samples,
     text_file_documents,
 )
 from .training.lemo_run import has_progress
@@ -72,12 +73,6 @@ def load_samples(data: DataFields, tokenizer: Any, block_size: int) -> tuple[Pac
         return train, None
     evaluation = pack_documents(tokenizer, held_out, data.seq_len, data.layout, block_size)
     return train, spread_samples(evaluation, data.max_eval_samples)
-
-
-def spread_samples(samples: PackedDocuments, limit: int | None) -> PackedDocuments:
-    """At most `limit` samples, evenly from all of them: documents are sorted, and the first ones may all be of one kind."""
-    count = len(samples) if limit is None else min(limit, len(samples))
-    return PackedDocuments([samples.samples[index * len(samples) // count] for index in range(count)], samples.seq_len)
 
 
 def load_model(recipe: Recipe, overrides: dict[str, Any]) -> Any:

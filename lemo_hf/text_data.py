@@ -336,3 +336,9 @@ def pack_documents(
             f"seq_len {seq_len} is shorter than one block (block_size={block_size}); lower block_size or use longer samples"
         )
     return pack_token_ids(tokenize_documents(tokenizer, documents), seq_len, layout)
+
+
+def spread_samples(samples: PackedDocuments, limit: int | None) -> PackedDocuments:
+    """At most `limit` samples, evenly from all of them: documents are sorted, and the first ones may all be of one kind."""
+    count = len(samples) if limit is None else min(limit, len(samples))
+    return PackedDocuments([samples.samples[index * len(samples) // count] for index in range(count)], samples.seq_len)

@@ -14,8 +14,7 @@ from lemo_hf import cli
 from lemo_hf.base_model_data import train_tokenizer
 from lemo_hf.hub.export import CONFIG_FILE, PREDICTORS_FILE, read_lemo_files
 from lemo_hf.hub.model_card import RunResults
-from lemo_hf.recipe_run import spread_samples
-from lemo_hf.text_data import PackedDocuments, TextDocument
+from lemo_hf.text_data import PackedDocuments, TextDocument, spread_samples
 
 TEXT = "the model keeps some blocks and leaves other blocks out of each layer in every step of the run"
 WORDS = TEXT.split()

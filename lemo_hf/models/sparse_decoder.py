@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .document_attention import attend, with_kept_row_gradient
+from .kept_row_checkpoint import checkpoint_kept_rows, random_state, random_state_restored
 from .lemo_config import LemoConfig, LemoConfigError
 from .pattern_predictor import PatternPredictor
 from .row_operations import gated_activation, shared_adapter_input
@@ -120,7 +120,7 @@ class SparseDecoderLayer:
         if batch.config.score_source == "predicted":
             return self.lemo_predictor.informativeness(hidden, documents)
         # A layer that is run again does not choose again, so choosing must not advance the dropout of what follows.
-        with _random_state_restored(_random_state(hidden.device), hidden.device):
+        with random_state_restored(random_state(hidden.device), hidden.device):
             query, key, _ = self.project_heads(hidden, _rows_of(rotary, documents.rows))
         parts = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)
         size, scale = batch.config.block_size, self.attention_scale
@@ -145,7 +145,7 @@ class SparseDecoderLayer:
         split.project_rest(residual)
         if batch.config.checkpoint == "kept_rows" and torch.is_grad_enabled():
             weights = [weight for weight in self.parameters() if weight.requires_grad]  # type: ignore[attr-defined]
-            merged = _KeptRowCheckpoint.apply(residual, split, *weights)
+            merged = checkpoint_kept_rows(residual, split, weights)
         else:
             merged = split.forward(residual, gather_rows(residual, selection.kept_rows))
         return merged.view_as(hidden_states)
@@ -241,61 +241,6 @@ def _interleave(kept: Tensor, rest: Tensor, kept_at: Tensor, rest_at: Tensor) ->
     merged = kept.new_empty(kept.shape[0] + rest.shape[0], *kept.shape[1:])
     merged.index_copy_(0, kept_at, kept)
     return merged.index_copy_(0, rest_at, rest)
-
-
-class _KeptRowCheckpoint(torch.autograd.Function):
-    """A layer that stores its kept rows and computes them again in backward.
-
-    The trainable weights are inputs, so their gradients leave through autograd: a layer whose input needs no gradient still
-    trains, and hooks on the weights (gradient reduction) fire once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, residual: Tensor, split: _Split, *weights: Tensor) -> Tensor:
-        kept = gather_rows(residual, split.selection.kept_rows)
-        device = residual.device.type
-        ctx.random_state = _random_state(residual.device)
-        ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        merged = split.forward(residual, kept)
-        stored = split.finished if split.exact and split.finished is not None else ()
-        split.finished = None
-        ctx.save_for_backward(kept, *stored, *weights)
-        ctx.split, ctx.stored = split, len(stored)
-        return merged
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, *saved = ctx.saved_tensors
-        finished, weights = tuple(saved[: ctx.stored]), saved[ctx.stored :]
-        split, rows = ctx.split, ctx.split.selection.kept_rows
-        enabled, dtype = ctx.autocast
-        with (
-            torch.enable_grad(),
-            torch.autocast(grad.device.type, dtype=dtype, enabled=enabled),
-            _random_state_restored(ctx.random_state, grad.device),
-        ):
-            leaf = kept.detach().requires_grad_(ctx.needs_input_grad[0])
-            again = split.kept_forward(leaf, finished or None)
-        inputs = [*([leaf] if leaf.requires_grad else []), *weights]
-        grads = list(torch.autograd.grad(again, inputs, gather_rows(grad, rows), allow_unused=True))
-        if not leaf.requires_grad:
-            return None, None, *grads
-        return grad.index_copy(0, rows, grads[0]), None, *grads[1:]
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def _random_state_restored(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    # Dropout inside an adapter must draw what it drew in the forward pass.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)
-        yield
 
 
 class SparseBackbone:

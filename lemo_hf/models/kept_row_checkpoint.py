@@ -1,0 +1,92 @@
+"""Kept-row checkpointing: a layer stores its kept rows and computes the rest of what backward needs again (ours).
+
+Stored per layer: the kept residual rows, and in the exact form their attention output and log-sum-exp. Neither the dense
+forward nor a rest row is ever run again, so backward costs one more pass over the kept rows only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .token_elimination import Selection, gather_rows
+
+
+class SplitLayer(Protocol):
+    """A layer's run over kept and rest rows, as sparse_decoder.py makes it."""
+
+    selection: Selection
+    exact: bool
+    finished: tuple[Tensor, Tensor] | None
+
+    def forward(self, residual: Tensor, kept: Tensor) -> Tensor:
+        """The layer on all real rows."""
+
+    def kept_forward(self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The layer on kept rows."""
+
+
+class _KeptRowCheckpoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, split: SplitLayer, *weights: Tensor) -> Tensor:
+        kept = gather_rows(residual, split.selection.kept_rows)
+        device = residual.device.type
+        ctx.random_state = random_state(residual.device)
+        ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        merged = split.forward(residual, kept)
+        stored = split.finished if split.exact and split.finished is not None else ()
+        split.finished = None
+        ctx.save_for_backward(kept, *stored)
+        # As they are, not as saved tensors: hooks that pack those (offloading) would return copies that autograd does not know.
+        ctx.weights = weights
+        ctx.split = split
+        return merged
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, *finished = ctx.saved_tensors
+        split, rows = ctx.split, ctx.split.selection.kept_rows
+        enabled, dtype = ctx.autocast
+        with (
+            torch.enable_grad(),
+            torch.autocast(grad.device.type, dtype=dtype, enabled=enabled),
+            random_state_restored(ctx.random_state, grad.device),
+        ):
+            leaf = kept.detach().requires_grad_(ctx.needs_input_grad[0])
+            again = split.kept_forward(leaf, tuple(finished) or None)
+        inputs = [*([leaf] if leaf.requires_grad else []), *ctx.weights]
+        grads = list(torch.autograd.grad(again, inputs, gather_rows(grad, rows), allow_unused=True))
+        if not leaf.requires_grad:
+            return None, None, *grads
+        return grad.index_copy(0, rows, grads[0]), None, *grads[1:]
+
+
+def checkpoint_kept_rows(residual: Tensor, split: SplitLayer, weights: list[Tensor]) -> Tensor:
+    """Runs a layer, storing its kept rows only.
+
+    Args:
+        residual: The layer's input, `(all_rows, hidden)`.
+        split: The layer's run.
+        weights: Its trainable weights. They are inputs, so their gradients leave through autograd: a layer whose input needs
+            no gradient still trains, and hooks on the weights (gradient reduction) fire once.
+    """
+    return _KeptRowCheckpoint.apply(residual, split, *weights)
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The random states that dropout on `device` reads."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def random_state_restored(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """Runs its block from `state` and leaves the present state as it was: dropout draws again what it drew before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield

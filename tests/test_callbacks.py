@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -39,7 +40,9 @@ class Watch(TrainerCallback):
 
 
 def trained(folder, lemo, data=None, **changes):
-    trainer = LemoTrainer(model=tiny_lemo_model(**lemo), args=tiny_arguments(folder, **changes), train_dataset=data or RandomText())
+    trainer = LemoTrainer(
+        model=tiny_lemo_model(**lemo), args=tiny_arguments(folder, **changes), train_dataset=data or RandomText()
+    )
     trainer.train()
     return trainer
 
@@ -135,7 +138,7 @@ def test_low_recall_refits_within_the_limit(tmp_path):
     trainer.add_callback(Remember())
     trainer.train()
     assert sum("recall_before_refit" in logs for logs in trainer.state.log_history) == 2
-    changed = [not torch.equal(one, other) for one, other in zip(before, before[1:], strict=False)]
+    changed = [not torch.equal(one, other) for one, other in pairwise(before)]
     assert changed == [True, True, False, False, False]
 
 
@@ -152,7 +155,9 @@ def test_shipped_predictors_are_the_start(tmp_path):
 def test_switched_off_is_the_stock_run(tmp_path):
     trainer = trained(tmp_path, {"enabled": False}, probe_steps=1)
     assert len(curve(trainer)) == 6
-    assert not any(name.startswith(("kept_share", "recall", "saved_bytes")) for logs in trainer.state.log_history for name in logs)
+    assert not any(
+        name.startswith(("kept_share", "recall", "saved_bytes")) for logs in trainer.state.log_history for name in logs
+    )
 
 
 def test_skipped_phases_are_said(tmp_path, caplog):

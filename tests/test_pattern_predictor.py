@@ -59,6 +59,14 @@ def test_profile_is_read_by_distance_at_any_length():
     assert distances.by_distance(1).tolist() == [0.0]
 
 
+def test_profile_takes_on_values_by_distance():
+    distances = predictor().distance
+    values = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    distances.fit(values)
+    assert distances.by_distance(6)[1:].tolist() == values.tolist()
+    assert distances.by_distance(500)[-1] == 1.0
+
+
 def test_informativeness_is_per_document():
     lengths = [9, 1, 8, 3]
     hidden = torch.randn(21, 12, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,13 @@ from lemo_hf.evaluation.block_recall import measure_recall
 from lemo_hf.evaluation.layer_scores import visit_layers
 from lemo_hf.hub.export import save_lemo_files
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training.predictor_files import PREDICTORS_FILE, load_predictors, parameter_share, predictor_tensors, record_predictor_sizes
+from lemo_hf.training.predictor_files import (
+    PREDICTORS_FILE,
+    load_predictors,
+    parameter_share,
+    predictor_tensors,
+    record_predictor_sizes,
+)
 from lemo_hf.training.predictor_training import PredictorTraining
 
 
@@ -47,6 +53,20 @@ def test_training_beats_chance_and_positions_on_held_out_text():
     assert report.mean > report.position_mean + 0.1
 
 
+def test_the_start_is_near_the_scores():
+    backbone = backbone_of()
+    for layer in backbone.layers:
+        layer.lemo_predictor.key.matrices[2].data *= 100
+    training = PredictorTraining(backbone, documents=1, steps=1, learning_rate=1e-12)
+    training.fit(batches(1)[0])
+    found = []
+    visit_layers(backbone, batches(1)[0], found.append)
+    for layer, item in enumerate(found):
+        true, predicted = item.informativeness()[0], item.predicted()[0]
+        assert predicted.mean().item() == pytest.approx(true.mean().item(), rel=0.05)
+        assert training._fits[layer].loss(item).item() < 10
+
+
 def test_the_distance_profile_learns_what_distance_does():
     backbone = backbone_of()
     assert not backbone.layers[0].lemo_predictor.distance[0].any()
@@ -67,10 +87,11 @@ def test_only_predictors_change():
 def test_the_step_is_adam():
     backbone = backbone_of()
     predictor = backbone.layers[0].lemo_predictor
-    start = [weight.clone() for weight in predictor.parameters()]
     training = PredictorTraining(backbone, documents=1, steps=3, learning_rate=0.01)
     found = []
     visit_layers(backbone, batches(1)[0], found.append)
+    training._fits[0].observe(found[0])
+    start = [weight.clone() for weight in predictor.parameters()]
     training.fit(batches(1)[0])
     got = [weight.clone() for weight in predictor.parameters()]
     for weight, value in zip(predictor.parameters(), start, strict=True):
@@ -122,6 +143,8 @@ def test_pruning_removes_dead_units_and_keeps_the_predictions():
     predictor.key.matrices[1].data[:, 5] = 0
     found = []
     visit_layers(backbone, batches(1)[0], found.append)
+    training._fits[1]._start(found[1])
+    training._fits[1].running[1:] = 1.0  # started
     before = found[1].predicted()[0]
     parameters = sum(weight.numel() for weight in predictor.parameters())
     training.fit(batches(1)[0])
@@ -197,5 +220,5 @@ def test_predictors_of_another_shape_do_not_fit(tmp_path):
         load_predictors(backbone, tmp_path)
     wider = backbone_of()
     wider.config.hidden_size = 64
-    with pytest.raises(LemoError, match="do not fit the model with hidden_size 64: .*size mismatch"):
+    with pytest.raises(LemoError, match=r"do not fit the model with hidden_size 64: .*size mismatch"):
         load_predictors(wider, tmp_path)

@@ -89,9 +89,7 @@ class RecallReport:
         return _mean(self.positions)
 
 
-def measure_recall(
-    backbone: Any, batches: Iterable[dict[str, Any]], positions: PositionProfile | None = None
-) -> RecallReport:
+def measure_recall(backbone: Any, batches: Iterable[dict[str, Any]], positions: PositionProfile | None = None) -> RecallReport:
     """Recall of a model's predictors at the keep ratio of its config, by a dense forward without autograd.
 
     Args:

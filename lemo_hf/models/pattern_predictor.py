@@ -79,9 +79,21 @@ class DistanceProfile(PredictorParameters):
 
     def by_distance(self, blocks: int) -> Tensor:
         """F at distances 0 to `blocks` - 1, `(blocks,)`; 0 at distance 0, which is no pair."""
+        return F.pad(self[0][self._entries(blocks)], (1, 0))
+
+    @torch.no_grad()
+    def fit(self, by_distance: Tensor) -> None:
+        """Takes on given values of f at distances 1 to `len(by_distance)`; beyond them f stays at the last one."""
+        entries = self._entries(len(by_distance) + 1)
+        counts = torch.bincount(entries, minlength=_DISTANCES)
+        means = torch.zeros_like(self[0]).index_add_(0, entries, by_distance) / counts.clamp_min(1)
+        # An entry that no distance rounds to takes the value of the one before it.
+        filled = torch.where(counts > 0, torch.arange(_DISTANCES, device=counts.device), 0).cummax(0).values
+        self[0].copy_(means[filled])
+
+    def _entries(self, blocks: int) -> Tensor:
         distance = torch.arange(1, blocks, device=self[0].device)
-        entry = (4 * distance.log2()).round().long().clamp_max(_DISTANCES - 1)
-        return F.pad(self[0][entry], (1, 0))
+        return (4 * distance.log2()).round().long().clamp_max(_DISTANCES - 1)
 
 
 class _FeatureNetwork(nn.Module):

@@ -26,21 +26,27 @@ class LemoTrainingArguments(TrainingArguments):
     )
     predictor_documents: int | None = field(
         default=None,
-        metadata={"help": "Documents to fit the predictors on; by default 64, or 0 where the selection does not read predictors."},
+        metadata={
+            "help": "Documents to fit the predictors on; by default 64, or 0 where the selection does not read predictors."
+        },
     )
     predictor_passes: int = field(default=1, metadata={"help": "Passes over these documents (the paper: up to 400)."})
     predictor_steps: int = field(default=4, metadata={"help": "Optimizer steps of every layer's predictor on each document."})
     predictor_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate (Adam), decaying linearly to 0."})
     prune_documents: int = field(default=16, metadata={"help": "Documents between two prunings of hidden units; 0 never prunes."})
     prune_share: float = field(
-        default=0.999, metadata={"help": "A hidden unit is removed when it is zero after ReLU for more than this share of tokens."}
+        default=0.999,
+        metadata={"help": "A hidden unit is removed when it is zero after ReLU for more than this share of tokens."},
     )
 
     # Calibrate phase: thresholds under the budget of keep_ratio (Algorithm 1), for selection="threshold".
     calibrate_documents: int = field(default=4, metadata={"help": "Documents of the profile set."})
-    calibrate_rounds: int = field(default=3, metadata={"help": "Rounds of central differences; each runs 2 x layers forwards a document."})
+    calibrate_rounds: int = field(
+        default=3, metadata={"help": "Rounds of central differences; each runs 2 x layers forwards a document."}
+    )
     calibrate_eta: float = field(
-        default=0.25, metadata={"help": "Largest move of a threshold in a round, in standard deviations of the layer's informativeness."}
+        default=0.25,
+        metadata={"help": "Largest move of a threshold in a round, in standard deviations of the layer's informativeness."},
     )
     calibrate_epsilon: float = field(default=0.25, metadata={"help": "Half width of the central difference, in the same unit."})
 

@@ -185,12 +185,16 @@ class LemoRun:
             raise LemoError(f"file holds no phase progress; {str(path)!r}; delete it to start the phases anew") from error
         self._require_same_settings(stored["settings"], path)
         block = LemoConfig.from_dict(stored["lemo"])
-        predictors = {name.removeprefix("predictors."): value for name, value in tensors.items() if name.startswith("predictors.")}
+        predictors = {
+            name.removeprefix("predictors."): value for name, value in tensors.items() if name.startswith("predictors.")
+        }
         set_predictors(self.backbone, predictors, block, str(path))
         self.lemo.update(thresholds=block.thresholds)
         self.finished, self.predictors_fitted = stored["finished"], stored["predictors_fitted"]
         self.phase, self.progress = stored["phase"], stored["progress"]
-        self.progress_tensors = {name.removeprefix("phase."): value for name, value in tensors.items() if name.startswith("phase.")}
+        self.progress_tensors = {
+            name.removeprefix("phase."): value for name, value in tensors.items() if name.startswith("phase.")
+        }
         logger.info("continuing in the %s phase from %s", self.phase, path)
 
     def take_progress(self, phase: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -236,5 +240,3 @@ class LemoRun:
 def has_progress(folder: str | Path) -> bool:
     """Whether a run was stopped in `folder` before its first checkpoint."""
     return (Path(folder) / PROGRESS_FILE).is_file()
-
-

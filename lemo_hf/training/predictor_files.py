@@ -118,7 +118,9 @@ def set_predictors(backbone: Any, tensors: dict[str, Tensor], stored: LemoConfig
     lemo, hidden, layers = backbone.config.lemo, backbone.config.hidden_size, len(backbone.layers)
     found = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
     if found != layers:
-        raise LemoError(f"predictors do not fit the model: they have {found} layers, the model {layers}; {source}; train predictors for this model")
+        raise LemoError(
+            f"predictors do not fit the model: they have {found} layers, the model {layers}; {source}; train predictors for this model"
+        )
     if stored.block_size != lemo.block_size:
         raise LemoError(
             f"predictors do not fit the model: they pool blocks of {stored.block_size}, the model has block_size={lemo.block_size}; {source}; "

@@ -51,19 +51,49 @@ class _LayerFit:
             hidden_units = [units for network in self._networks() for units in network(found.hidden)[1:]]
         for count, units in zip(self.zeros, hidden_units, strict=True):
             count += (units == 0).sum(0).cpu()
-        variances = [(_causal_pairs(scores).var().item(), block_informativeness(scores)[1:-1].var().item()) for scores in found.scores if len(scores) > 3]
+        if not self.running[1:].any():
+            self._start(found)
+        variances = [
+            (_causal_pairs(scores).var().item(), block_informativeness(scores)[1:-1].var().item())
+            for scores in found.scores
+            if len(scores) > 3
+        ]
         for of_scores, of_informativeness in variances:
             fresh = torch.tensor([of_scores, of_informativeness], dtype=torch.float64).clamp_min(1e-12)
             weight = 1.0 if self.running[1] == 0 else _VARIANCE_WEIGHT
             self.running[1:] += weight * (fresh - self.running[1:])
         self.running[0] += found.hidden.shape[0]
 
+    @torch.no_grad()
+    def _start(self, found: LayerScores) -> None:
+        """Starts near the scores of the first batch.
+
+        Products of random features are many times too large, and the profile is a mean that steps of an even size would take
+        long to reach.
+        """
+        longest = max(range(len(found.scores)), key=lambda document: len(found.scores[document]))
+        scores = found.scores[longest]
+        if len(scores) <= 3:
+            return
+        query, key = (found.documents.split_blocks(part)[longest] for part in self.predictor(found.hidden, found.documents))
+        products = query @ key.T
+        excess = (_causal_pairs(products).std() / _causal_pairs(scores).std()).item()
+        if excess > 2:
+            for network in self._networks():
+                matrices: Any = network.matrices
+                matrices[2].mul_(excess**-0.5)
+            products /= excess
+        by_distance = [(scores - products).diagonal(-distance).mean() for distance in range(1, len(scores))]
+        self.predictor.distance.fit(torch.stack(by_distance))
+
     def loss(self, found: LayerScores) -> Tensor | None:
         """Mean loss of the batch's documents; `None` if none has blocks to choose among."""
         query, key = self.predictor(found.hidden, found.documents)
         _, of_scores, of_informativeness = self.running.tolist()
         losses = []
-        for q, k, scores in zip(found.documents.split_blocks(query), found.documents.split_blocks(key), found.scores, strict=True):
+        for q, k, scores in zip(
+            found.documents.split_blocks(query), found.documents.split_blocks(key), found.scores, strict=True
+        ):
             if len(scores) <= 3:
                 continue
             profile = self.predictor.distance.by_distance(len(q))
@@ -120,7 +150,9 @@ class _LayerFit:
 
     def tensors(self) -> dict[str, Tensor]:
         lists = {"first": self.first, "second": self.second, "zeros": self.zeros}
-        return {f"{name}.{index}": value for name, values in lists.items() for index, value in enumerate(values)} | {"running": self.running}
+        return {f"{name}.{index}": value for name, values in lists.items() for index, value in enumerate(values)} | {
+            "running": self.running
+        }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         for name, values in (("first", self.first), ("second", self.second), ("zeros", self.zeros)):
@@ -148,7 +180,13 @@ class PredictorTraining:
     """
 
     def __init__(
-        self, backbone: Any, documents: int, steps: int, learning_rate: float, prune_documents: int = 0, prune_share: float = 0.999
+        self,
+        backbone: Any,
+        documents: int,
+        steps: int,
+        learning_rate: float,
+        prune_documents: int = 0,
+        prune_share: float = 0.999,
     ) -> None:
         self.backbone = backbone
         self.documents = documents

@@ -44,7 +44,9 @@ class LemoTrainer(Trainer):
     ) -> None:
         args = LemoTrainingArguments() if args is None else args
         if not isinstance(args, LemoTrainingArguments):
-            raise LemoError(f"LemoTrainer needs LemoTrainingArguments; got {type(args).__name__}; replace the class, its fields are the same")
+            raise LemoError(
+                f"LemoTrainer needs LemoTrainingArguments; got {type(args).__name__}; replace the class, its fields are the same"
+            )
         if model is not None:
             sparse_backbone(model)
         self.lemo_run = LemoRun(args)

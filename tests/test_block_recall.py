@@ -67,7 +67,9 @@ def test_packed_documents_are_scored_apart():
     parts = tokens.split([40, 56])
     positions = torch.cat([torch.arange(len(part)) for part in parts])
     packed, alone = [], []
-    visit_layers(backbone, {"input_ids": tokens[None], "position_ids": positions[None]}, lambda f: packed.append(f.informativeness()))
+    visit_layers(
+        backbone, {"input_ids": tokens[None], "position_ids": positions[None]}, lambda f: packed.append(f.informativeness())
+    )
     for part in parts:
         visit_layers(backbone, {"input_ids": part[None]}, lambda f: alone.append(f.informativeness()[0]))
     for layer in (0, 1):

@@ -56,7 +56,9 @@ def test_elimination_is_active_and_saves_bytes(tmp_path):
     assert curve(half) != curve(whole)
 
 
-@pytest.mark.parametrize("lemo", [SAMPLED, SPARSE, {"selection": "ratio", "attention_forward": "exact"}], ids=lambda d: d["selection"])
+@pytest.mark.parametrize(
+    "lemo", [SAMPLED, SPARSE, {"selection": "ratio", "attention_forward": "exact"}], ids=lambda d: d["selection"]
+)
 def test_same_seed_same_curve(tmp_path, lemo):
     first, second = (tiny_trainer(tmp_path / name, lemo, probe_steps=2) for name in "ab")
     first.train()
@@ -164,7 +166,9 @@ def test_nan_stops_the_run_and_names_the_checkpoint(tmp_path, where):
                 weight.register_hook(lambda grad: grad * math.inf)
 
     trainer.add_callback(Poison())
-    with pytest.raises(LemoError, match=rf"{where} is not finite; .* at step 4, last good checkpoint: .*checkpoint-2; lower") as error:
+    with pytest.raises(
+        LemoError, match=rf"{where} is not finite; .* at step 4, last good checkpoint: .*checkpoint-2; lower"
+    ) as error:
         trainer.train()
     assert "\n" not in str(error.value)
     assert trainer.state.global_step == 3
@@ -203,7 +207,10 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
 def test_stock_trainer_with_callbacks_has_the_same_curve(tmp_path):
     args = tiny_arguments(tmp_path / "ours")
     stock_args = TrainingArguments(
-        **{name: getattr(args, name) for name in ("max_steps", "per_device_train_batch_size", "learning_rate", "use_cpu", "disable_tqdm")},
+        **{
+            name: getattr(args, name)
+            for name in ("max_steps", "per_device_train_batch_size", "learning_rate", "use_cpu", "disable_tqdm")
+        },
         output_dir=str(tmp_path / "stock"),
         logging_steps=1,
         save_strategy="steps",

@@ -52,7 +52,9 @@ def tiny_lemo_model(lora: bool = True, **lemo: Any) -> Any:
             if "q_proj" in name or "k_proj" in name:
                 weight.data *= 8  # attention with structure: the initial weights score every pair alike
         if lora:
-            model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"))
+            model = get_peft_model(
+                model, LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+            )
             for name, weight in model.named_parameters():
                 if "lora_B" in name:
                     weight.data.normal_(0, 0.02)

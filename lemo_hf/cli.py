@@ -61,7 +61,7 @@ def train(
       results.json, recipe.yaml                        what was measured; what gives this run again
     """  # noqa: D301 (\b is for the help formatter)
     from .recipe import read_recipe
-    from .recipe_run import run_recipe
+    from .recipe.running import run_recipe
 
     checked = read_recipe(recipe, _overrides(context.args))
     results = run_recipe(checked)
@@ -109,7 +109,7 @@ def eval(
     from .loading import load_saved_model
     from .profiling.provenance import provenance
     from .recipe import DataFields
-    from .recipe_run import read_documents
+    from .recipe.running import read_documents
     from .text_data import pack_documents, spread_samples
     from .training.predictor_files import write_json
 

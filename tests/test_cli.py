@@ -192,7 +192,7 @@ def test_overrides_reach_the_run_in_both_spellings(source, tmp_path, monkeypatch
         seen.update(recipe.values)
         return RunResults("m", "t", 128, {}, steps=0, train_seconds=0.0)
 
-    monkeypatch.setattr("lemo_hf.recipe_run.run_recipe", record)
+    monkeypatch.setattr("lemo_hf.recipe.running.run_recipe", record)
     cli_ends(["train", str(source / "recipe.yaml"), "--keep_ratio", "0.3", "--max_steps=-1"], code=0)
     assert (seen["keep_ratio"], seen["max_steps"], seen["seq_len"]) == (0.3, -1, 128)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lemo_hf import quickstart
+from lemo_hf.quickstart import comparison as quickstart
 
 
 @pytest.fixture(scope="module")

@@ -34,16 +34,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from . import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer, LemoTrainingArguments
-from .evaluation.block_recall import measure_recall
-from .evaluation.perplexity import Perplexity, dense_perplexity, paired_difference
-from .models.sparse_decoder import sparse_backbone
-from .profiling.activation_memory import ActivationMemory
-from .profiling.flops import FlopCounter
-from .quickstart_report import Arm, Measured, draw_plots, table, write_card, write_results
-from .text_data import pack_documents, python_sources, spread_samples
+from .. import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer, LemoTrainingArguments
+from ..evaluation.block_recall import measure_recall
+from ..evaluation.perplexity import Perplexity, dense_perplexity, paired_difference
+from ..models.sparse_decoder import sparse_backbone
+from ..profiling.activation_memory import ActivationMemory
+from ..profiling.flops import FlopCounter
+from ..text_data import pack_documents, python_sources, spread_samples
+from .report import Arm, Measured, draw_plots, table, write_card, write_results
 
-BASE = Path(__file__).parent / "assets" / "python-llama-4m"
+BASE = Path(__file__).parents[1] / "assets" / "python-llama-4m"
 SEQ_LEN = 4096
 BASE_CONTEXT = 1024
 # The base was trained on the standard library; these are other people's packages, each held out from it.
@@ -270,7 +270,3 @@ def main(arguments_given: list[str] | None = None) -> None:
     write_results(ARMS, measured, seconds, before, config, args.out)
     (args.out / "table.txt").write_text(text + "\n")
     print(f"Adapters, results.json and plots are in {args.out}/ ({(time.perf_counter() - started) / 60:.1f} minutes in all)")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,16 +10,15 @@ from typing import Any
 from transformers import default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .errors import LemoError
-from .evaluation.perplexity import dense_perplexity
-from .hub.export import atomic_path, check_predictor_shapes, read_lemo_files
-from .hub.model_card import CARD_FILE, Interval, RunResults, write_model_card
-from .loading import extended_config, load_tokenizer, model_location, one_line_errors, without_peft_deprecation
-from .models.lemo_config import LemoConfigError
-from .models.sparse_decoder import sparse_backbone
-from .recipe import DataFields, Recipe
-from .registry import AutoLemoModelForCausalLM
-from .text_data import (
+from ..errors import LemoError
+from ..evaluation.perplexity import dense_perplexity
+from ..hub.export import atomic_path, check_predictor_shapes, read_lemo_files
+from ..hub.model_card import CARD_FILE, Interval, RunResults, write_model_card
+from ..loading import extended_config, load_tokenizer, model_location, one_line_errors, without_peft_deprecation
+from ..models.lemo_config import LemoConfigError
+from ..models.sparse_decoder import sparse_backbone
+from ..registry import AutoLemoModelForCausalLM
+from ..text_data import (
     PackedDocuments,
     TextDocument,
     dataset_documents,
@@ -29,9 +28,10 @@ from .text_data import (
     spread_samples,
     text_file_documents,
 )
-from .training.lemo_run import has_progress
-from .training.predictor_files import PREDICTORS_FILE, write_json
-from .training.trainer import LemoTrainer
+from ..training.lemo_run import has_progress
+from ..training.predictor_files import PREDICTORS_FILE, write_json
+from ..training.trainer import LemoTrainer
+from .reading import DataFields, Recipe
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"

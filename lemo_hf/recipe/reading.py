@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from .errors import LemoError
-from .models.lemo_config import LemoConfig
-from .recipe_fields import RecipeField, fields_of, load_yaml, type_in_words
+from ..errors import LemoError
+from ..models.lemo_config import LemoConfig
+from .fields import RecipeField, fields_of, load_yaml, type_in_words
 
 if TYPE_CHECKING:
-    from .training.arguments import LemoTrainingArguments
+    from ..training.arguments import LemoTrainingArguments
 
 # Given for a run, never written down with it.
 SECRET_FIELDS = ("hub_token",)
@@ -144,7 +144,7 @@ class LoraFields:
 @cache
 def sections() -> dict[str, type]:
     """The dataclasses whose fields a recipe has, by the heading that help gives them."""
-    from .training.arguments import LemoTrainingArguments  # with transformers' Trainer behind it: seconds
+    from ..training.arguments import LemoTrainingArguments  # with transformers' Trainer behind it: seconds
 
     return {
         "Model": ModelFields,
@@ -202,7 +202,7 @@ class Recipe:
         Raises:
             LemoError: If transformers refuses a value.
         """
-        from .training.arguments import LemoTrainingArguments
+        from ..training.arguments import LemoTrainingArguments
 
         names = fields_of(LemoTrainingArguments)
         values = {name: value for name, value in self.values.items() if name in names}

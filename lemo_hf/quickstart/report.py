@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import default_data_collator
 
-from .evaluation.layer_scores import LayerScores, visit_layers
-from .evaluation.perplexity import Perplexity
-from .hub.model_card import Interval, RunResults, write_model_card
-from .models.lemo_config import LemoConfig
-from .models.pattern_predictor import predicted_block_scores
-from .models.sparse_decoder import sparse_backbone
-from .profiling.plots import plot_block_scores, plot_kept_share, plot_losses, plot_saved_bytes
-from .profiling.provenance import provenance
+from ..evaluation.layer_scores import LayerScores, visit_layers
+from ..evaluation.perplexity import Perplexity
+from ..hub.model_card import Interval, RunResults, write_model_card
+from ..models.lemo_config import LemoConfig
+from ..models.pattern_predictor import predicted_block_scores
+from ..models.sparse_decoder import sparse_backbone
+from ..profiling.plots import plot_block_scores, plot_kept_share, plot_losses, plot_saved_bytes
+from ..profiling.provenance import provenance
 
 
 @dataclass

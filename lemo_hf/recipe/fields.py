@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from .errors import LemoError
+from ..errors import LemoError
 
 
 @dataclass(frozen=True)

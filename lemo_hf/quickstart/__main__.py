@@ -1,0 +1,3 @@
+from .comparison import main
+
+main()

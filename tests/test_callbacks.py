@@ -152,6 +152,24 @@ def test_shipped_predictors_are_the_start(tmp_path):
         tiny_trainer(tmp_path / "third", SPARSE, predictors=str(tmp_path / "nowhere")).train()
 
 
+def test_thresholds_are_searched_again_after_a_fit(tmp_path):
+    # Thresholds of predictors of another scale: every block would pass them.
+    lemo = {"selection": "threshold", "attention_forward": "sparse", "thresholds": [-1e6, -1e6]}
+    trainer = trained(tmp_path / "a", lemo)
+    shares = [logs["kept_share"] for logs in trainer.state.log_history if "kept_share" in logs]
+    assert len(shares) == 6
+    assert max(shares) < 0.8
+    trainer.lemo_run.lemo.update(thresholds=[-1e6, -1e6])
+    trainer.train()
+    assert [logs["calibrated_share"] for logs in trainer.state.log_history if "calibrated_share" in logs][-1] < 0.6
+
+
+def test_thresholds_stay_where_nothing_was_fitted(tmp_path):
+    lemo = {"selection": "threshold", "attention_forward": "sparse", "thresholds": [-5.0, -6.0]}
+    trainer = trained(tmp_path, lemo, predictor_documents=0)
+    assert trainer.lemo_run.lemo.thresholds == [-5.0, -6.0]
+
+
 def test_switched_off_is_the_stock_run(tmp_path):
     trainer = trained(tmp_path, {"enabled": False}, probe_steps=1)
     assert len(curve(trainer)) == 6

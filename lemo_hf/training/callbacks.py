@@ -122,7 +122,7 @@ class PredictorPhase(_LemoCallback):
                 if training.done % own.phase_save_documents == 0:
                     run.save_progress("predictor", {"done": training.done}, training.tensors())
         record_predictor_sizes(run.backbone)
-        run.predictors_fitted = True
+        run.predictors_fitted = run.fitted_now = True
         report = probe(run, training)
         run.report(
             {
@@ -145,8 +145,8 @@ class CalibratePhase(_LemoCallback):
         taken = run.take_progress("calibrate")
         if run.lemo.selection != "threshold":
             logger.info("calibrate phase skipped: selection=%r has no thresholds", run.lemo.selection)
-        elif taken is None and run.lemo.thresholds is not None:
-            logger.info("calibrate phase skipped: the lemo block brings thresholds")
+        elif taken is None and run.lemo.thresholds is not None and not run.fitted_now:
+            logger.info("calibrate phase skipped: the lemo block brings thresholds and no predictor was fitted in this run")
         else:
             self._search(taken)
         run.finished.append("calibrate")

@@ -120,6 +120,8 @@ class LemoRun:
         self.refits = 0
         self.metrics: dict[str, float] = {}
         self.predictors_fitted = False
+        # Since training began: thresholds from before belong to predictors of another scale.
+        self.fitted_now = False
         self.progress: dict[str, Any] | None = None
         self.progress_tensors: dict[str, Tensor] = {}
         self._settings: dict[str, Any] = {}
@@ -146,7 +148,7 @@ class LemoRun:
         phase_arguments = {name: getattr(self.args, name) for name in _PHASE_ARGUMENTS}
         block = {name: value for name, value in self.lemo.to_dict().items() if name not in _FOUND_FIELDS}
         self._settings = json.loads(json.dumps({**block, **phase_arguments, "phase_seed": seed}))
-        self.finished, self.refits, self.metrics = [], 0, {}
+        self.finished, self.refits, self.metrics, self.fitted_now = [], 0, {}, False
         if state.global_step > 0:
             self._load_checkpoint(Path(self.checkpoint or self.folder / f"checkpoint-{state.global_step}"))
         elif (self.folder / PROGRESS_FILE).is_file():

@@ -83,8 +83,12 @@ def shared_adapter_input(*projections: nn.Module) -> Iterator[None]:
     PEFT's layers cast their input to the adapter's dtype, each for itself: float32 adapters on q, k and v of a 16-bit model
     save three float32 copies of the same rows. Within this context the first cast is kept and handed to the others. Under
     autocast nothing is cast at all, since the adapter's matmul would cast back at once: the values are the same.
-    Projections without adapters are left alone.
+    Projections without adapters are left alone, and so are all of them while `torch.compile` traces: Dynamo loses instance
+    attributes at a graph break, and the compiler sees by itself that the casts are one.
     """
+    if torch.compiler.is_compiling():
+        yield
+        return
     cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def cast_once(rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -98,10 +102,10 @@ def shared_adapter_input(*projections: nn.Module) -> Iterator[None]:
 
     adapted = [module for module in projections if getattr(module, "cast_input_dtype_enabled", False)]
     for module in adapted:
-        # An instance attribute hides the class's method; deleting it restores the method.
+        # An instance attribute hides the class's method; removing it restores the method.
         module._cast_input_dtype = cast_once  # type: ignore[assignment]
     try:
         yield
     finally:
         for module in adapted:
-            del module._cast_input_dtype
+            vars(module).pop("_cast_input_dtype", None)

@@ -250,7 +250,7 @@ class SparseBackbone:
     training: bool
     # Set by `sparse_evaluation`: the sparse forward without gradients, for calibration and for labelled comparisons.
     lemo_sparse_evaluation = False
-    # Number of the next training forward. Trainer callbacks set it from the global step, so that a resumed run draws alike.
+    # Number of the next training forward, counted in sampled selection only. Trainer callbacks set it from the global step, so that a resumed run draws alike.
     lemo_draw = 0
     # The batch of the last sparse forward, for logging: what each layer chose.
     lemo_last_batch: SparseBatch | None = None
@@ -277,8 +277,10 @@ class SparseBackbone:
             seq_idx=kwargs.get("seq_idx"),
             cu_seq_lens=kwargs.get("cu_seq_lens_q"),
         )
-        batch = SparseBatch(documents, lemo, self.config.num_hidden_layers, self.lemo_draw)
-        if self.training:
+        # Only sampled selection reads the number: elsewhere it would make torch.compile compile every step anew.
+        sampled = lemo.selection == "sampled"
+        batch = SparseBatch(documents, lemo, self.config.num_hidden_layers, self.lemo_draw if sampled else 0)
+        if self.training and sampled:
             self.lemo_draw += 1
         self.lemo_last_batch = batch
         if not documents.lengths:

@@ -1,0 +1,49 @@
+import pytest
+import torch
+from references.tiny_models import assert_same_gradients, lemo_model, loss_and_gradients, random_tokens, stock_model
+from torch._dynamo.utils import counters
+
+from lemo_hf.models.sparse_decoder import sparse_backbone
+
+TOKENS = random_tokens(50, 1)[None]
+BATCH = {"input_ids": TOKENS, "labels": TOKENS}
+
+
+def ratio_model(form):
+    return lemo_model(stock_model(num_hidden_layers=1), {}, selection="ratio", keep_ratio=0.4, attention_forward=form)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+# Dynamo instantiates an autograd.Function while it traces; torch warns of that, to itself.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["sparse", "exact"])
+def test_a_compiled_model_trains_as_an_uncompiled_one_and_compiles_once(form, fresh_dynamo):
+    wanted_loss, wanted = loss_and_gradients(ratio_model(form), BATCH)
+    model = ratio_model(form)
+    compiled = torch.compile(model, backend="eager")
+    loss = compiled(**BATCH).loss
+    loss.backward()
+    assert counters["frames"]["ok"] > 0
+    torch.testing.assert_close(loss, wanted_loss)
+    grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    assert_same_gradients(grads, wanted, rtol=1e-5, atol=1e-6)
+    frames = counters["frames"]["ok"]
+    for _ in range(2):
+        compiled(**BATCH).loss.backward()
+    assert counters["frames"]["ok"] == frames, "a step of the same shape must not compile anew"
+
+
+def test_only_sampled_selection_counts_its_forwards():
+    for selection, drawn in (("ratio", 0), ("sampled", 2)):
+        model = lemo_model(stock_model(), selection=selection)
+        for _ in range(2):
+            model(**BATCH)
+        assert sparse_backbone(model).lemo_draw == drawn

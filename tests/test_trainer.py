@@ -204,6 +204,20 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
         tiny_trainer(tmp_path, {**SAMPLED, "keep_ratio": 0.25}).train(resume_from_checkpoint=True)
 
 
+def test_resumes_from_shipped_predictors_of_another_width(tmp_path):
+    shipped = str(tmp_path / "shipped")
+    _trained(tmp_path / "first", {"selection": "ratio", "predictor_rank": 6, "predictor_features": 5}).save_model(shipped)
+
+    def trainer():
+        return tiny_trainer(tmp_path / "cut", {"selection": "ratio"}, predictors=shipped, save_strategy="steps", save_steps=2)
+
+    killed(trainer(), 3)
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert sparse_backbone(resumed.model).layers[0].lemo_predictor.sizes == [6] * 4
+
+
 def test_stock_trainer_with_callbacks_has_the_same_curve(tmp_path):
     args = tiny_arguments(tmp_path / "ours")
     stock_args = TrainingArguments(

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "lemo_state.json"
 PROGRESS_FILE = "lemo_phases.safetensors"
-# Found by the phases, so they may differ between the start of a run and its continuation.
-_FOUND_FIELDS = ("thresholds", "predictor_sizes")
+# Found by the phases or brought by shipped predictors: they may differ between the start of a run and its continuation.
+_FOUND_FIELDS = ("thresholds", "predictor_sizes", "predictor_rank", "predictor_features")
 _PHASE_ARGUMENTS = (
     "predictors",
     "predictor_documents",

@@ -2,6 +2,7 @@ import contextlib
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from references.decoder_layer import lemo_layer
 from references.tiny_models import (
     add_lora,
@@ -308,4 +309,17 @@ def test_what_sparse_training_cannot_do_is_refused(change, message):
     with pytest.raises(LemoConfigError, match=message):
         model(input_ids=tokens, labels=tokens)
     model.config.lemo.update(enabled=False)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def test_a_cache_in_training_is_refused_and_no_silent_dense_step():
+    """Prefix tuning passes its prefix as a cache; with one, the layers would run densely."""
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(lemo_model(stock_model(), keep_ratio=0.3), prefix).train()
+    tokens = random_tokens(50, 1)[None]
+    with pytest.raises(LemoConfigError, match="got past_key_values.*use LoRA, or train with enabled=False"):
+        model(input_ids=tokens, labels=tokens)
+    with torch.no_grad():
+        assert model(input_ids=tokens).logits.isfinite().all()
+    sparse_backbone(model).config.lemo.update(enabled=False)
     model(input_ids=tokens, labels=tokens).loss.backward()

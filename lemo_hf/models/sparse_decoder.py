@@ -250,7 +250,8 @@ class SparseBackbone:
     training: bool
     # Set by `sparse_evaluation`: the sparse forward without gradients, for calibration and for labelled comparisons.
     lemo_sparse_evaluation = False
-    # Number of the next training forward, counted in sampled selection only. Trainer callbacks set it from the global step, so that a resumed run draws alike.
+    # Number of the next training forward, counted in sampled selection only. Trainer callbacks set it from the global step, so
+    # that a resumed run draws alike.
     lemo_draw = 0
     # The batch of the last sparse forward, for logging: what each layer chose.
     lemo_last_batch: SparseBatch | None = None
@@ -258,8 +259,13 @@ class SparseBackbone:
     def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         lemo: LemoConfig = self.config.lemo
         active = lemo.enabled and (self.training or self.lemo_sparse_evaluation)
-        # A cache means generation, which is inference whatever the mode.
-        if not active or kwargs.get("past_key_values") is not None:
+        if active and kwargs.get("past_key_values") is not None:
+            if self.training and torch.is_grad_enabled():
+                raise LemoConfigError(
+                    "LeMo trains without a cache; got past_key_values, as prefix tuning passes them; use LoRA, or train with enabled=False"
+                )
+            active = False  # generation, which is inference whatever the mode
+        if not active:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         self._refuse_unsupported(kwargs)
         shape_of = input_ids if input_ids is not None else kwargs.get("inputs_embeds")

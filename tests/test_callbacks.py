@@ -12,6 +12,7 @@ from lemo_hf import LemoTrainer
 from lemo_hf.errors import LemoError
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.training.lemo_run import PhaseDocuments
+from lemo_hf.training.predictor_training import PredictorTraining
 
 SPARSE = {"selection": "ratio", "attention_forward": "sparse"}
 SAMPLED = {"selection": "sampled"}
@@ -150,6 +151,26 @@ def test_shipped_predictors_are_the_start(tmp_path):
     assert curve(second) == curve(first)
     with pytest.raises(LemoError, match="does not exist"):
         tiny_trainer(tmp_path / "third", SPARSE, predictors=str(tmp_path / "nowhere")).train()
+
+
+def test_only_drawn_predictors_start_anew(tmp_path, monkeypatch):
+    fresh = []
+    untouched = PredictorTraining.__init__
+
+    def watched(self, *args, **kwargs):
+        fresh.append(kwargs["fresh"])
+        untouched(self, *args, **kwargs)
+
+    monkeypatch.setattr(PredictorTraining, "__init__", watched)
+    first = trained(tmp_path / "first", SPARSE, probe_steps=3, recall_floor=1.0, refit_limit=1, refit_documents=1)
+    assert fresh == [True, False]
+    first.save_model(str(tmp_path / "shipped"))
+    first.train()
+    trained(tmp_path / "second", SPARSE, predictors=str(tmp_path / "shipped"))
+    assert fresh[2] is fresh[-1] is False
+    continued = LemoTrainer(model=first.model, args=tiny_arguments(tmp_path / "third"), train_dataset=RandomText())
+    continued.train()
+    assert fresh[-1] is False
 
 
 def test_thresholds_are_searched_again_after_a_fit(tmp_path):

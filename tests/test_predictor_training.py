@@ -67,6 +67,21 @@ def test_the_start_is_near_the_scores():
         assert training._fits[layer].loss(item).item() < 10
 
 
+def test_fitted_predictors_are_no_fresh_start():
+    backbone = backbone_of()
+    fitted(backbone, documents=4)
+    # Far from the scores of the next document: a fresh start would pull both back.
+    for layer in backbone.layers:
+        layer.lemo_predictor.distance[0].fill_(7.0)
+        layer.lemo_predictor.key.matrices[2].data *= 100
+    before = {name: weight.clone() for name, weight in predictor_tensors(backbone).items()}
+    training = PredictorTraining(backbone, documents=1, steps=1, learning_rate=1e-12, fresh=False)
+    training.fit(batches(1, first=5)[0])
+    for name, weight in predictor_tensors(backbone).items():
+        torch.testing.assert_close(weight, before[name], msg=name)
+    assert all(fit.running[1:].all() for fit in training._fits)
+
+
 def test_the_distance_profile_learns_what_distance_does():
     backbone = backbone_of()
     assert not backbone.layers[0].lemo_predictor.distance[0].any()

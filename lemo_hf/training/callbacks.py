@@ -106,9 +106,10 @@ class PredictorPhase(_LemoCallback):
 
     def _fit(self, total: int, documents: int, taken: Any) -> None:
         run, own = self.run, self.run.args
-        training = PredictorTraining(
-            run.backbone, total, own.predictor_steps, own.predictor_learning_rate, own.prune_documents, own.prune_share
-        )
+        # A model that a LeMo run saved brings fitted predictors too; the profile of drawn ones is flat.
+        fresh = not run.predictors_fitted and not any(layer.lemo_predictor.distance[0].any() for layer in run.backbone.layers)
+        pruning = own.prune_documents, own.prune_share
+        training = PredictorTraining(run.backbone, total, own.predictor_steps, own.predictor_learning_rate, *pruning, fresh=fresh)
         if taken is not None:
             training.restore(taken[1], taken[0]["done"])
         # Probe and profile documents come first, so that recall and thresholds are found on other text.
@@ -262,7 +263,8 @@ class RecallProbe(_LemoCallback):
             search = threshold_search(run)
             search.begin(keep_thresholds=True)
             shares = search.kept_shares()
-        training = PredictorTraining(run.backbone, own.refit_documents, own.predictor_steps, own.predictor_learning_rate / 3)
+        rate = own.predictor_learning_rate / 3
+        training = PredictorTraining(run.backbone, own.refit_documents, own.predictor_steps, rate, fresh=False)
         # Each refit reads documents that neither the phase nor an earlier refit read.
         fitted = (own.predictor_documents or _DEFAULT_DOCUMENTS) + (run.refits - 1) * own.refit_documents
         first = own.probe_documents + own.calibrate_documents + fitted

@@ -37,8 +37,9 @@ _VARIANCE_WEIGHT = 0.1
 class _LayerFit:
     """One layer's predictor with its Adam moments, zero counts and running variances, all of them tensors to be saved."""
 
-    def __init__(self, predictor: PatternPredictor) -> None:
+    def __init__(self, predictor: PatternPredictor, fresh: bool) -> None:
         self.predictor = predictor
+        self.fresh = fresh
         self.first = [torch.zeros_like(weight) for weight in predictor.parameters()]
         self.second = [torch.zeros_like(weight) for weight in predictor.parameters()]
         self.zeros = [torch.zeros(size) for size in predictor.sizes]
@@ -51,7 +52,7 @@ class _LayerFit:
             hidden_units = [units for network in self._networks() for units in network(found.hidden)[1:]]
         for count, units in zip(self.zeros, hidden_units, strict=True):
             count += (units == 0).sum(0).cpu()
-        if not self.running[1:].any():
+        if self.fresh and not self.running[1:].any():
             self._start(found)
         variances = [
             (_causal_pairs(scores).var().item(), block_informativeness(scores)[1:-1].var().item())
@@ -177,6 +178,8 @@ class PredictorTraining:
         learning_rate: Peak learning rate.
         prune_documents: Documents between two prunings; 0 never prunes.
         prune_share: Share of tokens for which a removed unit was zero.
+        fresh: Whether the predictors are as drawn: their scale and distance profile are then set by the first document.
+            Predictors that learned something keep it.
     """
 
     def __init__(
@@ -187,6 +190,7 @@ class PredictorTraining:
         learning_rate: float,
         prune_documents: int = 0,
         prune_share: float = 0.999,
+        fresh: bool = True,
     ) -> None:
         self.backbone = backbone
         self.documents = documents
@@ -196,7 +200,7 @@ class PredictorTraining:
         self.prune_share = prune_share
         self.done = 0
         self.positions = PositionProfile(len(backbone.layers))
-        self._fits = [_LayerFit(layer.lemo_predictor) for layer in backbone.layers]
+        self._fits = [_LayerFit(layer.lemo_predictor, fresh) for layer in backbone.layers]
 
     def fit(self, batch: dict[str, Any]) -> list[float]:
         """Takes the optimizer steps on one batch; returns the layers' losses after all but the last of them."""

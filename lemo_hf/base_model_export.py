@@ -179,6 +179,11 @@ def render_card(found: dict[str, Any], recipe_path: str) -> str:
         )
     )
     text, noise = found["repeated_text"], found["repeated_noise"]
+    copies = (
+        "It copies from its context only weakly (see the repeated texts). "
+        if text["second_copy_loss"] > 0.5 * text["first_copy_loss"]
+        else ""
+    )
     unfinished = "" if found["finished"] else "\n> An intermediate export: training was still running.\n"
     return f"""---
 license: apache-2.0
@@ -228,7 +233,7 @@ uniform attention; share on the first token; share on tokens more than 64 back, 
 All figures and the training curve are in `measurements.json`.
 
 ## Limits
-Python only, 1024 tokens, far too small to be relied on for code. Held-out files come from the same library as the training files, so
+Python only, 1024 tokens, far too small to be relied on for code. {copies}Held-out files come from the same library as the training files, so
 perplexity on other people's code is higher. The training text is the Python standard library (PSF licence); short passages of it may be
 reproduced.
 """

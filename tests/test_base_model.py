@@ -38,22 +38,31 @@ def test_shipped_model_is_a_small_stock_llama(shipped):
     assert tokenizer.decode(tokenizer(source)["input_ids"]) == source
 
 
-def test_shipped_model_predicts_held_out_files_far_better_than_ngrams(shipped):
-    model, tokenizer = shipped
+@pytest.fixture(scope="module")
+def unseen(shipped):
+    """Token ids of a file younger than the model, which therefore has never seen it."""
+    text = (BASE_MODEL_FOLDER.parents[1] / "text_data.py").read_text()
+    return tokenize_documents(shipped[1], [TextDocument("text_data", text)])[0]
+
+
+def test_shipped_model_predicts_unseen_code_far_better_than_ngrams_predict_held_out_files(shipped, unseen):
     found = json.loads((BASE_MODEL_FOLDER / "measurements.json").read_text())
     assert found["finished"]
-    text = (BASE_MODEL_FOLDER.parents[1] / "text_data.py").read_text()  # younger than the model, so surely held out
-    rows = held_out_rows(tokenize_documents(tokenizer, [TextDocument("text_data", text)]), 1024)
-    perplexity = math.exp(losses(model, rows).sum() / (rows[:, 1:] != -100).sum())
-    assert perplexity < 3 * found["held_out_perplexity"]
-    assert found["held_out_perplexity"] < 0.6 * found["five_gram_perplexity"]
+    assert found["held_out_perplexity"] < 0.25 * found["five_gram_perplexity"]
+    rows = held_out_rows([unseen], 1024)
+    perplexity = math.exp(losses(shipped[0], rows).sum() / (rows[:, 1:] != -100).sum())
+    assert perplexity < 38  # 28.5 when it was shipped
 
 
-def test_shipped_model_attends_to_what_it_has_read(shipped):
-    model, _ = shipped
-    words = torch.randint(300, 4096, (1, 200), generator=torch.Generator().manual_seed(1))
-    loss = losses(model, torch.cat([words, words], dim=1))[0]
-    assert loss[200:].mean() < 0.5 * loss[:199].mean()
+def test_shipped_model_attends_to_what_it_has_read(shipped, unseen):
+    tokens = torch.tensor(unseen)
+    ends = range(1025, len(tokens), 512)
+    far = torch.stack([tokens[end - 1025 : end] for end in ends])
+    by_context = {length: losses(shipped[0], far[:, -length - 1 :])[:, -32:].mean() for length in (64, 1024)}
+    assert by_context[1024] < by_context[64] - 0.25  # 0.6 nats when it was shipped
+    once = tokens[:2000].view(4, 500)
+    twice = losses(shipped[0], torch.cat([once, once], dim=1))
+    assert twice[:, 500:].mean() < twice[:, :499].mean() - 0.15  # 0.36 nats when it was shipped
 
 
 DOCUMENTS = [TextDocument(f"file{i}", "".join(f"x{i} = {(i * j) % 97}\n" for j in range(60))) for i in range(40)]

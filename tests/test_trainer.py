@@ -218,6 +218,27 @@ def test_resumes_from_shipped_predictors_of_another_width(tmp_path):
     assert sparse_backbone(resumed.model).layers[0].lemo_predictor.sizes == [6] * 4
 
 
+def test_the_best_model_has_its_predictors_and_thresholds(tmp_path):
+    changes = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    changes |= {"greater_is_better": True, "metric_for_best_model": "eval_loss"}  # the first one: loss falls
+    changes |= {"probe_steps": 4, "recall_floor": 1.0, "refit_limit": 1, "refit_documents": 2}
+    trainer = LemoTrainer(
+        model=tiny_lemo_model(**SPARSE),
+        args=tiny_arguments(tmp_path, **changes),
+        train_dataset=RandomText(),
+        eval_dataset=RandomText(samples=4),
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    assert any("recall_before_refit" in logs for logs in trainer.state.log_history)
+    backbone = sparse_backbone(trainer.model)
+    for name, value in load_file(best / "lemo_predictors.safetensors").items():
+        layer, part = name.removeprefix("layers.").split(".", 1)
+        assert torch.equal(backbone.layers[int(layer)].lemo_predictor.get_parameter(part), value), name
+    assert backbone.config.lemo.thresholds == read_json(best / "lemo_config.json")["thresholds"]
+
+
 def test_stock_trainer_with_callbacks_has_the_same_curve(tmp_path):
     args = tiny_arguments(tmp_path / "ours")
     stock_args = TrainingArguments(

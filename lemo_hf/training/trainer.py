@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from ..errors import LemoError
+from ..hub.export import load_lemo_files
 from ..models.sparse_decoder import sparse_backbone
 from .arguments import LemoTrainingArguments
 from .callbacks import callbacks_of, not_finite
@@ -88,6 +89,11 @@ class LemoTrainer(Trainer):
         target: Any = self.model if model is None else model
         load_predictors(sparse_backbone(target), resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        # Predictors and thresholds of another step than the adapter's would choose by other scores.
+        load_lemo_files(self.model, str(self.state.best_model_checkpoint))
+        super()._load_best_model()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

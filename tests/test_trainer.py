@@ -174,6 +174,41 @@ def test_nan_stops_the_run_and_names_the_checkpoint(tmp_path, where):
     assert trainer.state.global_step == 3
 
 
+class PartlyUnlabelled(RandomText):
+    """Every other pair of samples has no label, and the last pairs no real token either."""
+
+    def __getitem__(self, index):
+        sample = {**super().__getitem__(index), "attention_mask": torch.ones(96, dtype=torch.long)}
+        if index % 4 < 2:
+            sample["labels"] = torch.full_like(sample["labels"], -100)
+            sample["attention_mask"] = torch.full_like(sample["attention_mask"], int(index < 8))
+        return sample
+
+
+def test_batches_without_labels_pass_and_are_said_once(tmp_path, caplog):
+    changes = {"predictor_documents": 0, "train_sampling_strategy": "sequential"}
+    args = tiny_arguments(tmp_path / "ours", **changes)
+    ours = LemoTrainer(model=tiny_lemo_model(**SAMPLED), args=args, train_dataset=PartlyUnlabelled())
+    with caplog.at_level("WARNING", logger="lemo_hf"):
+        ours.train()
+    assert ours.state.global_step == 6
+    assert [record.message for record in caplog.records if "no label" in record.message] == [
+        "batch has no label; step 1, 192 tokens; it trains nothing: leave out samples whose labels are all -100 "
+        "(said once, others pass alike)"
+    ]
+    stock = Trainer(
+        model=tiny_lemo_model(**SAMPLED),
+        args=tiny_arguments(tmp_path / "stock", **changes),
+        train_dataset=PartlyUnlabelled(),
+        callbacks=lemo_callbacks(args),
+    )
+    stock.train()
+    assert curve(stock) == curve(ours)
+    for (name, one), other in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+        assert one.isfinite().all()
+
+
 def test_used_output_folder_is_refused(tmp_path):
     first = _trained(tmp_path, SAMPLED, save_strategy="steps", save_steps=6)
     first.train()  # its own folder

@@ -1,5 +1,6 @@
 """`Trainer` with the phases of a LeMo run installed: the same loop, the same arguments, one import to swap."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from ..errors import LemoError
 from ..hub.export import load_lemo_files
+from ..models.segmented_loss import IGNORE_INDEX, shift_labels
 from ..models.sparse_decoder import sparse_backbone
 from .arguments import LemoTrainingArguments
 from .callbacks import callbacks_of, not_finite
 from .lemo_run import LemoRun, has_progress
 from .predictor_files import CONFIG_FILE, load_predictors
+
+logger = logging.getLogger(__name__)
 
 # Files that only a run leaves in its output folder.
 _RUN_FILES = (CONFIG_FILE, "adapter_model.safetensors", "model.safetensors", "trainer_state.json")
@@ -52,6 +56,7 @@ class LemoTrainer(Trainer):
             sparse_backbone(model)
         self.lemo_run = LemoRun(args)
         self._has_trained = False
+        self._said_no_label = False
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), *callbacks_of(self.lemo_run)], **kwargs)
         self.lemo_run.send = self.log
 
@@ -95,10 +100,21 @@ class LemoTrainer(Trainer):
         load_lemo_files(self.model, str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss).all():
-            raise not_finite("loss", loss.item(), self.state, self.args)
+            labels = inputs.get("labels")
+            if labels is None or (shift_labels(labels) != IGNORE_INDEX).any():
+                raise not_finite("loss", loss.item(), self.state, self.args)
+            # As in the stock Trainer: the loss is 0 / 0, its gradient 0.
+            if not self._said_no_label:
+                logger.warning(
+                    "batch has no label; step %d, %d tokens; it trains nothing: leave out samples whose labels are all -100 "
+                    "(said once, others pass alike)",
+                    self.state.global_step + 1,
+                    labels.numel(),
+                )
+            self._said_no_label = True
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

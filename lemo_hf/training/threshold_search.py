@@ -65,7 +65,7 @@ class ThresholdSearch:
         self.epsilon = epsilon
         self.round = 0
         self.forward_passes = 0
-        # Thresholds, and the last gradients, in units of s_l around the layer's mean.
+        # Thresholds in units of s_l around the layer's mean, and what the last round found of dacc / dT in the same unit.
         self.offsets: list[float] = []
         self.gradients: list[float] = []
         layers = len(backbone.layers)
@@ -145,17 +145,12 @@ class ThresholdSearch:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from what `state` gave after some round; `begin` must have run, and what it set is overwritten."""
         self.round, self.forward_passes = state["round"], state["forward_passes"]
-        self.offsets, self.gradients = list(state["offsets"]), list(state["gradients"])
+        self.offsets = list(state["offsets"])
         self.backbone.config.lemo.update(thresholds=self.thresholds)
 
     def state(self) -> dict[str, Any]:
         """What the next round needs, as JSON types."""
-        return {
-            "round": self.round,
-            "forward_passes": self.forward_passes,
-            "offsets": self.offsets,
-            "gradients": self.gradients,
-        }
+        return {"round": self.round, "forward_passes": self.forward_passes, "offsets": self.offsets}
 
     def step(self) -> None:
         """One round of Algorithm 1; nothing to do in the exact form."""

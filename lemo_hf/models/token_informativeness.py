@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def block_scores(query: Tensor, key: Tensor, block_size: int, scale: float, chunk_size: int = 512) -> Tensor:
+def block_scores(query: Tensor, key: Tensor, block_size: int, scale: float, chunk_size: int = 128) -> Tensor:
     """Maximum mean positive attention score of every causal block pair of one document.
 
     Args:

@@ -81,13 +81,13 @@ def test_measuring_changes_nothing():
     model = tiny_lemo_model().train()
     backbone = sparse_backbone(model)
     modes = [module.training for module in model.modules()]
-    state, last, draw = torch.get_rng_state(), backbone.lemo_last_batch, backbone.lemo_draw
+    state, shares, draw = torch.get_rng_state(), backbone.lemo_kept_shares, backbone.lemo_draw
     report = measure_recall(backbone, [{"input_ids": RandomText()[0]["input_ids"][None]}])
     assert len(report.layers) == 2
     assert 0 <= report.mean <= 1
     assert report.chance == pytest.approx(4 / 10)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
-    assert backbone.lemo_last_batch is last
+    assert backbone.lemo_kept_shares == shares
     assert backbone.lemo_draw == draw
     assert not any(layer._forward_pre_hooks for layer in backbone.layers)

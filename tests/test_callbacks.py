@@ -36,7 +36,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, **kwargs):
         backbone = sparse_backbone(model)
-        self.draws.append(backbone.lemo_last_batch.draw)
+        self.draws.append(backbone.lemo_draw - 1)
         self.dense.append(backbone.config.lemo.dense_layers)
 
 

@@ -3,7 +3,7 @@ import torch
 from references.tiny_models import assert_same_gradients, lemo_model, loss_and_gradients, random_tokens, stock_model
 from torch._dynamo.utils import counters
 
-from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.models.sparse_decoder import sparse_backbone, sparse_evaluation
 
 TOKENS = random_tokens(50, 1)[None]
 BATCH = {"input_ids": TOKENS, "labels": TOKENS}
@@ -46,4 +46,6 @@ def test_only_sampled_selection_counts_its_forwards():
         model = lemo_model(stock_model(), selection=selection)
         for _ in range(2):
             model(**BATCH)
-        assert sparse_backbone(model).lemo_draw == drawn
+        with sparse_evaluation(sparse_backbone(model.eval())):
+            model(**BATCH)
+        assert sparse_backbone(model).lemo_draw == drawn, "evaluation must not advance the draws of training"

@@ -7,6 +7,7 @@ from references.tiny_models import (
     VOCABULARY,
     add_lora,
     assert_same_gradients,
+    batches_of,
     chosen_blocks,
     lemo_model,
     loss_and_gradients,
@@ -139,7 +140,7 @@ def test_the_exact_forward_is_the_dense_one_bit_for_bit(dtype, selection, checkp
     model = lemo_model(stock, attention_forward="exact", keep_ratio=0.4, selection=selection, checkpoint=checkpoint)
     output = model(text(), labels=text(), output_hidden_states=True)
     wanted = stock(text(), labels=text(), output_hidden_states=True)
-    assert all(selected.kept_share < 0.6 for selected in sparse_backbone(model).lemo_last_batch.selections.values())
+    assert all(share < 0.6 for share in sparse_backbone(model).lemo_kept_shares)
     assert all(torch.equal(a, b) for a, b in zip(output.hidden_states, wanted.hidden_states, strict=True))
     assert torch.equal(model(text()).logits, wanted.logits)
     torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-5, atol=1e-6)
@@ -180,10 +181,11 @@ def model_for(selection, form, **changes):
 def run(model, batch):
     sparse_backbone(model).lemo_draw = 5
     model.zero_grad()
-    output = model(**batch, num_items_in_batch=1, output_hidden_states=True)
+    with batches_of(model) as batches:
+        output = model(**batch, num_items_in_batch=1, output_hidden_states=True)
     output.loss.backward()
     grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-    return output.loss.detach(), output.hidden_states[-1].detach(), grads, chosen_blocks(model)
+    return output.loss.detach(), output.hidden_states[-1].detach(), grads, chosen_blocks(batches[0])
 
 
 @functools.cache
@@ -236,15 +238,16 @@ def test_sampled_documents_draw_for_themselves():
     model = lemo_model(stock_model(), block_size=4, keep_ratio=0.4)
     tokens = random_tokens(100, 1)
     batch = place([tokens, random_tokens(100, 2), tokens], "right").batch
-    model(**batch)
-    first = chosen_blocks(model)
+    with batches_of(model) as batches:
+        model(**batch)
+        model(**batch)
+        sparse_backbone(model).lemo_draw = 0
+        model(**batch)
+    first, second, again = map(chosen_blocks, batches)
     assert first[0][0] == first[0][2] != first[0][1]
     assert first[0] != first[1]
-    model(**batch)
-    assert chosen_blocks(model) != first
-    sparse_backbone(model).lemo_draw = 0
-    model(**batch)
-    assert chosen_blocks(model) == first
+    assert second != first
+    assert again == first
 
 
 # --- Ends ---
@@ -345,10 +348,10 @@ def test_trained_and_tied_heads_get_the_stock_gradient(tied):
 def test_changed_settings_take_effect_at_the_next_step():
     model = lemo_model(stock_model(), block_size=8, keep_ratio=0.9)
     model(text(), labels=text())
-    before = sparse_backbone(model).lemo_last_batch.selections[0].kept_share
+    before = sparse_backbone(model).lemo_kept_shares[0]
     model.config.lemo.update(keep_ratio=0.3)
     model(text(), labels=text())
-    assert sparse_backbone(model).lemo_last_batch.selections[0].kept_share < before
+    assert sparse_backbone(model).lemo_kept_shares[0] < before
 
 
 def test_a_model_built_from_its_config_has_initialised_predictors():

@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+from references.tiny_models import batches_of
 from training_runs import RandomText, tiny_lemo_model
 
 from lemo_hf.models.sparse_decoder import sparse_backbone, sparse_evaluation
@@ -45,8 +46,9 @@ def test_the_model_keeps_what_the_search_says():
     kept = total = 0
     with torch.no_grad(), sparse_evaluation(backbone):
         for batch in search.batches:
-            backbone(input_ids=batch["input_ids"])
-            marks = backbone.lemo_last_batch.selections[0].kept_blocks
+            with batches_of(backbone) as batches:
+                backbone(input_ids=batch["input_ids"])
+            marks = batches[0].selections[0].kept_blocks
             kept, total = kept + int(marks.sum()), total + marks.numel()
     assert kept / total == search.kept_shares()[0]
 

@@ -37,7 +37,7 @@ class _KeptRowCheckpoint(torch.autograd.Function):
         ctx.random_state = random_state(residual.device)
         ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         merged = split.forward(residual, kept)
-        stored = split.finished if split.exact and split.finished is not None else ()
+        stored = split.finished or ()  # in the exact form
         split.finished = None
         ctx.save_for_backward(kept, *stored)
         # As they are, not as saved tensors: hooks that pack those (offloading) would return copies that autograd does not know.

@@ -14,7 +14,7 @@ neither the dense forward nor a rest row is ever run again.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,7 +166,7 @@ class _Split:
         self.documents = documents
         self.rotary = rotary
         self.exact = exact
-        # The kept rows' attention output and log-sum-exp once the forward has run; and, until they are used, the rest rows'.
+        # In the exact form the kept rows' attention output and log-sum-exp once they are known; until used, the rest rows' too.
         self.finished: tuple[Tensor, Tensor] | None = None
         self._rest_heads: tuple[Tensor, ...] = ()
         self._rest_attended: Tensor | None = None
@@ -207,7 +207,9 @@ class _Split:
         query, key, value = self._heads(kept, self.selection.kept_rows)
         if finished is None:
             attended = self._attend_all(query, key, value) if self.exact else attend(query, key, value, lengths, scale)
-            self.finished = finished = attended
+            if self.exact:
+                self.finished = attended  # for kept-row checkpointing to store; the sparse form runs its attention again
+            finished = attended
         output = with_kept_row_gradient(query, key, value, *finished, lengths, scale)
         middle = kept + self.layer.project_output(output)
         return middle + self.layer.feed_forward(middle)
@@ -253,8 +255,9 @@ class SparseBackbone:
     # Number of the next training forward, counted in sampled selection only. Trainer callbacks set it from the global step, so
     # that a resumed run draws alike.
     lemo_draw = 0
-    # The batch of the last sparse forward, for logging: what each layer chose.
-    lemo_last_batch: SparseBatch | None = None
+    # By layer the share of rows that the last sparse forward kept, in [0, 1], for logging; numbers only, so that no tensor of
+    # a batch outlives its step.
+    lemo_kept_shares: tuple[float, ...] = ()
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         lemo: LemoConfig = self.config.lemo
@@ -288,7 +291,6 @@ class SparseBackbone:
         batch = SparseBatch(documents, lemo, self.config.num_hidden_layers, self.lemo_draw if sampled else 0)
         if self.training and sampled:
             self.lemo_draw += 1
-        self.lemo_last_batch = batch
         if not documents.lengths:
             # Nothing but padding: the stock forward still gives every weight its zero gradient, which a backward pass expects.
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
@@ -296,7 +298,9 @@ class SparseBackbone:
         # and the layers read documents instead.
         no_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=shape_of.device)
         kwargs["use_cache"] = False
-        return super().forward(input_ids=input_ids, attention_mask=no_mask, sparse_batch=batch, **kwargs)  # type: ignore[misc]
+        output = super().forward(input_ids=input_ids, attention_mask=no_mask, sparse_batch=batch, **kwargs)  # type: ignore[misc]
+        self.lemo_kept_shares = tuple(batch.selections[layer].kept_share for layer in range(batch.num_layers))
+        return output
 
     def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
         dropout = getattr(self.config, "attention_dropout", 0.0)
@@ -309,25 +313,18 @@ class SparseBackbone:
 
 
 @contextmanager
-def sparse_evaluation(backbone: Any, enabled: bool = True) -> Iterator[None]:
+def sparse_evaluation(backbone: Any) -> Iterator[None]:
     """Runs the sparse forward in evaluation mode, for calibration and for figures labelled as sparse.
 
     Args:
         backbone: A model with `SparseBackbone` among its bases.
-        enabled: `False` makes this a no-op, for callers that compare both.
     """
-    with nullcontext() if not enabled else _attribute_set(backbone, "lemo_sparse_evaluation", True):
-        yield
-
-
-@contextmanager
-def _attribute_set(holder: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(holder, name)
-    setattr(holder, name, value)
+    before = backbone.lemo_sparse_evaluation
+    backbone.lemo_sparse_evaluation = True
     try:
         yield
     finally:
-        setattr(holder, name, before)
+        backbone.lemo_sparse_evaluation = before
 
 
 def gated_feed_forward(mlp: Any, rows: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from ..errors import LemoError
 from ..evaluation.block_recall import RecallReport, measure_recall
 from ..profiling.activation_memory import ActivationMemory
 from .arguments import LemoTrainingArguments
-from .lemo_run import LemoRun, untouched_randomness
+from .lemo_run import LemoRun
+from .phase_documents import require_blocks, untouched_randomness
 from .predictor_files import load_predictors, parameter_share, record_predictor_sizes
 from .predictor_training import PredictorTraining
 from .threshold_search import ThresholdSearch
@@ -71,9 +72,8 @@ def precision(args: TrainingArguments) -> torch.autocast:
 
 
 def probe(run: LemoRun, training: PredictorTraining | None = None) -> RecallReport:
-    """Recall on the run's probe documents, which no phase fits on as long as the training set is large enough."""
-    batches = run.documents.span(0, run.args.probe_documents)
-    return measure_recall(run.backbone, batches, training.positions if training is not None else None)
+    """Recall on the run's probe documents, which no phase fits on unless there is only one document."""
+    return measure_recall(run.backbone, run.documents.probes(), training.positions if training is not None else None)
 
 
 def _by_layer(name: str, values: list[float]) -> dict[str, float]:
@@ -86,11 +86,14 @@ class PredictorPhase(_LemoCallback):
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         run, own = self.run, self.run.args
+        require_blocks([*run.documents.probes(), *run.documents.profile()], run.lemo, len(run.backbone.layers))
         if "predictor" in run.finished:
             return
         documents = own.predictor_documents
         if documents is None:
             documents = _DEFAULT_DOCUMENTS if run.lemo.needs_predictors else 0
+        if documents:
+            documents = self._available(documents)
         taken = run.take_progress("predictor")
         if taken is None and own.predictors:
             load_predictors(run.backbone, own.predictors)
@@ -104,6 +107,19 @@ class PredictorPhase(_LemoCallback):
         run.finished.append("predictor")
         run.phase = "calibrate"
 
+    def _available(self, wanted: int) -> int:
+        documents, probes = self.run.documents.fitting_count(wanted), self.run.documents.probe_count
+        if not probes:
+            logger.warning("training set has one document: recall is measured on the text that the predictors are fitted on")
+        elif documents < wanted:
+            logger.warning(
+                "predictor_documents=%d is more than the training set has; fitting on %d, %d more measure recall",
+                wanted,
+                documents,
+                probes,
+            )
+        return documents
+
     def _fit(self, total: int, documents: int, taken: Any) -> None:
         run, own = self.run, self.run.args
         # A model that a LeMo run saved brings fitted predictors too; the profile of drawn ones is flat.
@@ -112,12 +128,10 @@ class PredictorPhase(_LemoCallback):
         training = PredictorTraining(run.backbone, total, own.predictor_steps, own.predictor_learning_rate, *pruning, fresh=fresh)
         if taken is not None:
             training.restore(taken[1], taken[0]["done"])
-        # Probe and profile documents come first, so that recall and thresholds are found on other text.
-        first = own.probe_documents + own.calibrate_documents
         began = time.perf_counter()
         with tqdm(total=total, initial=training.done, desc="predictor", unit="doc", disable=not run.shows_progress) as bar:
             while training.done < total:
-                losses = training.fit(run.documents[first + training.done % documents])
+                losses = training.fit(run.documents.fitting(training.done % documents))
                 bar.update()
                 bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
                 if training.done % own.phase_save_documents == 0:
@@ -180,8 +194,7 @@ class CalibratePhase(_LemoCallback):
 def threshold_search(run: LemoRun) -> ThresholdSearch:
     """The search over the run's profile documents."""
     own = run.args
-    batches = run.documents.span(own.probe_documents, own.calibrate_documents)
-    return ThresholdSearch(run.model, run.backbone, batches, own.calibrate_eta, own.calibrate_epsilon)
+    return ThresholdSearch(run.model, run.backbone, run.documents.profile(), own.calibrate_eta, own.calibrate_epsilon)
 
 
 class SparsePhase(_LemoCallback):
@@ -267,9 +280,8 @@ class RecallProbe(_LemoCallback):
         training = PredictorTraining(run.backbone, own.refit_documents, own.predictor_steps, rate, fresh=False)
         # Each refit reads documents that neither the phase nor an earlier refit read.
         fitted = (own.predictor_documents or _DEFAULT_DOCUMENTS) + (run.refits - 1) * own.refit_documents
-        first = own.probe_documents + own.calibrate_documents + fitted
         for index in tqdm(range(own.refit_documents), desc="refit", unit="doc", leave=False, disable=not run.shows_progress):
-            training.fit(run.documents[first + index])
+            training.fit(run.documents.fitting(fitted + index))
         if shares is not None:
             # The new predictors may have another scale: the layers' kept shares stay, the thresholds follow.
             search = threshold_search(run)
@@ -318,9 +330,7 @@ class LayerMetrics(_LemoCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        batch = self.run.backbone.lemo_last_batch
-        layers = range(len(self.run.backbone.layers))
-        self.run.metrics |= _by_layer("kept_share", [batch.selections[layer].kept_share for layer in layers])
+        self.run.metrics |= _by_layer("kept_share", list(self.run.backbone.lemo_kept_shares))
         if self.run.lemo.selection == "threshold" and self.run.lemo.thresholds is not None:
             self.run.metrics |= _by_layer("threshold", self.run.lemo.thresholds)
 

@@ -1,5 +1,7 @@
 """Tiny seeded models, stock and LeMo with the same weights, and batches that hold documents in different places."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lemo_hf.models.lemo_config import LemoConfig
 from lemo_hf.models.modeling_lemo_llama import LemoLlamaForCausalLM
-from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone
 from lemo_hf.registry import lemo_config_from
 
 PAD = 0
@@ -130,9 +132,18 @@ def place(documents: list[Tensor], layout: str, extra: int = 0) -> Placed:
     return Placed(batch, places)
 
 
-def chosen_blocks(model) -> list[list[list[bool]]]:
-    """What the last training forward kept: by layer, by document, by block."""
-    batch = sparse_backbone(model).lemo_last_batch
+@contextmanager
+def batches_of(model) -> Iterator[list[SparseBatch]]:
+    """What the layers of each sparse forward within share, in order."""
+    batches: list[SparseBatch] = []
+    first = sparse_backbone(model).layers[0]
+    hook = first.register_forward_pre_hook(lambda _, args, kwargs: batches.append(kwargs["sparse_batch"]), with_kwargs=True)
+    yield batches
+    hook.remove()
+
+
+def chosen_blocks(batch: SparseBatch) -> list[list[list[bool]]]:
+    """What a forward kept: by layer, by document, by block."""
     documents = batch.documents
     return [
         [part.tolist() for part in documents.split_blocks(batch.selections[layer].kept_blocks)]

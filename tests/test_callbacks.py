@@ -11,7 +11,7 @@ from transformers import TrainerCallback, default_data_collator
 from lemo_hf import LemoTrainer
 from lemo_hf.errors import LemoError
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training.lemo_run import PhaseDocuments
+from lemo_hf.training.phase_documents import PhaseDocuments
 from lemo_hf.training.predictor_training import PredictorTraining
 
 SPARSE = {"selection": "ratio", "attention_forward": "sparse"}
@@ -106,6 +106,47 @@ def test_streams_are_read_from_their_start():
 
 def test_a_stream_can_be_trained_on(tmp_path):
     assert len(curve(trained(tmp_path, SPARSE, Stream(24)))) == 6
+
+
+def rows(batches):
+    return {tuple(batch["input_ids"][0].tolist()) for batch in batches}
+
+
+@pytest.mark.parametrize("samples", [2, 3, 6, 40])
+@pytest.mark.parametrize("data", [RandomText, Stream], ids=["set", "stream"])
+def test_nothing_is_fitted_on_probe_documents(data, samples):
+    samples = min(samples, 24) if data is Stream else samples
+    documents = PhaseDocuments(data(samples), default_data_collator, seed=0, probes=2, profile=3)
+    probes, profile = rows(documents.probes()), rows(documents.profile())
+    assert len(probes) == min(2, samples - 1)
+    assert len(profile) == min(3, samples - len(probes))
+    assert documents.fitting_count(100) == samples - len(probes)
+    fitted = rows(documents.fitting(index) for index in range(50))
+    assert len(fitted) == samples - len(probes)
+    assert not probes & (profile | fitted)
+    first = rows(documents.fitting(index) for index in range(max(samples - 5, 0)))
+    assert not first & profile
+
+
+def test_too_few_documents_are_said(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="lemo_hf"):
+        trained(tmp_path / "a", SPARSE, RandomText(samples=6), predictor_documents=64)
+        assert "predictor_documents=64 is more than the training set has; fitting on 5, 1 more measure recall" in caplog.text
+        trained(tmp_path / "b", SPARSE, RandomText(samples=1), predictor_documents=1)
+    assert "training set has one document" in caplog.text
+
+
+def test_samples_below_a_block_are_refused(tmp_path, caplog):
+    with pytest.raises(LemoError) as error:
+        trained(tmp_path / "a", SAMPLED, RandomText(seq_len=7))
+    assert str(error.value) == "seq_len 7 is shorter than one block (block_size=8); lower block_size or use longer samples"
+    trained(tmp_path / "b", {"enabled": False}, RandomText(seq_len=7))
+    trained(tmp_path / "c", {**SAMPLED, "keep_ratio": 1.0}, RandomText(seq_len=7))
+    with caplog.at_level("WARNING", logger="lemo_hf"):
+        trained(tmp_path / "d", SAMPLED, RandomText(seq_len=24))
+        assert "no document has a block that can be left out" not in caplog.text
+        trained(tmp_path / "e", SAMPLED, RandomText(seq_len=16))
+    assert "no document has a block that can be left out, so training is dense" in caplog.text
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

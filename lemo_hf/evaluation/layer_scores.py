@@ -53,6 +53,23 @@ def backbone_inputs(batch: dict[str, Any], device: torch.device) -> dict[str, An
     return {name: batch[name].to(device) for name in _BACKBONE_INPUTS if batch.get(name) is not None}
 
 
+def documents_of(inputs: dict[str, Any], block_size: int) -> Documents:
+    """The documents of a batch, from what `backbone_inputs` gave."""
+    tokens = inputs["inputs_embeds" if "input_ids" not in inputs else "input_ids"]
+    batch_size, seq_len = tokens.shape[:2]
+    return find_documents(
+        batch_size,
+        seq_len,
+        block_size,
+        tokens.device,
+        input_ids=inputs.get("input_ids"),
+        attention_mask=inputs.get("attention_mask"),
+        position_ids=inputs.get("position_ids"),
+        seq_idx=inputs.get("seq_idx"),
+        cu_seq_lens=inputs.get("cu_seq_lens_q"),
+    )
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Runs `model` in evaluation mode and leaves every submodule as it was."""
@@ -76,19 +93,7 @@ def visit_layers(backbone: Any, batch: dict[str, Any], visit: Callable[[LayerSco
     """
     lemo = backbone.config.lemo
     inputs = backbone_inputs(batch, next(backbone.parameters()).device)
-    tokens = inputs["inputs_embeds" if "input_ids" not in inputs else "input_ids"]
-    batch_size, seq_len = tokens.shape[:2]
-    documents = find_documents(
-        batch_size,
-        seq_len,
-        lemo.block_size,
-        tokens.device,
-        input_ids=inputs.get("input_ids"),
-        attention_mask=inputs.get("attention_mask"),
-        position_ids=inputs.get("position_ids"),
-        seq_idx=inputs.get("seq_idx"),
-        cu_seq_lens=inputs.get("cu_seq_lens_q"),
-    )
+    documents = documents_of(inputs, lemo.block_size)
     if not documents.lengths:
         return
     shared = SparseBatch(documents, lemo, len(backbone.layers), draw=0)

@@ -7,14 +7,10 @@ lemo block with its thresholds, and `lemo_state.json`: the phase, what is finish
 
 import json
 import logging
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
@@ -23,6 +19,7 @@ from ..hub.export import load_lemo_files, save_lemo_files
 from ..models.lemo_config import LemoConfig
 from ..models.sparse_decoder import sparse_backbone
 from .arguments import LemoTrainingArguments
+from .phase_documents import PhaseDocuments
 from .predictor_files import predictor_tensors, read_json, read_tensors, set_predictors, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -44,56 +41,6 @@ _PHASE_ARGUMENTS = (
     "calibrate_eta",
     "calibrate_epsilon",
 )
-
-
-@contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """Leaves the global random states of Python, NumPy and torch as they were: phases must not move the training curve."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global state is what is protected)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
-
-
-class PhaseDocuments:
-    """Single samples of the training set as collated batches, in an order of their own.
-
-    Args:
-        dataset: The training set; a stream is read from its start into memory as far as it is needed.
-        collate: The training collator.
-        seed: Seed of the order.
-    """
-
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], dict[str, Any]], seed: int) -> None:
-        self._dataset = dataset
-        self._collate = collate
-        self._stream = None if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else iter(dataset)
-        self._read: list[Any] = []
-        self._order: list[int] = []
-        if self._stream is None:
-            self._order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The `index`-th document; beyond the last one the order starts again."""
-        with untouched_randomness():
-            if self._stream is None:
-                return self._collate([self._dataset[self._order[index % len(self._order)]]])
-            while len(self._read) <= index:
-                sample = next(self._stream, None)
-                if sample is None:
-                    break
-                self._read.append(sample)
-            if not self._read:
-                raise LemoError("the training set is empty; 0 samples; give it at least one")
-            return self._collate([self._read[index % len(self._read)]])
-
-    def span(self, start: int, count: int) -> list[dict[str, Any]]:
-        """Documents `start` to `start + count - 1`."""
-        return [self[index] for index in range(start, start + count)]
 
 
 class LemoRun:
@@ -140,7 +87,8 @@ class LemoRun:
         self._attached_to = state
         self.model, self.backbone = model, sparse_backbone(model)
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.documents = PhaseDocuments(train_dataloader.dataset, train_dataloader.collate_fn, seed)
+        parts = self.args.probe_documents, self.args.calibrate_documents
+        self.documents = PhaseDocuments(train_dataloader.dataset, train_dataloader.collate_fn, seed, *parts)
         self.folder = Path(str(args.output_dir))
         self.writes = state.is_world_process_zero
         self.shows_progress = self.writes and not args.disable_tqdm

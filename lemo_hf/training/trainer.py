@@ -97,7 +97,8 @@ class LemoTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         # Predictors and thresholds of another step than the adapter's would choose by other scores.
-        load_lemo_files(self.model, str(self.state.best_model_checkpoint))
+        model: Any = self.model
+        load_lemo_files(model, str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -25,8 +25,9 @@ from .sparse_decoder import SparseBackbone, SparseBatch, SparseDecoderLayer, gat
 
 
 def _norm(module: nn.Module, rows: Tensor) -> Tensor:
-    # A norm that something has replaced (a trained copy, a fused kernel) is called as it is.
-    if type(module) is LlamaRMSNorm:
+    # A norm that something has replaced, patched or hooked (a trained copy, a fused kernel, offloading) is called as it is.
+    patched = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
+    if type(module) is LlamaRMSNorm and not patched:
         return rms_norm(rows, module.weight, module.variance_epsilon)
     return module(rows)
 

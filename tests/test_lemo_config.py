@@ -1,8 +1,11 @@
+import importlib.util
 import json
+import sys
 
 import pytest
 from transformers import LlamaConfig
 
+from lemo_hf.models import lemo_config
 from lemo_hf.models.configuration_lemo_llama import LemoLlamaConfig
 from lemo_hf.models.lemo_config import SCHEMA_VERSION, LemoConfig, LemoConfigError
 from lemo_hf.registry import lemo_config_from
@@ -184,3 +187,19 @@ def test_a_stock_config_keeps_its_values():
     assert {k: v for k, v in config.to_dict().items() if k not in ignored} == {
         k: v for k, v in stock.to_dict().items() if k not in ignored
     }
+
+
+def test_a_block_of_another_copy_of_the_class_is_read():
+    """Remote code has its own copy of lemo_config.py; whoever loads it passes this package's block."""
+    spec = importlib.util.spec_from_file_location("remote_lemo_config", lemo_config.__file__)
+    remote = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = remote  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(remote)
+    finally:
+        del sys.modules[spec.name]
+    read = remote.LemoConfig.from_dict(LemoConfig(**CHANGED))
+    assert type(read) is remote.LemoConfig
+    assert read.to_dict() == LemoConfig(**CHANGED).to_dict()
+    with pytest.raises(LemoConfigError, match="must be a mapping; got list"):
+        LemoConfig.from_dict([])

@@ -157,8 +157,11 @@ class LemoConfig:
         """Reads the block back; unknown names are refused with the nearest known one."""
         if values is None:
             return cls()
-        if isinstance(values, LemoConfig):
+        if isinstance(values, cls):
             return values
+        # Remote code has its own copy of this class: a block of the package's is known by what it can, not by its class.
+        if hasattr(values, "to_dict"):
+            values = values.to_dict()
         if not isinstance(values, dict):
             raise LemoConfigError(f"the lemo block must be a mapping; got {type(values).__name__}; see LemoConfig for its fields")
         version = values.get("schema_version", SCHEMA_VERSION)

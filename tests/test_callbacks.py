@@ -48,6 +48,38 @@ def trained(folder, lemo, data=None, **changes):
     return trainer
 
 
+def test_each_epochs_log_has_layer_metrics(tmp_path):
+    def with_shares(trainer):
+        return [logs["step"] for logs in trainer.state.log_history if "kept_share/layer_1" in logs]
+
+    epochs = {"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 5}
+    assert with_shares(trained(tmp_path / "a", SAMPLED, **epochs)) == [3, 6]
+    assert with_shares(trained(tmp_path / "b", SAMPLED, logging_strategy="epoch", max_steps=5)) == [5]
+    assert with_shares(trained(tmp_path / "c", SAMPLED, Stream(24), logging_strategy="epoch", max_steps=5)) == [5]
+    assert with_shares(trained(tmp_path / "d", SAMPLED, logging_strategy="no")) == []
+
+
+class Listen(TrainerCallback):
+    def __init__(self):
+        self.heard = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.heard.append(dict(logs))
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_the_terminal_shows_means_and_every_callback_has_all(tmp_path, capsys, bar):
+    listen = Listen()
+    trainer = tiny_trainer(tmp_path, SAMPLED, disable_tqdm=not bar)
+    trainer.add_callback(listen)
+    trainer.train()
+    assert sum("kept_share/layer_1" in logs for logs in listen.heard) == 6
+    shown = capsys.readouterr()
+    assert "kept_share" in shown.out + shown.err
+    assert "/layer_" not in shown.out + shown.err
+    assert "kept_share/layer_1" in next(logs for logs in trainer.state.log_history if "loss" in logs)
+
+
 def recalls(trainer):
     return [(logs["step"], logs["recall"]) for logs in trainer.state.log_history if "recall" in logs]
 

@@ -8,7 +8,7 @@ reporter among `callbacks`, after these, to have them reported too.
 
 Metrics, means over layers and by layer: `kept_share/layer_<i>` (rows kept of the step's last forward, in [0, 1]),
 `saved_bytes/layer_<i>` (measured on logged steps in the step's first forward: every unique storage that autograd keeps),
-`threshold/layer_<i>`, and after a probe `recall/layer_<i>`.
+`threshold/layer_<i>`, and after a probe `recall/layer_<i>`. Under `LemoTrainer` the terminal shows the means only.
 """
 
 import logging
@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import LemoError
 from ..evaluation.block_recall import RecallReport, measure_recall
-from ..profiling.activation_memory import ActivationMemory
 from .arguments import LemoTrainingArguments
+from .layer_metrics import LayerMetrics
+from .lemo_callback import LemoCallback, by_layer, precision
 from .lemo_run import LemoRun
 from .phase_documents import require_blocks, untouched_randomness
 from .predictor_files import load_predictors, parameter_share, record_predictor_sizes
@@ -37,7 +38,10 @@ _DEFAULT_DOCUMENTS = 64
 
 
 def lemo_callbacks(args: LemoTrainingArguments) -> list[TrainerCallback]:
-    """The callbacks of a LeMo run, for `transformers.Trainer`, `trl.SFTTrainer` and their kin.
+    """The callbacks of a LeMo run, for `transformers.Trainer` and, by design, trainers derived from it.
+
+    A trainer that replaces `model.forward` and calls the backbone itself, as `trl.SFTTrainer` may, trains sparsely too; that is
+    tested with a stand-in, not with trl.
 
     Args:
         args: Arguments of the phases. Output folder, seed and logging are those of the Trainer that the callbacks join.
@@ -52,36 +56,12 @@ def callbacks_of(run: LemoRun) -> list[TrainerCallback]:
     return [phase(run) for phase in phases]
 
 
-class _LemoCallback(TrainerCallback):
-    def __init__(self, run: LemoRun) -> None:
-        self.run = run
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.run.attach(args, state, kwargs["model"], kwargs["train_dataloader"])
-        if self.run.lemo.enabled:
-            with untouched_randomness(), precision(args):
-                self.begin(args, state)
-
-    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        """What the callback does before the first step."""
-
-
-def precision(args: TrainingArguments) -> torch.autocast:
-    """The precision that the training forward runs in."""
-    return torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=bool(args.bf16))
-
-
 def probe(run: LemoRun, training: PredictorTraining | None = None) -> RecallReport:
     """Recall on the run's probe documents, which no phase fits on unless there is only one document."""
     return measure_recall(run.backbone, run.documents.probes(), training.positions if training is not None else None)
 
 
-def _by_layer(name: str, values: list[float]) -> dict[str, float]:
-    known = {f"{name}/layer_{index}": value for index, value in enumerate(values) if not math.isnan(value)}
-    return known and {name: sum(known.values()) / len(known), **known}
-
-
-class PredictorPhase(_LemoCallback):
+class PredictorPhase(LemoCallback):
     """Fits the predictors on the frozen model before the first step."""
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -141,7 +121,7 @@ class PredictorPhase(_LemoCallback):
         report = probe(run, training)
         run.report(
             {
-                **_by_layer("recall", report.layers),
+                **by_layer("recall", report.layers),
                 "recall_of_positions": report.position_mean,
                 "recall_of_chance": report.chance,
                 "predictor_parameter_share": parameter_share(run.backbone),
@@ -150,7 +130,7 @@ class PredictorPhase(_LemoCallback):
         )
 
 
-class CalibratePhase(_LemoCallback):
+class CalibratePhase(LemoCallback):
     """Finds the thresholds before the first step, where the selection reads them."""
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -183,8 +163,8 @@ class CalibratePhase(_LemoCallback):
                 bar.update()
         run.report(
             {
-                **_by_layer("threshold", search.thresholds),
-                **_by_layer("calibrated_share", search.kept_shares()),
+                **by_layer("threshold", search.thresholds),
+                **by_layer("calibrated_share", search.kept_shares()),
                 "calibrate_forward_passes": search.forward_passes,
                 "calibrate_seconds": time.perf_counter() - began,
             }
@@ -197,7 +177,7 @@ def threshold_search(run: LemoRun) -> ThresholdSearch:
     return ThresholdSearch(run.model, run.backbone, run.documents.profile(), own.calibrate_eta, own.calibrate_epsilon)
 
 
-class SparsePhase(_LemoCallback):
+class SparsePhase(LemoCallback):
     """Ties draws to the step, makes the last steps dense, writes checkpoints' LeMo files, stops at a gradient that is not finite."""
 
     def __init__(self, run: LemoRun) -> None:
@@ -251,7 +231,7 @@ def not_finite(what: str, value: float, state: TrainerState, args: TrainingArgum
     )
 
 
-class RecallProbe(_LemoCallback):
+class RecallProbe(LemoCallback):
     """Measures recall on fixed text every so many steps, and fits the predictors again when it falls too low."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -266,7 +246,7 @@ class RecallProbe(_LemoCallback):
                 report = probe(run)
                 logger.info("recall fell to %.3f; predictors fitted again: %.3f", before, report.mean)
                 run.metrics["recall_before_refit"] = before
-        run.metrics |= _by_layer("recall", report.layers)
+        run.metrics |= by_layer("recall", report.layers)
 
     def _refit(self) -> None:
         run, own = self.run, self.run.args
@@ -287,59 +267,3 @@ class RecallProbe(_LemoCallback):
             search = threshold_search(run)
             search.begin(keep_thresholds=True)
             search.keep_shares(shares)
-
-
-class LayerMetrics(_LemoCallback):
-    """Gathers kept share, threshold and saved bytes by layer on the steps that will be logged."""
-
-    def __init__(self, run: LemoRun) -> None:
-        super().__init__(run)
-        self._hooks: list[Any] = []
-        self._memory: ActivationMemory | None = None
-        self._measured = False
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        step = state.global_step + 1
-        by_steps = args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
-        if self.run.lemo.enabled and (by_steps or (step == 1 and args.logging_first_step)):
-            self._measured = False
-            model = kwargs["model"]
-            self._hooks = [
-                model.register_forward_pre_hook(self._before_forward),
-                model.register_forward_hook(self._after_forward, always_call=True),
-            ]
-
-    def _before_forward(self, model: Any, args: Any) -> None:
-        if not self._measured:
-            self._memory = ActivationMemory(model)
-            self._memory.__enter__()
-
-    def _after_forward(self, model: Any, args: Any, output: Any) -> None:
-        if self._memory is not None:
-            self._memory.__exit__(None, None, None)
-            saved = self._memory.saved.by("layer")
-            layers = [saved.get(layer, 0) for layer in range(len(self.run.backbone.layers))]
-            self.run.metrics |= {f"saved_bytes/layer_{layer}": value for layer, value in enumerate(layers)}
-            # The whole forward: beside the layers the embeddings, the last norm and the loss.
-            self.run.metrics["saved_bytes"] = self._memory.saved.total
-            self._memory, self._measured = None, True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self._hooks:
-            return
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self.run.metrics |= _by_layer("kept_share", list(self.run.backbone.lemo_kept_shares))
-        if self.run.lemo.selection == "threshold" and self.run.lemo.thresholds is not None:
-            self.run.metrics |= _by_layer("threshold", self.run.lemo.thresholds)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            metrics = self.run.take_metrics()  # already in the logs under LemoTrainer
-            state.log_history[-1].update(metrics)
-            logs.update(metrics)
-        # History and reporters have them; the terminal, which comes after, shows the means.
-        for name in [name for name in logs if "/layer_" in name]:
-            del logs[name]

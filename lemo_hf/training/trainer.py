@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from ..errors import LemoError
@@ -59,6 +60,9 @@ class LemoTrainer(Trainer):
         self._said_no_label = False
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), *callbacks_of(self.lemo_run)], **kwargs)
         self.lemo_run.send = self.log
+        for shown in self.callback_handler.callbacks:
+            if isinstance(shown, PrinterCallback | DEFAULT_PROGRESS_CALLBACK):
+                _show_means_only(shown)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`; `resume_from_checkpoint=True` also continues a run that was stopped before its first checkpoint.
@@ -128,3 +132,13 @@ class LemoTrainer(Trainer):
         self.lemo_run.model = self.model
         self.lemo_run.writes = self.args.should_save
         self.lemo_run.save_files(output_dir or str(self.args.output_dir), with_state=_internal_call)
+
+
+def _show_means_only(terminal: Any) -> None:
+    """Keeps metrics by layer, a line of dozens a step, from a callback that writes to the terminal; all others receive them."""
+    on_log = terminal.on_log
+
+    def without_layers(*args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        return on_log(*args, logs={name: value for name, value in (logs or {}).items() if "/layer_" not in name}, **kwargs)
+
+    terminal.on_log = without_layers

@@ -1,0 +1,75 @@
+"""Metrics by layer on the steps that are logged."""
+
+from typing import Any
+
+from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from ..profiling.activation_memory import ActivationMemory
+from .lemo_callback import LemoCallback, by_layer
+from .lemo_run import LemoRun
+
+
+class LayerMetrics(LemoCallback):
+    """Gathers kept share, threshold and saved bytes by layer on the steps that will be logged."""
+
+    def __init__(self, run: LemoRun) -> None:
+        super().__init__(run)
+        self._hooks: list[Any] = []
+        self._memory: ActivationMemory | None = None
+        self._measured = False
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.run.lemo.enabled and _is_logged(args, state, kwargs.get("train_dataloader")):
+            self._measured = False
+            model = kwargs["model"]
+            self._hooks = [
+                model.register_forward_pre_hook(self._before_forward),
+                model.register_forward_hook(self._after_forward, always_call=True),
+            ]
+
+    def _before_forward(self, model: Any, args: Any) -> None:
+        if not self._measured:
+            self._memory = ActivationMemory(model)
+            self._memory.__enter__()
+
+    def _after_forward(self, model: Any, args: Any, output: Any) -> None:
+        if self._memory is not None:
+            self._memory.__exit__(None, None, None)
+            saved = self._memory.saved.by("layer")
+            layers = [saved.get(layer, 0) for layer in range(len(self.run.backbone.layers))]
+            self.run.metrics |= {f"saved_bytes/layer_{layer}": value for layer, value in enumerate(layers)}
+            # The whole forward: beside the layers the embeddings, the last norm and the loss.
+            self.run.metrics["saved_bytes"] = self._memory.saved.total
+            self._memory, self._measured = None, True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.run.metrics |= by_layer("kept_share", list(self.run.backbone.lemo_kept_shares))
+        if self.run.lemo.selection == "threshold" and self.run.lemo.thresholds is not None:
+            self.run.metrics |= by_layer("threshold", self.run.lemo.thresholds)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            metrics = self.run.take_metrics()  # already in the logs under LemoTrainer
+            state.log_history[-1].update(metrics)
+            logs.update(metrics)
+
+
+def _is_logged(args: TrainingArguments, state: TrainerState, dataloader: Any) -> bool:
+    """Whether the step that begins is followed by a log."""
+    step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % state.logging_steps == 0
+    if args.logging_strategy != IntervalStrategy.EPOCH:
+        return False
+    if step == state.max_steps or not has_length(dataloader):
+        return step == state.max_steps
+    return step % max(-(-len(dataloader) // args.gradient_accumulation_steps), 1) == 0

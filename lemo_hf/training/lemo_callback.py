@@ -1,0 +1,41 @@
+"""What the callbacks of a run have in common."""
+
+import math
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .lemo_run import LemoRun
+from .phase_documents import untouched_randomness
+
+
+class LemoCallback(TrainerCallback):
+    """A callback of a run: it joins the run as training begins, and does its phase then if it has one.
+
+    Args:
+        run: What the callbacks share.
+    """
+
+    def __init__(self, run: LemoRun) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.run.attach(args, state, kwargs["model"], kwargs["train_dataloader"])
+        if self.run.lemo.enabled:
+            with untouched_randomness(), precision(args):
+                self.begin(args, state)
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        """What the callback does before the first step."""
+
+
+def precision(args: TrainingArguments) -> torch.autocast:
+    """The precision that the training forward runs in."""
+    return torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=bool(args.bf16))
+
+
+def by_layer(name: str, values: list[float]) -> dict[str, float]:
+    """A metric's mean over the layers that have it, and `name/layer_<i>`; nothing if none has."""
+    known = {f"{name}/layer_{index}": value for index, value in enumerate(values) if not math.isnan(value)}
+    return known and {name: sum(known.values()) / len(known), **known}

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, default_data_collator
 from lemo_hf import LemoTrainer
 from lemo_hf.errors import LemoError
 from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.training.callbacks import all_finite
 from lemo_hf.training.phase_documents import PhaseDocuments
 from lemo_hf.training.predictor_training import PredictorTraining
 
@@ -116,6 +117,31 @@ def test_documents_have_their_own_order_and_start_again():
     assert sorted(rows.tolist()) == sorted(data.tokens.tolist())
     assert torch.equal(documents[5]["input_ids"], documents[0]["input_ids"])
     assert not torch.equal(rows, torch.cat([batch["input_ids"] for batch in other.span(0, 5)]))
+
+
+def test_gradients_may_lie_on_several_devices():
+    class Elsewhere(torch.Tensor):
+        """A CPU tensor that says it is on the meta device, and refuses company like one that is."""
+
+        device = torch.device("meta")
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.stack:
+                assert len({type(part) for part in args[0]}) == 1, "tensors on several devices"
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    here, bad = torch.ones(2), torch.tensor([1.0, float("inf")])
+    assert all_finite([])
+    assert all_finite([here, here.as_subclass(Elsewhere), here])
+    assert not all_finite([here, bad.as_subclass(Elsewhere)])
+    assert not all_finite([here.as_subclass(Elsewhere), bad])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gradients_on_cpu_and_gpu():
+    assert all_finite([torch.ones(2), torch.ones(2, device="cuda")])
+    assert not all_finite([torch.ones(2), torch.full((2,), float("nan"), device="cuda")])
 
 
 class Stream(IterableDataset):

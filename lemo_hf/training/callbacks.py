@@ -14,9 +14,11 @@ Metrics, means over layers and by layer: `kept_share/layer_<i>` (rows kept of th
 import logging
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -205,8 +207,7 @@ class SparsePhase(LemoCallback):
         # With a float16 scaler infinite gradients are its business: it skips the step.
         if args.fp16:
             return
-        grads = [weight.grad for weight in kwargs["model"].parameters() if weight.grad is not None]
-        if grads and not torch.stack([grad.isfinite().all() for grad in grads]).all():
+        if not all_finite(weight.grad for weight in kwargs["model"].parameters() if weight.grad is not None):
             raise not_finite("gradient", math.nan, state, args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -220,6 +221,14 @@ class SparsePhase(LemoCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.run.forget_progress()
+
+
+def all_finite(gradients: Iterable[Tensor]) -> bool:
+    """Whether every value is finite; one wait for each device that holds gradients."""
+    flags: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        flags.setdefault(gradient.device, []).append(gradient.isfinite().all())
+    return all(bool(torch.stack(of_device).all()) for of_device in flags.values())
 
 
 def not_finite(what: str, value: float, state: TrainerState, args: TrainingArguments) -> LemoError:

@@ -6,13 +6,16 @@ Bad input of any kind ends in one line on stderr, `fact; value; fix`, and exit c
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
 from .errors import LemoError
 from .models.lemo_config import LemoConfigError
+
+if TYPE_CHECKING:
+    from .evaluation.perplexity import Perplexity
 
 app = typer.Typer(
     help="Long-context LoRA fine-tuning that leaves uninformative tokens out of each layer's computation.",
@@ -96,7 +99,7 @@ def eval(
 
     The number that counts is the dense one: ordinary attention over every token, as the model is served. --sparse adds that of
     the training-time forward. It is optimistic, because a block is kept for what later tokens see in it, and is labelled so.
-    The interval is a 95 % confidence interval over documents.
+    The interval is a 95 % confidence interval over documents. Weights are float32 on a CPU, in the checkpoint's dtype elsewhere.
 
     \b
     Examples:
@@ -104,8 +107,14 @@ def eval(
       lemo eval outputs/llama_4m_python_4096 --data notes.txt --data more/ --seq-len 2048 --sparse
       lemo eval meta-llama/Meta-Llama-3-8B --dataset emozilla/pg19 --split test --seq-len 8192
     """  # noqa: D301
+    given = [name for name, value in (("--data", data), ("--dataset", dataset), ("--python", python)) if value]
+    if len(given) != 1:
+        raise LemoError(
+            f"lemo eval reads one of --data, --dataset and --python; got {' and '.join(given) or 'none of them'}; "
+            "give exactly one, such as --python accelerate"
+        )
+
     from .evaluation.perplexity import dense_perplexity, sparse_perplexity
-    from .hub.model_card import Interval
     from .loading import load_saved_model
     from .profiling.provenance import provenance
     from .recipe import DataFields
@@ -129,15 +138,28 @@ def eval(
     if length > context:
         raise LemoError(f"seq_len {length} is longer than the model's context of {context}; {model!r}; lower --seq-len")
     samples = spread_samples(pack_documents(tokenizer, documents, length, layout), max_samples)
-    measured = {"dense": Interval.of(dense_perplexity(loaded, samples, description="dense"))}
-    typer.echo(f"dense perplexity at {length} tokens: {measured['dense']}")
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    shown, figures = _figures(dense_perplexity(loaded, samples, description="dense"))
+    typer.echo(f"dense perplexity at {length} tokens, {dtype}: {shown}")
     if sparse:
-        measured["sparse"] = Interval.of(sparse_perplexity(loaded, samples, description="sparse"))
-        typer.echo(f"sparse-forward perplexity, optimistic (selection looks ahead): {measured['sparse']}")
+        shown, sparse_figures = _figures(sparse_perplexity(loaded, samples, description="sparse"))
+        figures |= sparse_figures
+        typer.echo(f"sparse-forward perplexity, optimistic (selection looks ahead): {shown}")
     if output is not None:
-        figures = {f"{form}_perplexity": dataclasses.asdict(result) for form, result in measured.items()}
-        values = {"model": model, "data": text.source, "seq_len": length, "layout": layout, **figures, "provenance": provenance()}
-        write_json(output, values)
+        about = {"model": model, "data": text.source, "seq_len": length, "layout": layout, "dtype": dtype}
+        write_json(output, {**about, **figures, "provenance": provenance()})
+
+
+def _figures(measured: "Perplexity") -> tuple[str, dict[str, Any]]:
+    """What the perplexity metric makes of measured losses, with its interval: for people, and as JSON types."""
+    from .evaluation.perplexity_metric import PerplexityMetric
+    from .hub.model_card import Interval
+
+    metric, name = PerplexityMetric(measured.forward), f"{measured.forward}_perplexity"
+    metric.add_batch(predictions=measured.nll_sums, references=measured.token_counts)
+    found = metric.compute()
+    interval = dataclasses.replace(Interval.of(measured), value=found[name], tokens=found["tokens"])
+    return str(interval), {**found, name: dataclasses.asdict(interval)}
 
 
 def _overrides(arguments: list[str]) -> dict[str, str]:

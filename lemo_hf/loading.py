@@ -104,6 +104,9 @@ def load_tokenizer(model: ModelFields) -> Any:
 def load_saved_model(name: str, sparse: bool = False) -> tuple[Any, Any]:
     """A model in evaluation mode, and its tokenizer.
 
+    On an accelerator the weights keep the checkpoint's dtype. On a CPU they are float32, where 16 bits are slow, and a base
+    saved in bfloat16 that a run trained in float32 would be measured as another model than the run's.
+
     Args:
         name: Folder or Hub id of a model or of a PEFT adapter, or the name of an embedded model.
         sparse: The sparse forward will run too, so LeMo's settings and predictors are needed.
@@ -114,10 +117,11 @@ def load_saved_model(name: str, sparse: bool = False) -> tuple[Any, Any]:
     with one_line_errors("model cannot be loaded", name):
         location = model_location(name)
         adapter = _file(location, "adapter_config.json")
-        model = _load_adapter(location, adapter, sparse) if adapter else _load_whole(location, sparse)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        dtype = torch.float32 if device is None else "auto"
+        model = _load_adapter(location, adapter, sparse, dtype) if adapter else _load_whole(location, sparse, dtype)
         source = location if _file(location, "tokenizer_config.json") else model.config.name_or_path
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(source)
+        return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(source)
 
 
 def _file(location: str, name: str) -> str | None:
@@ -128,7 +132,7 @@ def _file(location: str, name: str) -> str | None:
     return found
 
 
-def _load_adapter(location: str, adapter_config: str, sparse: bool) -> Any:
+def _load_adapter(location: str, adapter_config: str, sparse: bool, dtype: torch.dtype | str) -> Any:
     from peft import PeftConfig, PeftModel
 
     base = model_location(PeftConfig.from_pretrained(str(Path(adapter_config).parent)).base_model_name_or_path)
@@ -138,17 +142,17 @@ def _load_adapter(location: str, adapter_config: str, sparse: bool) -> Any:
     block, base_config = read_lemo_files(Path(found).parent) if found else (None, {})
     if sparse and found:
         _file(location, PREDICTORS_FILE)  # a Hub repository's lands in the same folder
-        model: Any = AutoLemoModelForCausalLM.from_pretrained(base, lemo=block, **base_config)
+        model: Any = AutoLemoModelForCausalLM.from_pretrained(base, lemo=block, dtype=dtype, **base_config)
         load_lemo_files(model, Path(found).parent)
     else:
-        model = AutoModelForCausalLM.from_pretrained(base, **base_config)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **base_config)
     with without_peft_deprecation():
         return PeftModel.from_pretrained(model, location)
 
 
-def _load_whole(location: str, sparse: bool) -> Any:
+def _load_whole(location: str, sparse: bool, dtype: torch.dtype | str) -> Any:
     if sparse and getattr(AutoConfig.from_pretrained(location), "lemo", None) is None:
         raise LemoError(
             f"the sparse forward needs a LeMo model; {location!r} is a stock one; leave out --sparse or name an adapter"
         )
-    return AutoModelForCausalLM.from_pretrained(location)
+    return AutoModelForCausalLM.from_pretrained(location, dtype=dtype)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from lemo_hf import cli
 from lemo_hf.base_model_data import train_tokenizer
+from lemo_hf.evaluation.perplexity_metric import PerplexityMetric
 from lemo_hf.hub.export import CONFIG_FILE, PREDICTORS_FILE, read_lemo_files
 from lemo_hf.hub.model_card import RunResults
 from lemo_hf.text_data import PackedDocuments, TextDocument, spread_samples
@@ -170,6 +171,32 @@ def test_eval_is_the_adapter_on_the_stock_model(trained, source, capsys, tmp_pat
     assert not any("predictor" in name for name, _ in model.named_parameters())
 
 
+def test_eval_on_a_cpu_is_in_float32_and_says_so(trained, source, capsys, tmp_path):
+    """The run trained and measured a float32 model; a base that was saved in 16 bits must not change that."""
+    shutil.copytree(source / "base", tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(source / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    shutil.copytree(trained, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    adapter = tmp_path / "out" / "adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    out = tmp_path / "eval.json"
+    for name, length in (("out", 128), ("base", 64)):
+        cli_ends(["eval", str(tmp_path / name), "--data", str(source / "held_out.jsonl"), "--output", str(out)], code=0)
+        assert f"dense perplexity at {length} tokens, float32: " in capsys.readouterr().out
+        assert json.loads(out.read_text())["dtype"] == "float32"
+
+
+def test_eval_computes_through_the_metric(source, capsys, monkeypatch, tmp_path):
+    def compute(self, predictions, references):
+        return {"dense_perplexity": 123.456, "dense_loss": 1.0, "tokens": sum(references), "documents": len(references)}
+
+    monkeypatch.setattr(PerplexityMetric, "_compute", compute)
+    out = tmp_path / "eval.json"
+    cli_ends(["eval", str(source / "base"), "--data", str(source / "held_out.jsonl"), "--output", str(out)], code=0)
+    assert "float32: 123.456 (" in capsys.readouterr().out
+    values = json.loads(out.read_text())
+    assert values["dense_perplexity"]["value"] == 123.456
+
+
 def test_eval_takes_a_plain_model_and_python_sources(source, capsys):
     cli_ends(["eval", str(source / "base"), "--python", "evaluate", "--max-samples", "2"], code=0)
     assert "dense perplexity at 64 tokens" in capsys.readouterr().out
@@ -260,7 +287,8 @@ def test_a_folder_with_another_run_is_refused_and_untouched(trained, source, ref
 
 def test_bad_input_of_eval_ends_in_one_line(bad_inputs, trained, tmp_path, refused):
     data = ["--data", bad_inputs / "held_out.jsonl"]
-    assert "got none of them" in refused("eval", trained)
+    assert "one of --data, --dataset and --python; got none of them" in refused("eval", trained)
+    assert "got --data and --python" in refused("eval", trained, *data, "--python", "evaluate")
     assert "does not exist" in refused("eval", trained, "--data", "none.txt")
     assert "model folder does not exist" in refused("eval", bad_inputs / "none", *data)
     assert "longer than the model's context of 128" in refused("eval", trained, *data, "--seq-len", "256")

@@ -29,6 +29,7 @@ from .arguments import LemoTrainingArguments
 from .layer_metrics import LayerMetrics
 from .lemo_callback import LemoCallback, by_layer, precision
 from .lemo_run import LemoRun
+from .phase_cost import LARGE_SHARE, estimate_cost
 from .phase_documents import require_blocks, untouched_randomness
 from .predictor_files import load_predictors, parameter_share, record_predictor_sizes
 from .predictor_training import PredictorTraining
@@ -76,6 +77,7 @@ class PredictorPhase(LemoCallback):
             documents = _DEFAULT_DOCUMENTS if run.lemo.needs_predictors else 0
         if documents:
             documents = self._available(documents)
+        self._say_cost(args, state, documents * own.predictor_passes)
         taken = run.take_progress("predictor")
         if taken is None and own.predictors:
             load_predictors(run.backbone, own.predictors)
@@ -88,6 +90,22 @@ class PredictorPhase(LemoCallback):
             logger.info("predictor phase skipped: selection=%r does not read predictors", run.lemo.selection)
         run.finished.append("predictor")
         run.phase = "calibrate"
+
+    def _say_cost(self, args: TrainingArguments, state: TrainerState, fitted: int) -> None:
+        run, own = self.run, self.run.args
+        searches = run.lemo.selection == "threshold" and (run.lemo.thresholds is None or fitted > 0)
+        profile = len(run.documents.profile()) if searches else 0
+        # Every process runs the phases, beside its own part of the samples.
+        samples = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+        cost = estimate_cost(run.lemo, len(run.backbone.layers), fitted, profile, own.calibrate_rounds, samples)
+        if cost.share > LARGE_SHARE:
+            logger.warning(
+                "%s; %d documents to fit on, %d profiled in %d rounds, %d training samples; lower predictor_documents, "
+                "calibrate_documents or calibrate_rounds, or train for more steps",
+                *(cost, fitted, profile, own.calibrate_rounds if profile else 0, samples),
+            )
+        elif cost.share > 0:
+            logger.info("%s", cost)
 
     def _available(self, wanted: int) -> int:
         documents, probes = self.run.documents.fitting_count(wanted), self.run.documents.probe_count

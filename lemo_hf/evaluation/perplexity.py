@@ -19,8 +19,7 @@ Memory: hidden states of one batch, and logits of `segment_size` tokens at a tim
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +32,7 @@ from ..errors import LemoError
 from ..models.segmented_loss import IGNORE_INDEX
 from ..models.sparse_decoder import sparse_backbone, sparse_evaluation
 from ..models.token_elimination import find_documents
+from .layer_scores import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _measure(model: Any, dataset: Any, batch_size: int, segment_size: int, descr
     sums: list[float] = []
     counts: list[int] = []
     starts = range(0, len(dataset), batch_size)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for start in tqdm(starts, desc=description, disable=description is None, leave=False):
             samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
             batch, targets = _batch(samples, device)
@@ -152,17 +152,6 @@ def _measure(model: Any, dataset: Any, batch_size: int, segment_size: int, descr
             f"loss is not finite; {kept[place][0]} in document {place}; check the weights, or load an earlier checkpoint"
         )
     return Perplexity(tuple(nll for nll, _ in kept), tuple(count for _, count in kept), forward)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _batch(samples: Sequence[Any], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:

@@ -21,10 +21,12 @@ from transformers import LlamaConfig, LlamaModel
 
 from lemo_hf import LemoConfig, LemoLlamaConfig
 from lemo_hf.models.modeling_lemo_llama import LemoLlamaModel
+from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.activation_memory import ActivationMemory
 from lemo_hf.profiling.fake_model import fake_model
 from lemo_hf.profiling.flops import FlopCounter
 from lemo_hf.profiling.provenance import provenance
+from lemo_hf.training.predictor_training import parameter_share
 
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -53,7 +55,7 @@ def build(layers: int, lemo: LemoConfig | None, adapter_dtype: torch.dtype) -> n
 
 
 def measure(layers: int, tokens: int, lemo: LemoConfig | None, adapter_dtype: torch.dtype, autocast: bool) -> dict[str, float]:
-    """Saved bytes and FLOPs per layer of one training forward and backward."""
+    """Saved bytes and FLOPs per layer of one training forward and backward, and the predictors' share of its parameters."""
     mode = FakeTensorMode()
     model = fake_model(lambda: build(layers, lemo, adapter_dtype), mode).train()
     model.enable_input_require_grads()  # as with embeddings below that train: every layer's input gets a gradient
@@ -71,7 +73,8 @@ def measure(layers: int, tokens: int, lemo: LemoConfig | None, adapter_dtype: to
         del output
     saved = sum(amount for layer, amount in memory.saved.by("layer").items() if layer is not None)
     flops = sum(amount for layer, amount in counter.flops.by("layer").items() if layer is not None)
-    return {"saved_bytes": saved / layers, "flops": flops / layers}
+    share = 0.0 if lemo is None else parameter_share(sparse_backbone(model))
+    return {"saved_bytes": saved / layers, "flops": flops / layers, "predictor_share": share}
 
 
 def arms(keep: float) -> dict[str, LemoConfig | None]:

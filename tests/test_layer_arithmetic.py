@@ -44,6 +44,12 @@ def test_flops_stay_below_their_share_of_stock(measured, arm, bound):
     assert figures[arm]["flops"] / figures["stock"]["flops"] <= bound
 
 
+def test_predictors_are_below_one_percent_of_a_layer(measured):
+    for figures in measured.values():
+        assert all(0.004 < found["predictor_share"] <= 0.01 for arm, found in figures.items() if arm != "stock")
+        assert figures["stock"]["predictor_share"] == 0
+
+
 def test_stock_flops_are_the_closed_form(measured):
     # P of q, k, v, o and the MLP; LoRA adds r * (inputs + outputs) to each of four; backward: input gradients only for frozen
     # matrices, both gradients for LoRA's; flash attention 1 forward, 2.5 backward of 2 * pairs * hidden multiply-adds.

@@ -4,7 +4,9 @@ import torch.nn.functional as F
 from references.tiny_models import add_lora, lemo_model, random_tokens, stock_model
 from torch import nn
 
+from lemo_hf.models.configuration_lemo_llama import LemoLlamaConfig
 from lemo_hf.models.lemo_config import LemoConfig, LemoConfigError
+from lemo_hf.models.modeling_lemo_llama import LemoLlamaModel
 from lemo_hf.models.pattern_predictor import (
     PatternPredictor,
     predicted_block_scores,
@@ -12,6 +14,7 @@ from lemo_hf.models.pattern_predictor import (
 )
 from lemo_hf.models.token_elimination import find_documents
 from lemo_hf.models.token_informativeness import block_informativeness
+from lemo_hf.training.predictor_training import parameter_share
 
 
 def predictor(hidden_size=12, sizes=(5, 6, 7, 4), features=3):
@@ -139,3 +142,11 @@ def test_autocast_does_not_reach_the_predictor():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = model(hidden, documents)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_default_predictors_are_below_six_percent_of_a_small_models_layers():
+    """At the shape of the embedded model; at 8B shapes tests/test_layer_arithmetic.py bounds them."""
+    shape = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 416}
+    with torch.device("meta"):
+        model = LemoLlamaModel(LemoLlamaConfig(**shape, num_hidden_layers=2, vocab_size=64, lemo=LemoConfig()))
+    assert 0.03 < parameter_share(model) <= 0.06

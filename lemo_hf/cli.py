@@ -115,12 +115,12 @@ def eval(
         )
 
     from .evaluation.perplexity import dense_perplexity, sparse_perplexity
+    from .hub.lemo_files import write_json
     from .loading import load_saved_model
     from .profiling.provenance import provenance
     from .recipe import DataFields
     from .recipe.running import read_documents
     from .text_data import pack_documents, spread_samples
-    from .training.predictor_files import write_json
 
     text = DataFields(
         seq_len=seq_len or 0,

@@ -13,11 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.hub import cached_file
 
 from .errors import LemoError
-from .hub.export import load_lemo_files, read_lemo_files
+from .hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, load_lemo_files, read_lemo_files
 from .models.lemo_config import LemoConfigError
 from .recipe import ModelFields
 from .registry import AutoLemoModelForCausalLM, lemo_config_from
-from .training.predictor_files import CONFIG_FILE, PREDICTORS_FILE
 
 _ASSETS = Path(__file__).with_name("assets")
 

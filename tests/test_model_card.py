@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from lemo_hf.errors import LemoError
 from lemo_hf.evaluation.perplexity import Perplexity
+from lemo_hf.hub.lemo_files import write_json
 from lemo_hf.hub.model_card import BEGIN, END, Interval, RunResults, render_card, write_model_card
 from lemo_hf.models.lemo_config import LemoConfig
-from lemo_hf.training.predictor_files import write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT reads it
 

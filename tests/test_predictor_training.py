@@ -5,16 +5,9 @@ from training_runs import RandomText, tiny_lemo_model
 from lemo_hf.errors import LemoError
 from lemo_hf.evaluation.block_recall import measure_recall
 from lemo_hf.evaluation.layer_scores import visit_layers
-from lemo_hf.hub.export import save_lemo_files
+from lemo_hf.hub.lemo_files import PREDICTORS_FILE, load_predictors, predictor_tensors, record_predictor_sizes, save_lemo_files
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training.predictor_files import (
-    PREDICTORS_FILE,
-    load_predictors,
-    parameter_share,
-    predictor_tensors,
-    record_predictor_sizes,
-)
-from lemo_hf.training.predictor_training import PredictorTraining
+from lemo_hf.training.predictor_training import PredictorTraining, parameter_share
 
 
 class TokenRuns(RandomText):
@@ -231,9 +224,9 @@ def test_predictors_of_another_shape_do_not_fit(tmp_path):
     backbone = backbone_of()
     save_lemo_files(backbone, tmp_path)
     backbone.layers = backbone.layers[:1]
-    with pytest.raises(LemoError, match="they have 2 layers, the model 1"):
+    with pytest.raises(LemoError, match="predictor_sizes lists 2 layers, the model has 1"):
         load_predictors(backbone, tmp_path)
     wider = backbone_of()
     wider.config.hidden_size = 64
-    with pytest.raises(LemoError, match=r"do not fit the model with hidden_size 64: .*size mismatch"):
+    with pytest.raises(LemoError, match=r"do not fit the model: .* is \(32, 8\), the model needs \(64, 8\)"):
         load_predictors(wider, tmp_path)

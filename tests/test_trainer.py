@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lemo_hf import LemoTrainer, lemo_callbacks
 from lemo_hf.errors import LemoError
+from lemo_hf.hub import lemo_files
+from lemo_hf.hub.lemo_files import read_json
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training import predictor_training, threshold_search
+from lemo_hf.training import lemo_run, predictor_training, threshold_search
 from lemo_hf.training.lemo_run import PROGRESS_FILE
-from lemo_hf.training.predictor_files import read_json
 
 SPARSE = {"selection": "threshold", "attention_forward": "sparse"}
 SAMPLED = {"selection": "sampled"}
@@ -209,6 +211,28 @@ def test_batches_without_labels_pass_and_are_said_once(tmp_path, caplog):
         assert one.isfinite().all()
 
 
+def test_a_checkpoint_is_written_once_and_read_once(tmp_path, monkeypatch):
+    def counted(module, name):
+        calls = []
+        untouched = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(args[-1]) or untouched(*args, **kwargs))
+        return calls
+
+    saves = counted(lemo_run, "save_lemo_files")
+    killed(tiny_trainer(tmp_path, SAMPLED, save_strategy="steps", save_steps=2), 5)
+    assert [Path(folder).name for folder in saves] == ["checkpoint-2", "checkpoint-4"]
+    loads = counted(lemo_files, "_install")
+    tiny_trainer(tmp_path, SAMPLED, save_strategy="steps", save_steps=2).train(resume_from_checkpoint=True)
+    assert len(loads) == 1
+
+
+def test_hub_imports_nothing_from_training():
+    for path in Path(lemo_files.__file__).parent.glob("*.py"):
+        assert "training" not in [
+            part for line in path.read_text().splitlines() if "import " in line for part in re.split(r"\W", line)
+        ]
+
+
 def test_used_output_folder_is_refused(tmp_path):
     first = _trained(tmp_path, SAMPLED, save_strategy="steps", save_steps=6)
     first.train()  # its own folder
@@ -254,7 +278,13 @@ def test_resumes_from_shipped_predictors_of_another_width(tmp_path):
 
 
 def test_the_best_model_has_its_predictors_and_thresholds(tmp_path):
-    changes = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    changes = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+    }
     changes |= {"greater_is_better": True, "metric_for_best_model": "eval_loss"}  # the first one: loss falls
     changes |= {"probe_steps": 4, "recall_floor": 1.0, "refit_limit": 1, "refit_documents": 2}
     trainer = LemoTrainer(

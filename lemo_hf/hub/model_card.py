@@ -16,7 +16,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from ..errors import LemoError
 from ..evaluation.perplexity import Perplexity, paired_difference
 from ..profiling.provenance import provenance
-from .export import atomic_path
+from .lemo_files import atomic_path
 
 BEGIN = "<!-- lemo_hf:begin (rewritten at each save; what stands above or below stays) -->"
 END = "<!-- lemo_hf:end -->"

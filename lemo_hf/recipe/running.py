@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import LemoError
 from ..evaluation.perplexity import dense_perplexity
-from ..hub.export import atomic_path, check_predictor_shapes, read_lemo_files
+from ..hub.lemo_files import PREDICTORS_FILE, atomic_path, check_predictor_shapes, read_lemo_files, write_json
 from ..hub.model_card import CARD_FILE, Interval, RunResults, write_model_card
 from ..loading import extended_config, load_tokenizer, model_location, one_line_errors, without_peft_deprecation
 from ..models.lemo_config import LemoConfigError
@@ -29,7 +29,6 @@ from ..text_data import (
     text_file_documents,
 )
 from ..training.lemo_run import has_progress
-from ..training.predictor_files import PREDICTORS_FILE, write_json
 from ..training.trainer import LemoTrainer
 from .reading import DataFields, Recipe
 

@@ -25,14 +25,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import LemoError
 from ..evaluation.block_recall import RecallReport, measure_recall
+from ..hub.lemo_files import load_predictors, record_predictor_sizes
 from .arguments import LemoTrainingArguments
 from .layer_metrics import LayerMetrics
 from .lemo_callback import LemoCallback, by_layer, precision
 from .lemo_run import LemoRun
 from .phase_cost import LARGE_SHARE, estimate_cost
 from .phase_documents import require_blocks, untouched_randomness
-from .predictor_files import load_predictors, parameter_share, record_predictor_sizes
-from .predictor_training import PredictorTraining
+from .predictor_training import PredictorTraining, parameter_share
 from .threshold_search import ThresholdSearch
 
 logger = logging.getLogger(__name__)
@@ -234,7 +234,8 @@ class SparsePhase(LemoCallback):
             self._dense_layers = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.run.save_files(self.run.folder / f"checkpoint-{state.global_step}", with_state=True)
+        if not self.run.trainer_saves:
+            self.run.save_files(self.run.folder / f"checkpoint-{state.global_step}", with_state=True)
         self.run.forget_progress()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -15,12 +15,21 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from ..errors import LemoError
-from ..hub.export import load_lemo_files, save_lemo_files
+from ..hub.lemo_files import (
+    load_predictors,
+    predictor_tensors,
+    read_json,
+    read_lemo_files,
+    read_tensors,
+    save_lemo_files,
+    set_predictors,
+    write_json,
+    write_tensors,
+)
 from ..models.lemo_config import LemoConfig
 from ..models.sparse_decoder import sparse_backbone
 from .arguments import LemoTrainingArguments
 from .phase_documents import PhaseDocuments
-from .predictor_files import predictor_tensors, read_json, read_tensors, set_predictors, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +68,12 @@ class LemoRun:
 
     def __init__(self, args: LemoTrainingArguments) -> None:
         self.args = args
-        # Set by LemoTrainer: its log, and the checkpoint that it resumes from.
+        # Set by LemoTrainer: its log, that it writes the LeMo files of checkpoints itself, the checkpoint that it resumes from,
+        # and the one whose predictors it has loaded with the weights.
         self.send: Callable[[dict[str, float]], None] | None = None
+        self.trainer_saves = False
         self.checkpoint: str | None = None
+        self.loaded_predictors: str | None = None
         self.finished: list[str] = []
         self.phase = "predictor"
         self.refits = 0
@@ -169,7 +181,10 @@ class LemoRun:
             raise LemoError(f"checkpoint holds no LeMo state; {str(folder)!r}; resume from one that a LeMo run saved whole")
         stored = read_json(folder / STATE_FILE)
         self._require_same_settings(stored["settings"], folder)
-        load_lemo_files(self.model, folder)
+        # Settings are the same; besides, there is what the phases found.
+        if self.loaded_predictors != str(folder):
+            load_predictors(self.backbone, folder)
+        self.lemo.update(thresholds=read_lemo_files(folder)[0].thresholds)
         self.phase, self.finished, self.refits = stored["phase"], stored["finished"], stored["refits"]
         self.predictors_fitted = stored["predictors_fitted"]
 

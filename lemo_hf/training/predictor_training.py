@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ..evaluation.block_recall import PositionProfile
 from ..evaluation.layer_scores import LayerScores, visit_layers
+from ..hub.lemo_files import predictor_tensors, record_predictor_sizes
 from ..models.pattern_predictor import PatternPredictor, predicted_block_scores, predicted_informativeness
 from ..models.token_informativeness import block_informativeness
-from .predictor_files import record_predictor_sizes
 
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8
@@ -204,24 +204,31 @@ class PredictorTraining:
 
     def fit(self, batch: dict[str, Any]) -> list[float]:
         """Takes the optimizer steps on one batch; returns the layers' losses after all but the last of them."""
-        losses = [float("nan")] * len(self._fits)
+        losses: list[float] = []
+        visit_layers(self.backbone, batch, lambda found: losses.append(self._learn(found)))
+        self._finish_document()
+        return losses
 
-        def visit(found: LayerScores) -> None:
-            fit = self._fits[found.layer]
-            fit.observe(found)
-            for informativeness in found.informativeness():
-                self.positions.add(found.layer, informativeness)
-            for step in range(self.steps):
-                number = self.done * self.steps + step + 1
-                losses[found.layer] = fit.step(found, number, self._rate(number))
+    def fit_recorded(self, layers: list[LayerScores]) -> list[float]:
+        """The same on a batch whose layers were recorded, for several passes over text that fits in memory."""
+        losses = [self._learn(found) for found in layers]
+        self._finish_document()
+        return losses
 
-        visit_layers(self.backbone, batch, visit)
+    def _learn(self, found: LayerScores) -> float:
+        fit = self._fits[found.layer]
+        fit.observe(found)
+        for informativeness in found.informativeness():
+            self.positions.add(found.layer, informativeness)
+        numbers = range(self.done * self.steps + 1, (self.done + 1) * self.steps + 1)
+        return [fit.step(found, number, self._rate(number)) for number in numbers][-1]
+
+    def _finish_document(self) -> None:
         self.done += 1
         if self.prune_documents and self.done % self.prune_documents == 0:
             for fit in self._fits:
                 fit.prune(self.prune_share)
             record_predictor_sizes(self.backbone)
-        return losses
 
     def _rate(self, number: int) -> float:
         total = self.documents * self.steps
@@ -240,3 +247,14 @@ class PredictorTraining:
             fit.restore({name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
         self.positions.sums, self.positions.counts = tensors["positions.sums"], tensors["positions.counts"]
         self.done = done
+
+
+def parameter_share(backbone: Any) -> float:
+    """Predictor parameters over the other parameters of the layers, in [0, 1]; adapters are counted with neither."""
+    predictors = sum(weight.numel() for weight in predictor_tensors(backbone).values())
+    others = sum(
+        weight.numel()
+        for name, weight in backbone.layers.named_parameters()
+        if ".lemo_predictor." not in name and ".lora_" not in name
+    )
+    return predictors / others

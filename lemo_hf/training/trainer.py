@@ -10,13 +10,12 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from ..errors import LemoError
-from ..hub.export import load_lemo_files
+from ..hub.lemo_files import CONFIG_FILE, load_lemo_files, load_predictors
 from ..models.segmented_loss import IGNORE_INDEX, shift_labels
 from ..models.sparse_decoder import sparse_backbone
 from .arguments import LemoTrainingArguments
 from .callbacks import callbacks_of, not_finite
 from .lemo_run import LemoRun, has_progress
-from .predictor_files import CONFIG_FILE, load_predictors
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class LemoTrainer(Trainer):
         self._has_trained = False
         self._said_no_label = False
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), *callbacks_of(self.lemo_run)], **kwargs)
-        self.lemo_run.send = self.log
+        self.lemo_run.send, self.lemo_run.trainer_saves = self.log, True
         for shown in self.callback_handler.callbacks:
             if isinstance(shown, PrinterCallback | DEFAULT_PROGRESS_CALLBACK):
                 _show_means_only(shown)
@@ -97,6 +96,7 @@ class LemoTrainer(Trainer):
         # Predictors first: pruning may have left them other shapes than the fresh model's, which weights are loaded into.
         target: Any = self.model if model is None else model
         load_predictors(sparse_backbone(target), resume_from_checkpoint)
+        self.lemo_run.loaded_predictors = str(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:

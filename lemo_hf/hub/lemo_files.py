@@ -1,0 +1,264 @@
+"""The two files that lie beside a PEFT adapter, `lemo_predictors.safetensors` and `lemo_config.json`: the one place of their format.
+
+`lemo_predictors.safetensors` holds every layer's pattern predictor. `lemo_config.json` holds the `lemo` block (thresholds and
+pruned predictor sizes included) and, as `base_config`, the fields of the base model's config that a longer context changes:
+whoever loads the adapter on the stock model has to pass them (RoPE scaling above all), or every position is another one than the
+adapter learned, and a PEFT adapter has no place for them. The sizes that pruning left stand in the block, so a block and its
+predictors are written and read together.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import LemoError
+from ..models.lemo_config import LemoConfig, LemoConfigError
+from ..models.pattern_predictor import PatternPredictor
+from ..models.sparse_decoder import sparse_backbone
+
+PREDICTORS_FILE = "lemo_predictors.safetensors"
+CONFIG_FILE = "lemo_config.json"
+BASE_CONFIG = "base_config"
+# What fine-tuning for a longer context changes in the base model's config. Reading sets these fields and no others.
+CONTEXT_FIELDS = ("rope_parameters", "max_position_embeddings")
+
+
+# Files that are either whole or not there.
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    os.close(descriptor)
+    partial = Path(name)
+    partial.chmod(0o644)  # mkstemp makes files private; results are for others too
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file."""
+    with atomic_path(path) as partial:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        LemoError: If the file is missing, corrupt or truncated.
+    """
+    with _opened(path) as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118 (no mapping)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise LemoError(f"file does not exist; {str(path)!r}; name a folder that a LeMo run saved, or train predictors")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise LemoError(
+            f"file is corrupt or truncated ({reason}); {str(path)!r}, {path.stat().st_size} bytes; copy it again, or train anew"
+        ) from error
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping.
+
+    Raises:
+        LemoError: If the file is missing or no JSON mapping.
+    """
+    if not path.is_file():
+        raise LemoError(f"file does not exist; {str(path)!r}; name a folder that a LeMo run saved")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LemoError(f"file is not JSON ({error}); {str(path)!r}; copy it again, or train anew") from error
+    if not isinstance(values, dict):
+        raise LemoError(f"file holds no JSON mapping; {str(path)!r}; copy it again, or train anew")
+    return values
+
+
+# The block and its predictors.
+
+
+def context_config(model: nn.Module) -> dict[str, Any]:
+    """The model's values of the config fields that a longer context changes, as plain JSON types."""
+    config: Any = model.config
+    values = config.to_dict()
+    return {name: values[name] for name in CONTEXT_FIELDS if values.get(name) is not None}
+
+
+def predictor_tensors(backbone: Any) -> dict[str, Tensor]:
+    """All predictor parameters by name, `layers.<layer>.<query|key>.matrices.<i>` and `layers.<layer>.distance.0`."""
+    return {
+        f"layers.{index}.{name}": weight
+        for index, layer in enumerate(backbone.layers)
+        for name, weight in layer.lemo_predictor.named_parameters()
+    }
+
+
+def record_predictor_sizes(backbone: Any) -> None:
+    """Writes the present sizes into the lemo block, so that loading builds the right shapes."""
+    backbone.config.lemo.update(predictor_sizes=[layer.lemo_predictor.sizes for layer in backbone.layers])
+
+
+def save_lemo_files(model: nn.Module, folder: str | Path) -> None:
+    """Writes `lemo_predictors.safetensors` and `lemo_config.json` into `folder`, each whole or not at all.
+
+    Args:
+        model: A LeMo model, wrapped by PEFT or not.
+        folder: Created if it does not exist.
+
+    Raises:
+        LemoConfigError: If `model` is no LeMo model.
+    """
+    backbone: Any = sparse_backbone(model)
+    record_predictor_sizes(backbone)
+    block = backbone.config.lemo.to_dict()
+    write_tensors(Path(folder) / PREDICTORS_FILE, predictor_tensors(backbone), {"format": "pt"})
+    write_json(Path(folder) / CONFIG_FILE, {**block, BASE_CONFIG: context_config(model)})
+
+
+def read_lemo_files(folder: str | Path) -> tuple[LemoConfig, dict[str, Any]]:
+    """The `lemo` block in `folder`, and the config fields to load the base model with.
+
+    Raises:
+        LemoError: If `lemo_config.json` is missing or holds anything else.
+    """
+    path = Path(folder) / CONFIG_FILE
+    values = read_json(path)
+    base_config = values.pop(BASE_CONFIG, {})
+    if not isinstance(base_config, dict) or not set(base_config) <= set(CONTEXT_FIELDS):
+        raise LemoError(f"{BASE_CONFIG} may hold {', '.join(CONTEXT_FIELDS)} only; {str(path)!r}; restore the file from its run")
+    try:
+        return LemoConfig.from_dict(values), base_config
+    except LemoConfigError as error:
+        raise LemoError(str(error)) from error
+
+
+def load_lemo_files(model: nn.Module, folder: str | Path) -> None:
+    """Gives `model` the predictors, the thresholds and the other settings in `folder`; on an error it is unchanged.
+
+    Args:
+        model: A LeMo model, wrapped by PEFT or not.
+        folder: Where `save_lemo_files` wrote.
+
+    Raises:
+        LemoError: If a file is missing, corrupt or does not fit the model. Shapes are compared before anything is allocated.
+        LemoConfigError: If `model` is no LeMo model.
+    """
+    backbone: Any = sparse_backbone(model)
+    block, _ = read_lemo_files(folder)
+    path = Path(folder) / PREDICTORS_FILE
+    check_predictor_shapes(path, block, len(backbone.layers), backbone.config.hidden_size)
+    tensors, _ = read_tensors(path)
+    backbone.config.lemo.update(**block.to_dict())
+    _install(backbone, tensors, block)
+
+
+def load_predictors(backbone: Any, folder: str | Path) -> None:
+    """Loads the predictors in `folder`, and nothing else, into a model, which takes on their sizes.
+
+    Args:
+        backbone: A model with `SparseBackbone` among its bases; on an error it is unchanged.
+        folder: Where `save_lemo_files` wrote.
+
+    Raises:
+        LemoError: If a file is missing or damaged, or the predictors do not fit the model.
+    """
+    block, _ = read_lemo_files(folder)
+    path = Path(folder) / PREDICTORS_FILE
+    check_predictor_shapes(path, block, len(backbone.layers), backbone.config.hidden_size)
+    set_predictors(backbone, read_tensors(path)[0], block, str(path))
+
+
+def set_predictors(backbone: Any, tensors: dict[str, Tensor], block: LemoConfig, source: str) -> None:
+    """Gives a model the predictors in `tensors`, made under `block`; `source` names them in errors.
+
+    Raises:
+        LemoError: If the predictors do not fit the model; it is unchanged then.
+    """
+    block_size = backbone.config.lemo.block_size
+    if block.block_size != block_size:
+        raise LemoError(
+            f"predictors do not fit the model: they pool blocks of {block.block_size}, the model has block_size={block_size}; "
+            f"{source!r}; set the same block_size, or train predictors for this one"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _require_shapes(shapes, block, len(backbone.layers), backbone.config.hidden_size, source)
+    _install(backbone, tensors, block)
+
+
+def check_predictor_shapes(path: Path, block: LemoConfig, layers: int, hidden_size: int) -> None:
+    """Compares the header of a predictor file with what the block and the model need, without reading a tensor.
+
+    Raises:
+        LemoError: If they do not fit, or the file is missing, corrupt or truncated.
+    """
+    with _opened(path) as stored:
+        found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    _require_shapes(found, block, layers, hidden_size, str(path))
+
+
+def _require_shapes(found: dict[str, tuple[int, ...]], block: LemoConfig, layers: int, hidden_size: int, source: str) -> None:
+    def misfit(fact: str) -> LemoError:
+        return LemoError(
+            f"predictors do not fit the model: {fact}; {source!r}; use those of a run on this model, or train new ones"
+        )
+
+    try:
+        block.validate_for(layers)
+    except LemoConfigError as error:
+        raise misfit(str(error)) from error
+    needed: dict[str, tuple[int, ...]] = {}
+    for layer, sizes in enumerate(_sizes(block, layers)):
+        if len(sizes) != 4 or not all(isinstance(size, int) and 0 < size <= hidden_size for size in sizes):
+            raise misfit(f"layer {layer} has widths {sizes}, the model's hidden_size is {hidden_size}")
+        with torch.device("meta"):
+            predictor = PatternPredictor(hidden_size, sizes, block.predictor_features)
+        needed |= {f"layers.{layer}.{name}": tuple(weight.shape) for name, weight in predictor.named_parameters()}
+    for name in sorted(needed.keys() | found.keys()):
+        if found.get(name) != needed.get(name):
+            raise misfit(f"{name} is {found.get(name, 'missing')}, the model needs {needed.get(name, 'no such tensor')}")
+
+
+def _sizes(block: LemoConfig, layers: int) -> list[list[int]]:
+    return block.predictor_sizes or [[block.predictor_rank] * 4] * layers
+
+
+def _install(backbone: Any, tensors: dict[str, Tensor], block: LemoConfig) -> None:
+    # Shapes have been compared.
+    for index, (layer, sizes) in enumerate(zip(backbone.layers, _sizes(block, len(backbone.layers)), strict=True)):
+        prefix = f"layers.{index}."
+        predictor = PatternPredictor(backbone.config.hidden_size, sizes, block.predictor_features)
+        predictor.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+        device = next(layer.lemo_predictor.parameters()).device
+        layer.lemo_predictor = predictor.to(device).requires_grad_(False).train(layer.training)
+    fields = "predictor_sizes", "predictor_rank", "predictor_features"
+    backbone.config.lemo.update(**{name: getattr(block, name) for name in fields})

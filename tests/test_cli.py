@@ -241,7 +241,7 @@ BAD_RUNS = {
     "truncated weights": (["--model", "{folder}/truncated"], "base model cannot be loaded"),
     "missing predictors": (["--predictors", "{folder}/base"], "name a folder that a LeMo run saved"),
     "predictors that do not fit": (["--predictors", "{folder}/foreign"], "predictors do not fit the model"),
-    "truncated predictors": (["--predictors", "{folder}/cut"], "predictor file is corrupt or truncated"),
+    "truncated predictors": (["--predictors", "{folder}/cut"], "file is corrupt or truncated"),
     "adapter on nothing": (["--lora_target_modules", "w_proj"], "adapter cannot be added"),
     "no checkpoint": (["--resume_from_checkpoint", "last"], "no checkpoint to go on from"),
     "no value": (["--max_steps"], "override has no value; '--max_steps'"),

@@ -12,6 +12,7 @@ from lemo_hf import LemoTrainer, lemo_callbacks
 from lemo_hf.errors import LemoError
 from lemo_hf.hub import lemo_files
 from lemo_hf.hub.lemo_files import read_json
+from lemo_hf.hub.model_card import BEGIN, END
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.training import lemo_run, predictor_training, threshold_search
 from lemo_hf.training.lemo_run import PROGRESS_FILE
@@ -140,6 +141,41 @@ def test_final_model_has_its_files(tmp_path):
     trainer.save_model(str(tmp_path / "final"))
     names = {path.name for path in (tmp_path / "final").iterdir()}
     assert {"adapter_model.safetensors", "lemo_predictors.safetensors", "lemo_config.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_a_finished_adapter_has_our_card_and_a_persons_text_stays(tmp_path):
+    trainer = _trained(tmp_path / "run", SPARSE, save_strategy="steps", save_steps=6)
+    assert BEGIN not in (tmp_path / "run" / "checkpoint-6" / "README.md").read_text()
+    card = tmp_path / "final" / "README.md"
+    trainer.save_model(str(tmp_path / "final"))
+    text = card.read_text()
+    for part in (
+        "# final",
+        "| Optimizer steps | 6 |",
+        "24 samples",
+        "| Context | 96 tokens |",
+        "| Layer | Kept share | Predictor recall |",
+    ):
+        assert part in text
+    assert "More Information Needed" not in text
+    card.write_text(text.replace(END, END + "\n\n## My notes\n"))
+    trainer.save_model(str(tmp_path / "final"))
+    assert card.read_text().count("## My notes") == 1
+    assert card.read_text().count("# final") == 1
+
+
+def test_whole_and_untrained_models_are_saved_without_a_card(tmp_path):
+    untrained = tiny_trainer(tmp_path / "run", SAMPLED)
+    untrained.save_model(str(tmp_path / "untrained"))
+    whole = LemoTrainer(
+        model=tiny_lemo_model(lora=False, **SAMPLED), args=tiny_arguments(tmp_path / "whole"), train_dataset=RandomText()
+    )
+    whole.train()
+    whole.save_model(str(tmp_path / "whole"))
+    assert (tmp_path / "whole" / "lemo_predictors.safetensors").is_file()
+    assert BEGIN not in (tmp_path / "untrained" / "README.md").read_text()
+    assert not (tmp_path / "whole" / "README.md").exists()
 
 
 def test_full_model_resumes_after_pruning(tmp_path):

@@ -5,6 +5,7 @@ between the two markers is written anew each time, everything outside them and u
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,22 @@ class RunResults:
             raise LemoError(
                 f"results of the run cannot be read ({reason}); {str(path)!r}; give a results.json that lemo train wrote"
             ) from error
+
+
+def values_by_layer(
+    history: list[dict[str, Any]], name: str, layers: int, combine: Callable[[list[float]], float]
+) -> list[float | None] | None:
+    """A metric of each layer over a trainer's log; `None` for a layer, or altogether, where there is none.
+
+    Args:
+        history: The log.
+        name: The metric, logged as `<name>/layer_<i>`.
+        layers: Layers of the model.
+        combine: Makes one number of all that were logged.
+    """
+    # Dense layers have no recall, and a dense run has nothing.
+    found = [[logs[key] for logs in history if (key := f"{name}/layer_{layer}") in logs] for layer in range(layers)]
+    return [combine(values) if values else None for values in found] if any(found) else None
 
 
 def render_card(results: RunResults, title: str, existing: str | None = None, adapter: str = "path/to/this/adapter") -> str:

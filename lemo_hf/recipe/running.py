@@ -3,7 +3,7 @@
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..errors import LemoError
 from ..evaluation.perplexity import dense_perplexity
 from ..hub.lemo_files import PREDICTORS_FILE, atomic_path, check_predictor_shapes, read_lemo_files, write_json
-from ..hub.model_card import CARD_FILE, Interval, RunResults, write_model_card
+from ..hub.model_card import CARD_FILE, Interval, RunResults, values_by_layer, write_model_card
 from ..loading import extended_config, load_tokenizer, model_location, one_line_errors, without_peft_deprecation
 from ..models.lemo_config import LemoConfigError
 from ..models.sparse_decoder import sparse_backbone
@@ -182,8 +182,8 @@ def run_recipe(recipe: Recipe) -> RunResults:
         recipe=recipe.to_yaml(public=True),
         steps=outcome.global_step,
         train_seconds=time.perf_counter() - began,
-        kept_share=_by_layer(history, "kept_share", layers, statistics.fmean),
-        recall=_by_layer(history, "recall", layers, lambda probes: probes[-1]),
+        kept_share=values_by_layer(history, "kept_share", layers, statistics.fmean),
+        recall=values_by_layer(history, "recall", layers, lambda probes: probes[-1]),
         recall_chance=next((logs["recall_of_chance"] for logs in reversed(history) if "recall_of_chance" in logs), None),
         perplexity_before=before,
         perplexity_after=_perplexity(model, held_out, "perplexity after"),
@@ -198,19 +198,10 @@ def save_run(trainer: Any, recipe: Recipe, results: RunResults) -> None:
     card = folder / CARD_FILE
     existing = card.read_text(encoding="utf-8") if card.is_file() else None
     trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and it may hold a token; recipe.yaml says the same
     with atomic_path(folder / RECIPE_FILE) as partial:
         partial.write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(folder / RESULTS_FILE, results.to_dict())
     write_model_card(results, folder, recipe.name, existing=existing)
-
-
-def _by_layer(
-    history: list[dict[str, Any]], name: str, layers: int, combine: Callable[[list[float]], float]
-) -> list[float | None] | None:
-    # Logged as `<name>/layer_<i>`; a layer may have none (dense layers have no recall), and so may the run.
-    found = [[logs[key] for logs in history if (key := f"{name}/layer_{layer}") in logs] for layer in range(layers)]
-    return [combine(values) if values else None for values in found] if any(found) else None
 
 
 def _perplexity(model: Any, samples: PackedDocuments | None, description: str) -> Interval | None:

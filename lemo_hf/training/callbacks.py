@@ -133,7 +133,8 @@ class PredictorPhase(LemoCallback):
             while training.done < total:
                 losses = training.fit(run.documents.fitting(training.done % documents))
                 bar.update()
-                bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
+                if losses:  # a document of padding alone has none
+                    bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
                 if training.done % own.phase_save_documents == 0:
                     run.save_progress("predictor", {"done": training.done}, training.tensors())
         record_predictor_sizes(run.backbone)

@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from ..errors import LemoError
 from ..hub.lemo_files import CONFIG_FILE, load_lemo_files, load_predictors
+from ..hub.model_card import CARD_FILE, write_model_card
 from ..models.segmented_loss import IGNORE_INDEX, shift_labels
 from ..models.sparse_decoder import sparse_backbone
 from .arguments import LemoTrainingArguments
 from .callbacks import callbacks_of, not_finite
 from .lemo_run import LemoRun, has_progress
+from .run_card import results_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,8 @@ class LemoTrainer(Trainer):
     """A `transformers.Trainer` that trains a LeMo model through its phases, predictor -> calibrate -> sparse -> dense tail.
 
     It installs the callbacks of `lemo_callbacks`, merges their metrics into every log, so that each reporter receives them, and
-    writes `lemo_predictors.safetensors` and `lemo_config.json` wherever it saves the model.
+    writes `lemo_predictors.safetensors` and `lemo_config.json` wherever it saves the model, and beside a finished adapter a model
+    card. A finished model's folder holds no pickle.
 
     Args:
         model: A model of `AutoLemoModelForCausalLM`, usually wrapped by PEFT.
@@ -128,10 +132,37 @@ class LemoTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        # Checkpoints are saved internally into a folder of their own.
+        is_checkpoint = _internal_call and output_dir is not None
+        card = _card_in(folder)
         super().save_model(output_dir, _internal_call)
         self.lemo_run.model = self.model
         self.lemo_run.writes = self.args.should_save
-        self.lemo_run.save_files(output_dir or str(self.args.output_dir), with_state=_internal_call)
+        self.lemo_run.save_files(folder, with_state=is_checkpoint)
+        if not is_checkpoint and self.args.should_save:
+            # A pickle, which may hold a token; nothing reads it.
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            self._write_card(folder, card)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(str(self.args.output_dir))
+        card = _card_in(folder)
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._write_card(folder, card)
+
+    def _write_card(self, folder: Path, existing: str | None) -> None:
+        # Over the one that PEFT writes with every adapter; a whole model has none.
+        if self._has_trained and isinstance(self.model, PeftModel):
+            state = self.state
+            results = results_of(self.lemo_run, self.model, self.train_dataset, state.log_history, state.global_step)
+            write_model_card(results, folder, folder.resolve().name, existing)
+
+
+def _card_in(folder: Path) -> str | None:
+    path = folder / CARD_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _show_means_only(terminal: Any) -> None:

@@ -44,3 +44,4 @@ bench: $(STAMP)      ## what a layer saves and computes at 8B shapes; results in
 
 base: $(STAMP)       ## train the embedded base model anew (hours; resumes where it stopped)
 	@$(BIN)/python -m lemo_hf.base_model recipes/base_python_1k.yaml
+	@$(BIN)/python -m lemo_hf.base_model.predictors

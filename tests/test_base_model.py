@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from lemo_hf.base_model.recipe import BaseModelRecipe
 from safetensors.torch import load_file
 
-from lemo_hf.base_model import BASE_MODEL_FOLDER, BaseModelTrainer, learning_rate_factor, main
-from lemo_hf.base_model_data import TokenStream, held_out_rows
-from lemo_hf.base_model_export import losses, ngram_perplexity
-from lemo_hf.base_model_recipe import BaseModelRecipe
+from lemo_hf.base_model.data import TokenStream, held_out_rows
+from lemo_hf.base_model.export import losses, ngram_perplexity
+from lemo_hf.base_model.training import BASE_MODEL_FOLDER, BaseModelTrainer, learning_rate_factor, main
 from lemo_hf.errors import LemoError
 from lemo_hf.text_data import TextDocument, python_sources, split_documents, tokenize_documents
 
@@ -136,7 +136,7 @@ def test_export_loads_with_the_stock_class_and_is_measured(tmp_path, capsys, mon
 
     recipe = tiny_recipe(tmp_path / "run")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(vars(recipe)))
-    monkeypatch.setattr("lemo_hf.base_model.python_sources", lambda packages: DOCUMENTS)
+    monkeypatch.setattr("lemo_hf.base_model.training.python_sources", lambda packages: DOCUMENTS)
     assert main([str(tmp_path / "recipe.yaml")]) == 0
     assert "exported step 8" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(recipe.export_dir, dtype=torch.float32)

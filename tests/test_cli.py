@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lemo_hf import cli
-from lemo_hf.base_model_data import train_tokenizer
+from lemo_hf.base_model.data import train_tokenizer
 from lemo_hf.evaluation.perplexity_metric import PerplexityMetric
 from lemo_hf.hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, read_lemo_files
 from lemo_hf.hub.model_card import RunResults

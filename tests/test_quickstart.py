@@ -12,7 +12,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "SEQ_LEN", 512)
-        patch.setattr(quickstart, "BASE_CONTEXT", 512)
+        patch.setattr(quickstart, "BASE_CONTEXT", 256)
         patch.setattr(quickstart, "TRAIN_PACKAGES", ("accelerate",))
         patch.setattr(quickstart, "EVALUATION_PACKAGES", ("evaluate",))
         patch.setattr(quickstart, "EVALUATION_WINDOWS", 3)

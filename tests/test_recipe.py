@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lemo_hf.base_model_recipe import BaseModelRecipe
+from lemo_hf.base_model.recipe import BaseModelRecipe
 from lemo_hf.errors import LemoError
 from lemo_hf.models.lemo_config import LemoConfig, LemoConfigError
 from lemo_hf.recipe import DataFields, LoraFields, ModelFields, describe_fields, read_recipe, recipe_fields

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import LemoError
+from ..errors import LemoError
 
 # Two recipes that differ in one of these are different runs and cannot share an output folder; schedules may change.
 IDENTITY = (

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .errors import LemoError
+from ..errors import LemoError
 
 if TYPE_CHECKING:
-    from .base_model import BaseModelTrainer
+    from .training import BaseModelTrainer
 
 TARGETS = 64  # tokens whose loss is compared under different contexts
 

@@ -29,13 +29,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from .base_model_data import TokenStream, held_out_rows, train_tokenizer
-from .base_model_recipe import IDENTITY, BaseModelRecipe
-from .errors import LemoError
-from .text_data import TextDocument, python_sources, split_documents, tokenize_documents
+from ..errors import LemoError
+from ..text_data import TextDocument, python_sources, split_documents, tokenize_documents
+from .data import TokenStream, held_out_rows, train_tokenizer
+from .recipe import IDENTITY, BaseModelRecipe
 
 # Where the shipped model lies in an installed package.
-BASE_MODEL_FOLDER = Path(__file__).parent / "assets" / "python-llama-4m"
+BASE_MODEL_FOLDER = Path(__file__).parents[1] / "assets" / "python-llama-4m"
 
 
 def token_losses(model: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train_and_export(recipe_path: str, export_only: bool) -> int:
-    from .base_model_export import export
+    from .export import export
 
     recipe = BaseModelRecipe.load(recipe_path)
     trainer = BaseModelTrainer(recipe)
@@ -327,7 +327,3 @@ def _train_and_export(recipe_path: str, export_only: bool) -> int:
         flush=True,
     )
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .errors import LemoError
-from .text_data import TextDocument
+from ..errors import LemoError
+from ..text_data import TextDocument
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"

@@ -4,7 +4,7 @@
 
 Three arms, the same seed, adapters and data: the stock `Trainer`, LeMo's exact form (sampled blocks) and its sparse form
 (predicted, most informative blocks), half of the tokens kept. Each arm trains `--steps` steps, is evaluated (equal steps), and a
-LeMo arm then goes on for as long as the stock arm's steps took and is evaluated again (equal time). Perplexity is always that of
+LeMo arm then goes on for as long as the stock arm's steps took, its own phases counted in, and is evaluated again (equal time). Perplexity is always that of
 the dense forward pass on text of another package. Writes adapters, results.json and plots to `outputs/quickstart/`.
 """
 
@@ -12,7 +12,6 @@ import argparse
 import shutil
 import statistics
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from .. import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer, LemoTrainingArguments
 from ..evaluation.block_recall import measure_recall
 from ..evaluation.perplexity import Perplexity, dense_perplexity, paired_difference
+from ..loading import without_peft_deprecation
 from ..models.sparse_decoder import sparse_backbone
 from ..profiling.activation_memory import ActivationMemory
 from ..profiling.flops import FlopCounter
@@ -80,7 +80,7 @@ class Comparison(TrainerCallback):
         self.bar.update()
         if state.global_step == self.steps:
             self.evaluate("equal_steps", model)
-        spent = sum(self.measured.step_seconds)
+        spent = self.measured.phase_seconds + sum(self.measured.step_seconds)
         # One more step would end past the stock arm's time.
         finished = self.seconds is None or spent + statistics.median(self.measured.step_seconds) > self.seconds
         if state.global_step >= self.steps and finished:
@@ -118,7 +118,9 @@ def load(arm: Arm) -> Any:
     else:
         model = AutoLemoModelForCausalLM.from_pretrained(BASE, lemo=arm.lemo, dtype=torch.float32, **context())
     set_seed(0)
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    adapter = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    with without_peft_deprecation():
+        return get_peft_model(model, adapter)
 
 
 def arguments(arm: Arm, folder: Path, steps: int) -> TrainingArguments:
@@ -143,8 +145,13 @@ def arguments(arm: Arm, folder: Path, steps: int) -> TrainingArguments:
     return LemoTrainingArguments(**common, **(PHASES if arm.lemo.needs_predictors else {}))
 
 
-# The shipped predictors were fitted at 1024 tokens of the standard library; the phase refits them to this text and length.
-PHASES: dict[str, Any] = {}
+# The phase starts from the shipped predictors, which were fitted to this model and length, and goes on with the arm's own text.
+PHASES: dict[str, Any] = {
+    "predictors": str(BASE),
+    "predictor_documents": 8,
+    "predictor_steps": 2,
+    "predictor_learning_rate": 1e-3,
+}
 
 
 def train(
@@ -180,6 +187,7 @@ def train(
     trainer.remove_callback(ProgressCallback)
     trainer.train()
     trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which the stock Trainer writes
     measured.perplexity = {when: score.perplexity for when, score in scores.items()}
     return model, measured, scores
 
@@ -220,8 +228,6 @@ def main(arguments_given: list[str] | None = None) -> None:
     args = parser.parse_args(arguments_given)
     started = time.perf_counter()
     transformers_logging.disable_progress_bar()
-    # PEFT reads an attribute that transformers renames; nothing for the reader of this screen.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(BASE)

@@ -68,8 +68,11 @@ def table(before: Perplexity, measured: dict[str, Measured], seconds: dict[str, 
         (f"  after {len(stock.step_seconds)} steps", [f"{a.perplexity['equal_steps']:.3f}" for a in arms]),
         ("    against stock", [str(a.versus_stock.get("equal_steps", {}).get("text", "-")) for a in arms]),
         (
-            "  at equal time (steps)",
-            [f"{a.perplexity.get('equal_time', a.perplexity['equal_steps']):.3f} ({a.steps_at_equal_time})" for a in arms],
+            "  at equal time, phases included (steps)",
+            [
+                f"{a.perplexity['equal_time']:.3f} ({a.steps_at_equal_time})" if "equal_time" in a.perplexity else "-"
+                for a in arms
+            ],
         ),
         ("    against stock", [str(a.versus_stock.get("equal_time", {}).get("text", "-")) for a in arms]),
     ]

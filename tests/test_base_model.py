@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from lemo_hf.base_model.recipe import BaseModelRecipe
 from safetensors.torch import load_file
 
 from lemo_hf.base_model.data import TokenStream, held_out_rows
 from lemo_hf.base_model.export import losses, ngram_perplexity
+from lemo_hf.base_model.recipe import BaseModelRecipe
 from lemo_hf.base_model.training import BASE_MODEL_FOLDER, BaseModelTrainer, learning_rate_factor, main
 from lemo_hf.errors import LemoError
 from lemo_hf.text_data import TextDocument, python_sources, split_documents, tokenize_documents

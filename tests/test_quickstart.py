@@ -46,7 +46,8 @@ def test_elimination_was_active_and_measured(finished):
     for arm in ("exact", "sparse"):
         assert sum(arms[arm]["saved_bytes"].values()) < 0.8 * sum(arms["stock"]["saved_bytes"].values())
         assert arms[arm]["flops"] < arms["stock"]["flops"]
-        assert all(entry["kept_share/layer_0"] == 0.5 for entry in arms[arm]["kept_share"])
+        assert all(entry["kept_share/layer_1"] == 0.5 for entry in arms[arm]["kept_share"])
+        assert all(entry["kept_share/layer_0"] == {"exact": 0.5, "sparse": 1.0}[arm] for entry in arms[arm]["kept_share"])
         assert set(arms[arm]["versus_stock"]) >= {"equal_steps"}
     assert len(arms["sparse"]["recall"]) == 6
     assert arms["stock"]["perplexity"]["equal_steps"] > 1

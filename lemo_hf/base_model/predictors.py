@@ -3,7 +3,7 @@
     python -m lemo_hf.base_model.predictors
 
 Memory: `--documents` x layers x 2 MB (attention inputs in bfloat16 are recorded once and read in every pass), 2 GB by default.
-Time: half an hour or so on 2 cores. Writes `lemo_predictors.safetensors` and `lemo_config.json` beside the model, and the recall on
+Time: about ten minutes on 2 cores. Writes `lemo_predictors.safetensors` and `lemo_config.json` beside the model, and the recall on
 text of other packages to `predictor_recall.json`.
 """
 

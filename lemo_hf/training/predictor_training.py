@@ -28,7 +28,7 @@ from ..models.token_informativeness import block_informativeness
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8
 _WARMUP_SHARE = 0.05
-# Share of the first term: a weight of 1 gave lower recall, 0 a predicted S that is no picture of S.
+# Weight of the first term: a weight of 1 gave lower recall in one short trial; without the term features need not follow S.
 _SCORE_WEIGHT = 0.1
 # Weight of a document in the running variances.
 _VARIANCE_WEIGHT = 0.1

@@ -1,16 +1,8 @@
 """The numbers that the README claims of a layer at 8B shapes, as bounds: counted, not timed, so they cannot be noisy."""
 
-import importlib.util
-from pathlib import Path
-
+import layer_arithmetic
 import pytest
 import torch
-
-SPEC = importlib.util.spec_from_file_location(
-    "layer_arithmetic", Path(__file__).parents[1] / "benchmarks" / "layer_arithmetic.py"
-)
-layer_arithmetic = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(layer_arithmetic)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The shipped base model, and the loop that trains it."""
 
+import ast
 import json
 import math
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from lemo_hf.base_model.data import TokenStream, held_out_rows
 from lemo_hf.base_model.export import losses, ngram_perplexity
 from lemo_hf.base_model.recipe import BaseModelRecipe
+from lemo_hf.base_model.renaming import DocumentRenaming, own_names, rename
 from lemo_hf.base_model.training import BASE_MODEL_FOLDER, BaseModelTrainer, learning_rate_factor, main
 from lemo_hf.errors import LemoError
 from lemo_hf.text_data import TextDocument, python_sources, split_documents, tokenize_documents
@@ -67,6 +69,13 @@ def test_shipped_model_attends_to_what_it_has_read(shipped, unseen):
 
 DOCUMENTS = [TextDocument(f"file{i}", "".join(f"x{i} = {(i * j) % 97}\n" for j in range(60))) for i in range(40)]
 
+NAMED = [
+    TextDocument(
+        f"named{i}", f"def measure_{i}(total):\n    return total\n\n\nlimit{i} = measure_{i}({i})\nprint(limit{i})\n" * 20
+    )
+    for i in range(40)
+]
+
 
 def tiny_recipe(folder, **changes):
     fields: dict = {
@@ -94,12 +103,15 @@ def parameters(trainer):
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 
 
-def test_stopped_and_resumed_equals_straight_run(tmp_path):
-    straight = BaseModelTrainer(tiny_recipe(tmp_path / "straight"), DOCUMENTS)
+@pytest.mark.parametrize("rename_from_epoch", [None, 0])
+def test_stopped_and_resumed_equals_straight_run(tmp_path, rename_from_epoch):
+    documents = DOCUMENTS if rename_from_epoch is None else NAMED
+    names = {"rename_from_epoch": rename_from_epoch}
+    straight = BaseModelTrainer(tiny_recipe(tmp_path / "straight", **names), documents)
     start = parameters(straight)
     straight.run()
-    BaseModelTrainer(tiny_recipe(tmp_path / "stopped"), DOCUMENTS).run(stop_at=5)
-    resumed = BaseModelTrainer(tiny_recipe(tmp_path / "stopped"), DOCUMENTS)
+    BaseModelTrainer(tiny_recipe(tmp_path / "stopped", **names), documents).run(stop_at=5)
+    resumed = BaseModelTrainer(tiny_recipe(tmp_path / "stopped", **names), documents)
     assert resumed.step == 5
     resumed.run()
     assert resumed.step == straight.step == 8
@@ -171,6 +183,70 @@ def test_token_stream_visits_each_token_once_an_epoch_in_a_new_order():
     assert not torch.equal(first, second)
     same = TokenStream(documents, context_length=8, seed=3)
     assert torch.equal(same.rows(stream.rows_per_epoch - 2, 4), torch.cat([first[-2:], second[:2]]))
+
+
+SOURCE = '''
+import os
+class Reader(Base):
+    """A Reader has a max_size and a level; "level" is quoted."""  # max_size, level
+    def __init__(self, max_size, level=3):
+        self.max_size = max_size
+        self.level = level
+        self._level_of = os.level + len(f"{max_size}")
+    def read(self, i, once): return Reader(max_size=i, level=i + self.level)
+'''
+
+
+def test_own_names_are_those_a_file_defines_and_repeats():
+    assert own_names(SOURCE) == ["Reader", "level", "max_size"]  # once, read, _level_of stand there once; i is too short
+    assert own_names("def broken(:") == []
+
+
+def test_renaming_is_consistent_and_leaves_prose_alone():
+    found = rename(SOURCE, {"Reader": "Writer", "level": "depth", "max_size": "min_age"})
+    assert '"""A Reader has a min_age and a level; "level" is quoted."""  # min_age, level' in found
+    assert "return Writer(min_age=i, depth=i + self.depth)" in found
+    assert "_level_of = os.depth" in found
+    back = rename(found, {"Writer": "Reader", "depth": "level", "min_age": "max_size"})
+    assert back == SOURCE
+    assert type(ast.parse(found)) is ast.Module
+
+
+def characters(documents):
+    return [[ord(character) for character in document.text] for document in documents]
+
+
+def test_renamed_documents_depend_on_seed_epoch_and_document_alone():
+    renaming = DocumentRenaming(NAMED, 1, 5, characters)
+    assert renaming.renamed(0) == {}
+    first, second = renaming.renamed(1), renaming.renamed(2)
+    assert DocumentRenaming(NAMED, 0, 5, characters).renamed(2) == second != first
+    assert DocumentRenaming(NAMED, 1, 6, characters).renamed(2) != second
+    assert 10 < len(first) < 30  # of 40; a fair coin each, and one of three names at least
+    for index, ids in first.items():
+        text = "".join(map(chr, ids))
+        assert text != NAMED[index].text
+        # One to one: as many different words as before, and each as often.
+        counts = [sorted(map(words.count, set(words))) for words in (text.split(), NAMED[index].text.split())]
+        assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_token_stream_keeps_its_rows_an_epoch_when_documents_are_renamed(longer):
+    documents = [list(range(start, start + 37)) for start in range(0, 370, 37)]
+
+    class Renaming:
+        def renamed(self, epoch):
+            return {} if epoch == 0 else {index: [1000 * epoch + index] * (90 if longer else 2) for index in range(8)}
+
+    plain, stream = (TokenStream(documents, 8, 3, renaming) for renaming in (None, Renaming()))
+    count = stream.rows_per_epoch
+    assert count == plain.rows_per_epoch
+    assert torch.equal(stream.rows(0, count), plain.rows(0, count))
+    second = stream.rows(count, count)
+    assert second.shape == (count, 9)
+    assert 1000 <= second.max() < 1008
+    assert torch.equal(TokenStream(documents, 8, 3, Renaming()).rows(2 * count - 3, 6), stream.rows(2 * count - 3, 6))
 
 
 def test_learning_rate_ends_by_the_clock_when_that_comes_first():

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import LemoError
 from ..text_data import TextDocument
+from .renaming import DocumentRenaming
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -42,13 +43,17 @@ class TokenStream:
     """Rows of training tokens, a pure function of (seed, row number), so that a step alone says where to resume.
 
     Each epoch permutes the documents, lays them end to end, drops a random number of leading tokens and visits the
-    rows of `context_length + 1` tokens (inputs and the targets beside them) in random order.
+    rows of `context_length + 1` tokens (inputs and the targets beside them) in random order. Renamed documents have other
+    lengths: an epoch has the rows of the documents as they are, and leaves tokens out at its end or begins again.
     """
 
-    def __init__(self, documents: list[list[int]], context_length: int, seed: int) -> None:
+    def __init__(
+        self, documents: list[list[int]], context_length: int, seed: int, renaming: DocumentRenaming | None = None
+    ) -> None:
         self.documents = [torch.tensor(document, dtype=torch.int32) for document in documents]
         self.context_length = context_length
         self.seed = seed
+        self.renaming = renaming
         tokens = sum(map(len, documents))
         # One row fewer than would fit, which leaves room for any offset below context_length.
         self.rows_per_epoch = (tokens - 1) // context_length - 1
@@ -60,9 +65,14 @@ class TokenStream:
     def _cut(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         order = torch.randperm(len(self.documents), generator=generator).tolist()
-        stream = torch.cat([self.documents[index] for index in order])
+        renamed = {} if self.renaming is None else self.renaming.renamed(epoch)
+        others = {index: torch.tensor(ids, dtype=torch.int32) for index, ids in renamed.items()}
+        stream = torch.cat([others.get(index, self.documents[index]) for index in order])
         offset = int(torch.randint(self.context_length, (1,), generator=generator))
-        used = stream[offset : offset + self.rows_per_epoch * self.context_length + 1]
+        needed = offset + self.rows_per_epoch * self.context_length + 1
+        while len(stream) < needed:
+            stream = torch.cat([stream, stream])
+        used = stream[offset:needed]
         rows = used.unfold(0, self.context_length + 1, self.context_length)
         return rows[torch.randperm(self.rows_per_epoch, generator=generator)]
 

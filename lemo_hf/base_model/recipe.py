@@ -38,6 +38,8 @@ class BaseModelRecipe:
         batch_rows, micro_batch_rows: rows of `context_length` tokens a step, and a forward pass.
         short_context_length, short_context_share: the first part of the run, as a share of it, sees rows cut to this
             many tokens: attention over short rows is cheap, and long-range structure is learnt quickly afterwards.
+        rename_from_epoch: from this epoch (0-based) on, half of the documents have some of their identifiers renamed
+            consistently, against memorisation; `None` for never.
         learning_rate: peak rate of Muon (root mean square of an update matched to AdamW's).
         embedding_learning_rate: peak rate of AdamW for embeddings and norms.
         max_steps, max_minutes: the end of training, whichever comes first; `None` for no limit by minutes.
@@ -63,6 +65,7 @@ class BaseModelRecipe:
     micro_batch_rows: int = 1
     short_context_length: int = 256
     short_context_share: float = 0.5
+    rename_from_epoch: int | None = None
     learning_rate: float = 0.008
     embedding_learning_rate: float = 0.004
     weight_decay: float = 0.1

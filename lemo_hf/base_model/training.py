@@ -33,6 +33,7 @@ from ..errors import LemoError
 from ..text_data import TextDocument, python_sources, split_documents, tokenize_documents
 from .data import TokenStream, held_out_rows, train_tokenizer
 from .recipe import IDENTITY, BaseModelRecipe
+from .renaming import DocumentRenaming
 
 # Where the shipped model lies in an installed package.
 BASE_MODEL_FOLDER = Path(__file__).parents[1] / "assets" / "python-llama-4m"
@@ -123,9 +124,14 @@ class BaseModelTrainer:
         self.held_out_bytes = sum(len(document.text.encode()) for document in held_out)
         self.train_bytes = sum(len(document.text.encode()) for document in train)
         self.tokenizer = self._tokenizer(train)
-        self.stream = TokenStream(
-            [ids[:-1] for ids in tokenize_documents(self.tokenizer, train)], recipe.context_length, recipe.seed
-        )
+
+        def training_tokens(documents: list[TextDocument]) -> list[list[int]]:
+            return [ids[:-1] for ids in tokenize_documents(self.tokenizer, documents)]
+
+        renaming = None
+        if recipe.rename_from_epoch is not None:
+            renaming = DocumentRenaming(train, recipe.rename_from_epoch, recipe.seed, training_tokens)
+        self.stream = TokenStream(training_tokens(train), recipe.context_length, recipe.seed, renaming)
         held_out_ids = tokenize_documents(self.tokenizer, held_out)
         self.held_out_documents = [torch.tensor(ids, dtype=torch.int32) for ids in held_out_ids]
         self.held_out = held_out_rows(held_out_ids, recipe.context_length)

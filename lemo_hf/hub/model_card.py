@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -23,6 +23,8 @@ BEGIN = "<!-- lemo_hf:begin (rewritten at each save; what stands above or below 
 END = "<!-- lemo_hf:end -->"
 CARD_FILE = "README.md"
 TAGS = ("lemo", "lora", "long-context")
+# What a folder holds: a PEFT adapter, a stock checkpoint with the adapter merged in, or a LeMo model with its code.
+Kind = Literal["adapter", "merged", "remote-code"]
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 # Phrases of the cards that PEFT and Trainer write by themselves: such a card holds nothing a person wrote.
 _GENERATED = ("[More Information Needed]", "generated automatically according to the information the Trainer had access to")
@@ -135,14 +137,21 @@ def values_by_layer(
     return [combine(values) if values else None for values in found] if any(found) else None
 
 
-def render_card(results: RunResults, title: str, existing: str | None = None, adapter: str = "path/to/this/adapter") -> str:
+def render_card(
+    results: RunResults,
+    title: str,
+    existing: str | None = None,
+    adapter: str | None = None,
+    kind: Kind = "adapter",
+) -> str:
     """The card as text.
 
     Args:
         results: The run's results.
         title: Heading of the card.
         existing: The card that was there before; its text outside the markers and its other metadata are kept.
-        adapter: How a reader names the adapter in the loading example: a Hub id or a folder.
+        adapter: How a reader names the adapter or model in the loading example, a Hub id or a folder; a placeholder if not given.
+        kind: What lies beside the card.
     """
     on_hub = _is_hub_id(results.base_model)
     shares = results.kept_share or []
@@ -153,7 +162,9 @@ def render_card(results: RunResults, title: str, existing: str | None = None, ad
     ]
     name = results.base_model if on_hub else Path(results.base_model).name
     card = ModelCard.from_template(
-        ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=list(TAGS)),
+        ModelCardData(
+            library_name="peft" if kind == "adapter" else "transformers", pipeline_tag="text-generation", tags=list(TAGS)
+        ),
         template_path=str(_TEMPLATE),
         run=results,
         title=title,
@@ -161,7 +172,7 @@ def render_card(results: RunResults, title: str, existing: str | None = None, ad
         end=END,
         base_link=f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{name}`",
         base_path=json.dumps(name if on_hub else f"path/to/{name}"),
-        adapter_path=json.dumps(adapter),
+        adapter_path=json.dumps(adapter or f"path/to/this/{'adapter' if kind == 'adapter' else 'model'}"),
         layers=layers,
         has_recall=any(layer["recall"] is not None for layer in layers),
     )
@@ -227,18 +238,23 @@ def _is_hub_id(name: str) -> bool:
 
 
 def write_model_card(
-    results: RunResults, folder: str | Path, title: str, existing: str | None = None, adapter: str = "path/to/this/adapter"
+    results: RunResults,
+    folder: str | Path,
+    title: str,
+    existing: str | None = None,
+    adapter: str | None = None,
+    kind: Kind = "adapter",
 ) -> None:
     """Renders the card into `folder`'s README.md, keeping what a person added to the one that is there.
 
     Args:
-        results, title, adapter: As in `render_card`.
+        results, title, adapter, kind: As in `render_card`.
         folder: The adapter's folder.
         existing: The card from before PEFT's own save touched it; the README.md in `folder` if not given.
     """
     path = Path(folder) / CARD_FILE
     if existing is None and path.is_file():
         existing = path.read_text(encoding="utf-8")
-    text = render_card(results, title, existing, adapter)
+    text = render_card(results, title, existing, adapter, kind)
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")

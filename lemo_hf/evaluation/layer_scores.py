@@ -101,7 +101,7 @@ def visit_layers(backbone: Any, batch: dict[str, Any], visit: Callable[[LayerSco
     def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         residual = (args[0] if args else kwargs["hidden_states"]).flatten(0, 1)
         hidden = module.attention_norm(gather_rows(residual, documents.rows))
-        rotary = shared.flat_rotary(kwargs["position_embeddings"])
+        rotary = shared.flat_rotary(module.position_embeddings(kwargs))
         rotary = tuple(part.index_select(0, documents.rows) for part in rotary)
         query, key, _ = module.project_heads(hidden, rotary)
         pairs = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)

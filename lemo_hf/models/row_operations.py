@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -51,6 +52,16 @@ def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         epsilon: Added to the mean square.
     """
     return _RMSNorm.apply(rows, weight, epsilon)
+
+
+def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates queries `(rows, heads, head_dim)` and keys `(rows, key_value_heads, head_dim)` by their rows' positions.
+
+    Args:
+        query, key: Projected heads.
+        cos, sin: `(rows, head_dim)`, all that is saved for backward.
+    """
+    return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=1)
 
 
 class _GatedActivation(torch.autograd.Function):

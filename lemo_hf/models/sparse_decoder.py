@@ -25,7 +25,6 @@ from .document_attention import attend, with_kept_row_gradient
 from .kept_row_checkpoint import checkpoint_kept_rows, random_state, random_state_restored
 from .lemo_config import LemoConfig, LemoConfigError
 from .pattern_predictor import PatternPredictor
-from .row_operations import gated_activation, shared_adapter_input
 from .token_elimination import (
     Documents,
     Selection,
@@ -70,11 +69,22 @@ class SparseBatch:
 class SparseDecoderLayer:
     """Mixin of a stock decoder layer (before it in the bases): runs the layer on kept rows where a `SparseBatch` is passed.
 
-    The architecture's file supplies the six small methods that name its modules; all of them work on flat rows.
+    The family's mixin or the architecture's file supplies the small methods that name its modules; all work on flat rows.
     """
 
-    layer_idx: int
-    lemo_predictor: PatternPredictor
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        self.layer_idx = layer_idx
+        self.lemo_predictor = PatternPredictor.from_config(config.lemo, config.hidden_size, layer_idx)
+
+    def forward(self, hidden_states: Tensor, *args: Any, sparse_batch: SparseBatch | None = None, **kwargs: Any) -> Tensor:
+        if sparse_batch is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return self.sparse_forward(hidden_states, self.position_embeddings(kwargs), sparse_batch)
+
+    def position_embeddings(self, layer_arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        """What `project_heads` needs of the positions, each `(batch or 1, seq_len, dim)`, from the layer's keyword arguments."""
+        raise NotImplementedError
 
     def attention_norm(self, rows: Tensor) -> Tensor:
         raise NotImplementedError
@@ -250,6 +260,7 @@ class SparseBackbone:
 
     config: Any
     training: bool
+    layer_class: type[nn.Module]
     # Set by `sparse_evaluation`: the sparse forward without gradients, for calibration and for labelled comparisons.
     lemo_sparse_evaluation = False
     # Number of the next training forward, counted in sampled selection only. Trainer callbacks set it from the global step, so
@@ -258,6 +269,11 @@ class SparseBackbone:
     # By layer the share of rows that the last sparse forward kept, in [0, 1], for logging; numbers only, so that no tensor of
     # a batch outlives its step.
     lemo_kept_shares: tuple[float, ...] = ()
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.layers = nn.ModuleList(self.layer_class(config, layer) for layer in range(config.num_hidden_layers))
+        self.post_init()  # type: ignore[attr-defined]
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         lemo: LemoConfig = self.config.lemo
@@ -325,20 +341,6 @@ def sparse_evaluation(backbone: Any) -> Iterator[None]:
         yield
     finally:
         backbone.lemo_sparse_evaluation = before
-
-
-def gated_feed_forward(mlp: Any, rows: Tensor) -> Tensor:
-    """A gated MLP (gate_proj, up_proj, down_proj, act_fn) that saves gate and up of its rows only.
-
-    Args:
-        mlp: The stock module; its projections are called, so adapters and quantised weights on them work.
-        rows: Normalised rows, `(rows, hidden)`.
-    """
-    with shared_adapter_input(mlp.gate_proj, mlp.up_proj):
-        gate, up = mlp.gate_proj(rows), mlp.up_proj(rows)
-    product = gated_activation(gate, up, mlp.act_fn)
-    with shared_adapter_input(mlp.down_proj):
-        return mlp.down_proj(product)
 
 
 def sparse_backbone(model: nn.Module) -> Any:

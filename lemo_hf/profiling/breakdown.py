@@ -37,7 +37,7 @@ _PART_OF_SUBMODULE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 _PART_OF_CODE: dict[tuple[str, str | None], str] = {
     ("row_operations", "rms_norm"): "norm",
     ("row_operations", "gated_activation"): "mlp",
-    ("sparse_decoder", "gated_feed_forward"): "mlp",
+    ("rotary_decoder", "gated_feed_forward"): "mlp",
     ("document_attention", None): "attention",
     ("segmented_loss", None): "loss",
     ("pattern_predictor", None): "predictor",

@@ -80,16 +80,26 @@ def test_informativeness_is_per_document():
 
 
 def test_pruned_sizes_build_the_right_shapes():
-    config = LemoConfig(predictor_sizes=[[5, 6, 7, 4], [1, 2, 3, 4]], predictor_features=9)
+    config = LemoConfig(predictor_sizes=[[5, 6, 7, 4], [1, 2, 3, 4]], predictor_rank=8, predictor_features=9)
     model = PatternPredictor.from_config(config, 12, 1)
     assert model.sizes == [1, 2, 3, 4]
     assert [tuple(matrix.shape) for matrix in model.parameters()] == [(12, 1), (1, 2), (2, 9), (12, 3), (3, 4), (4, 9), (48,)]
 
 
-@pytest.mark.parametrize("sizes", [[1, 2, 3], [0, 2, 3, 4], [1, 2, 3, 13]])
-def test_impossible_sizes_are_named(sizes):
-    with pytest.raises(LemoConfigError, match="predictor_sizes of layer 0 must be four widths between 1 and hidden_size 12"):
-        PatternPredictor.from_config(LemoConfig(predictor_sizes=[sizes]), 12, 0)
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"predictor_sizes": [[1, 2, 3]]}, "predictor_sizes must list four widths per layer"),
+        ({"predictor_sizes": [[0, 2, 3, 4]]}, "predictor_sizes must list four widths per layer"),
+        ({"predictor_sizes": [[1, 2, 3, 13]]}, "predictor_sizes of layer 0 must be four widths between 1 and hidden_size 12"),
+        ({"predictor_rank": 13}, "predictor_rank is 13, the model's hidden_size is 12"),
+        ({"predictor_features": 13}, "predictor_features is 13, the model's hidden_size is 12"),
+    ],
+)
+def test_impossible_sizes_are_named(fields, says):
+    fields = {"predictor_rank": 4, "predictor_features": 4, **fields}
+    with pytest.raises(LemoConfigError, match=says):
+        PatternPredictor.from_config(LemoConfig(**fields), 12, 0)
 
 
 def test_reset_is_he_initialisation_and_repeats_with_a_generator():

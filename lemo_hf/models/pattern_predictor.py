@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lemo_config import LemoConfig, LemoConfigError
+from .lemo_config import LemoConfig
 from .token_elimination import Documents
 
 # Entries of a distance profile, four to a doubling: the last one begins at 3444 blocks.
@@ -127,13 +127,13 @@ class PatternPredictor(nn.Module):
 
     @classmethod
     def from_config(cls, config: LemoConfig, hidden_size: int, layer: int) -> "PatternPredictor":
-        """The predictor of `layer`, with the sizes that pruning left if the config records them."""
-        rank = config.predictor_rank
-        sizes = config.predictor_sizes[layer] if config.predictor_sizes else [rank] * 4
-        if len(sizes) != 4 or not all(isinstance(size, int) and 0 < size <= hidden_size for size in sizes):
-            raise LemoConfigError(
-                f"predictor_sizes of layer {layer} must be four widths between 1 and hidden_size {hidden_size}; got {sizes}; retrain the predictors"
-            )
+        """The predictor of `layer`, with the sizes that pruning left if the config records them.
+
+        Raises:
+            LemoConfigError: If it would be wider than the model; nothing is allocated then.
+        """
+        config.validate_widths(hidden_size)
+        sizes = config.predictor_sizes[layer] if config.predictor_sizes else [config.predictor_rank] * 4
         return cls(hidden_size, sizes, config.predictor_features)
 
     @property

@@ -40,6 +40,7 @@ format: $(STAMP)     ## put the code into the style that lint checks
 
 bench: $(STAMP)      ## what a layer saves and computes at 8B shapes; results in benchmarks/results and README.md
 	@$(BIN)/python -W ignore::FutureWarning benchmarks/layer_arithmetic.py --out benchmarks/results/layer_arithmetic--any.json
+	@$(BIN)/python -W ignore::FutureWarning benchmarks/phase_flops.py
 	@$(BIN)/python benchmarks/update_readme.py
 
 base: $(STAMP)       ## train the embedded base model anew (hours; resumes where it stopped)

@@ -1,0 +1,264 @@
+"""Causal attention of flat rows by document, whose backward sees kept rows alone (LeMo paper, section 5.1; exact form ours).
+
+Rows of all documents lie one after the other. `attend` runs the forward without autograd; `with_kept_row_gradient` attaches
+the flash backward on kept rows with an output and log-sum-exp that may come from a forward over more rows (exact form): the
+probabilities are then those of the full attention and the gradient is restricted to kept pairs.
+
+Two backends, chosen here: ATen's CUDA flash operators where they serve (16-bit rows, no window, a head size that is a multiple
+of 8), our Triton kernels (interval_attention.py) everywhere else. Of ATen's backward dq has the same bits twice only under
+`torch.use_deterministic_algorithms(True)`; ours always. Softcaps and other masks have no operator here and no argument either.
+
+Memory: what interval_attention.py says, the same for ATen's; 8 bytes a row for the intervals.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .host import DTYPES, operator, require, unit_stride
+from .interval_attention import interval_attention, interval_attention_backward
+
+MAX_HEAD_DIM = 256
+
+
+def _numbers(values: list[int], device: torch.device) -> Tensor:
+    """Host numbers on the device without waiting for it: pageable memory would make the copy synchronous."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def _intervals(
+    lengths: list[int], num_rows: int, window: int | None, positions: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """First key that each row sees, and one beyond the last row that sees each key, `(rows,)` int32 both; neither decreases."""
+    rows = torch.arange(num_rows, device=device)
+    if len(lengths) == 1:
+        starts = document = torch.zeros_like(rows)
+    else:
+        counts = _numbers(lengths, device)
+        indices = torch.arange(len(lengths), device=device)
+        document = indices.repeat_interleave(counts, output_size=num_rows)
+        starts = (counts.cumsum(0) - counts)[document]
+    if window is None:
+        first = starts
+    elif positions is None:
+        first = torch.maximum(starts, rows - (window - 1))
+    else:
+        # Documents far apart on one axis: a search over all rows then stays within the row's own document.
+        place = positions.long() + (document << 40)
+        first = torch.searchsorted(place, place - (window - 1))
+    return first.int(), torch.searchsorted(first, rows, right=True).int()
+
+
+def _cumulated(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
+    # An empty document adds nothing to the result, and flash operators differ in how they take one.
+    lengths = [length for length in lengths if length > 0]
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return _numbers(ends, device).int(), max(lengths)
+
+
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> tuple[Tensor, Tensor]:
+    bounds, longest = _cumulated(lengths, query.device)
+    output, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
+    )
+    return output, lse.transpose(0, 1).unsqueeze(-1)  # (heads, rows) of the operator
+
+
+def _flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, lengths: list[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    bounds, longest = _cumulated(lengths, query.device)
+    random_state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # read for dropout only, which is 0
+    unused = torch.empty(0, device=query.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, query, key, value, output, lse.squeeze(-1).transpose(0, 1).contiguous(), bounds, bounds, longest, longest,
+        0.0, True, random_state, unused, scale=scale
+    )  # fmt: skip
+
+
+@operator("attend")
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int | None,
+    positions: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    query, key, value = (unit_stride(tensor) for tensor in (query, key, value))
+    num_rows, heads, _ = query.shape
+    if num_rows and backend == "flash":
+        output, lse = _flash_forward(query, key, value, lengths, scale)
+        return output, lse.contiguous()
+    if not num_rows:
+        return torch.empty_like(query), query.new_empty(0, heads, 1, dtype=torch.float32)
+    first_key, _ = _intervals(lengths, num_rows, window, positions, query.device)
+    return interval_attention(query, key, value, first_key, scale)
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(*query.shape[:2], 1, dtype=torch.float32)
+
+
+@operator("attend_backward")
+def _attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int | None,
+    positions: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (unit_stride(tensor) for tensor in (query, key, value))
+    grad, output, lse = grad.contiguous(), output.contiguous(), lse.contiguous()
+    num_rows = query.shape[0]
+    if num_rows and backend == "flash":
+        return _flash_backward(grad, query, key, value, output, lse, lengths, scale)
+    if not num_rows:
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    first_key, end_query = _intervals(lengths, num_rows, window, positions, query.device)
+    return interval_attention_backward(grad, query, key, value, output, lse, first_key, end_query, scale)
+
+
+@_attend_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None, positions: Tensor | None) -> None:
+    require(query.dim() == 3, "queries must be (rows, heads, head_dim)", f"shape {tuple(query.shape)}", "flatten the batch first")
+    rows, heads, head_dim = query.shape
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (key, value))
+    fits = key.shape == value.shape and key.dim() == 3 and (key.shape[0], key.shape[2]) == (rows, head_dim)
+    require(
+        fits,
+        f"keys and values must be ({rows}, key_value_heads, {head_dim}), as the queries are",
+        shapes,
+        "pass one row of each per token",
+    )
+    require(
+        heads % key.shape[1] == 0, f"{heads} query heads must be a multiple of the key heads", key.shape[1], "repeat the keys"
+    )
+    dtypes = {query.dtype, key.dtype, value.dtype}
+    supported = len(dtypes) == 1 and query.dtype in DTYPES
+    require(supported, "query, key and value must be of one dtype, float32, float16 or bfloat16", dtypes, "cast them")
+    devices = {query.device, key.device, value.device, query.device if positions is None else positions.device}
+    require(len(devices) == 1, "query, key, value and positions must be on one device", devices, "move them there")
+    require(
+        head_dim <= MAX_HEAD_DIM,
+        f"attention kernels serve head sizes up to {MAX_HEAD_DIM}",
+        head_dim,
+        "use the PyTorch reference",
+    )
+    fits = sum(lengths) == rows and min(lengths, default=0) >= 0
+    require(fits, f"document lengths must add up to the {rows} rows", lengths, "pass the lengths of these rows")
+    require(window is None or window > 0, "a window counts the row itself", f"window={window}", "pass at least 1, or None")
+    if positions is not None:
+        fits = positions.shape == (rows,) and not positions.is_floating_point()
+        got = f"{positions.dtype} of shape {tuple(positions.shape)}"
+        require(fits, f"positions must be {rows} whole numbers, one a row", got, "pass the original positions of these rows")
+
+
+def _backend(query: Tensor, lengths: list[int], window: int | None, positions: Tensor | None) -> str:
+    if query.device.type != "cuda" or query.dtype == torch.float32 or query.shape[2] % 8:
+        return "triton"
+    moot = window is None or (positions is None and window >= max(lengths, default=0))
+    # Flash operators are built for compute capability 8.0 and later.
+    return "flash" if moot and torch.cuda.get_device_capability(query.device) >= (8, 0) else "triton"
+
+
+@torch.no_grad()
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of every document's rows among themselves, without autograd.
+
+    Args:
+        query: `(rows, heads, head_dim)`, positions applied, `head_dim` up to 256.
+        key, value: `(rows, key_value_heads, head_dim)`.
+        lengths: Rows of each document, 0 allowed; their sum is `rows`.
+        scale: Factor on the dot products.
+        window: A row sees keys of the last `window` positions, its own included; `None` for all earlier ones.
+        positions: Original position of each row, `(rows,)`, increasing within a document; `None` if no row is left out.
+        backend: "flash" (ATen on CUDA) or "triton"; `None` chooses.
+
+    Returns:
+        The attention output `(rows, heads, head_dim)` and the float32 log-sum-exp of the scores `(rows, heads, 1)`.
+
+    Raises:
+        KernelInputError: For shapes, dtypes, devices, lengths or windows that do not fit.
+    """
+    _check(query, key, value, lengths, window, positions)
+    backend = backend or _backend(query, lengths, window, positions)
+    return _attend(query, key, value, lengths, scale, window, positions, backend)
+
+
+class _KeptRowGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, positions: Tensor | None, *settings: Any
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, output, lse, positions)
+        ctx.settings = settings
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, positions = ctx.saved_tensors
+        lengths, scale, window, backend = ctx.settings
+        grads = _attend_backward(grad, *tensors, lengths, scale, window, positions, backend)
+        return *grads, *(None,) * (3 + len(ctx.settings))
+
+
+def with_kept_row_gradient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attaches a finished attention output to the gradients of kept rows' queries, keys and values.
+
+    Args:
+        query: Kept rows' queries, `(kept, heads, head_dim)`.
+        key, value: Kept rows' keys and values, `(kept, key_value_heads, head_dim)`.
+        output, lse: What `attend` gave for these rows: among kept rows only (sparse form), or the kept rows of its result
+            over all rows (exact form).
+        lengths: Kept rows of each document.
+        scale, window, positions, backend: As in `attend`.
+
+    Returns:
+        `output`; its gradient is that of attention among the kept rows with the probabilities that `lse` normalises.
+
+    Raises:
+        KernelInputError: As in `attend`.
+    """
+    _check(query, key, value, lengths, window, positions)
+    backend = backend or _backend(query, lengths, window, positions)
+    return _KeptRowGradient.apply(query, key, value, output, lse, positions, lengths, scale, window, backend)

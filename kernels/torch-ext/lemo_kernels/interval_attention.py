@@ -1,0 +1,319 @@
+"""Attention in which row i sees the keys [first_key[i], i]: the Triton forward and backward (LeMo paper, section 5.1).
+
+Causality, documents and a sliding window by original positions are that one interval, because kept rows stay in order. With
+p_ij = exp(q_i . k_j * scale - lse_i), o the attention output and D_i = do_i . o_i:
+
+    dv_j = sum_i p_ij do_i,    ds_ij = p_ij (do_i . v_j - D_i),    dq_i = scale * sum_j ds_ij k_j,    dk_j = scale * sum_i ds_ij q_i
+
+One kernel for the forward, one for dq (it also writes D) and one for dk and dv, in which one program sums over all query heads
+that share a key head: no atomic additions, so the same inputs give the same bits. Sums are float32, row offsets 64-bit.
+
+Memory: rows * heads * (head_dim * e + 4) bytes for output and log-sum-exp at e bytes a number, as much again for the gradient's
+dq and 4 bytes a row and head for D; no matrix of rows x rows, no repeated keys.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .host import launch_on
+
+
+@triton.jit
+def _load_rows(base, rows, row_stride, dims, num_rows, HEAD_DIM: tl.constexpr, CHECKED: tl.constexpr):
+    pointers = base + rows.to(tl.int64)[:, None] * row_stride + dims[None, :]
+    if CHECKED:
+        return tl.load(pointers, mask=(rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _store_rows(base, rows, row_stride, dims, num_rows, tile, HEAD_DIM: tl.constexpr):
+    pointers = base + rows.to(tl.int64)[:, None] * row_stride + dims[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _add_keys(
+    peak, total, mixed, query, rows, first, k_base, v_base, k_stride, v_stride, low, high, num_rows, scale_log2,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Online softmax over the keys [low, high): running maximum, sum and weighted values of a tile of queries."""
+    dims = tl.arange(0, PADDED)
+    for start in range(low, high, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        key = _load_rows(k_base, columns, k_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        if MASKED:
+            visible = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= first[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing of this tile was visible to the row
+        weights = tl.exp2(scores - shift[:, None])
+        shrink = tl.exp2(peak - shift)
+        value = _load_rows(v_base, columns, v_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
+        total = total * shrink + tl.sum(weights, 1)
+        mixed = tl.dot(weights.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee")
+        peak = new_peak
+    return peak, total, mixed
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward_kernel(
+    query_ptr, key_ptr, value_ptr, first_key_ptr, output_ptr, lse_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head, num_rows, heads, group, scale_log2,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    head = tl.program_id(0) % heads
+    # The last tiles see most keys: they start first, so that no long one is left over at the end.
+    tile = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
+    begin = tile * BLOCK_M
+    end = tl.minimum(begin + BLOCK_M, num_rows)
+    rows = begin + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, PADDED)
+    first = tl.load(first_key_ptr + rows, mask=rows < num_rows, other=0)
+    query = _load_rows(query_ptr + head * q_head, rows, q_row, dims, num_rows, HEAD_DIM, True)
+    k_base = key_ptr + (head // group) * k_head
+    v_base = value_ptr + (head // group) * v_head
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    mixed = tl.zeros((BLOCK_M, PADDED), tl.float32)
+    # Keys that only some rows of the tile see, keys that all see, keys around the diagonal. first_key never decreases.
+    low = tl.load(first_key_ptr + begin)
+    all_see = low + tl.cdiv(tl.load(first_key_ptr + end - 1) - low, BLOCK_N) * BLOCK_N
+    diagonal = all_see + tl.maximum(begin - all_see, 0) // BLOCK_N * BLOCK_N
+    peak, total, mixed = _add_keys(
+        peak, total, mixed, query, rows, first, k_base, v_base, k_row, v_row, low, tl.minimum(all_see, end), num_rows,
+        scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
+    )  # fmt: skip
+    peak, total, mixed = _add_keys(
+        peak, total, mixed, query, rows, first, k_base, v_base, k_row, v_row, all_see, diagonal, num_rows,
+        scale_log2, HEAD_DIM, PADDED, BLOCK_N, False
+    )  # fmt: skip
+    peak, total, mixed = _add_keys(
+        peak, total, mixed, query, rows, first, k_base, v_base, k_row, v_row, diagonal, end, num_rows,
+        scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
+    )  # fmt: skip
+    _store_rows(output_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, mixed / total[:, None], HEAD_DIM)
+    lse = (peak + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + rows.to(tl.int64) * heads + head, lse, mask=rows < num_rows)
+
+
+@triton.jit
+def _add_query_gradient(
+    grad_query, query, grad, lse_log2, along, rows, first, k_base, v_base, k_stride, v_stride, low, high, num_rows, scale_log2,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    dims = tl.arange(0, PADDED)
+    for start in range(low, high, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        key = _load_rows(k_base, columns, k_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
+        value = _load_rows(v_base, columns, v_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        weights = tl.exp2(scores - lse_log2[:, None])
+        if MASKED:
+            visible = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= first[:, None])
+            weights = tl.where(visible, weights, 0.0)
+        grad_scores = weights * (tl.dot(grad, tl.trans(value), input_precision="ieee") - along[:, None])
+        grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision="ieee")
+    return grad_query
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _query_gradient_kernel(
+    query_ptr, key_ptr, value_ptr, output_ptr, grad_ptr, lse_ptr, along_ptr, first_key_ptr, grad_query_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head, num_rows, heads, group, scale, scale_log2,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Gradient dq of a tile of queries, and their D for the other kernel. output and grad are contiguous."""
+    head = tl.program_id(0) % heads
+    tile = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
+    begin = tile * BLOCK_M
+    end = tl.minimum(begin + BLOCK_M, num_rows)
+    rows = begin + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, PADDED)
+    first = tl.load(first_key_ptr + rows, mask=rows < num_rows, other=0)
+    query = _load_rows(query_ptr + head * q_head, rows, q_row, dims, num_rows, HEAD_DIM, True)
+    grad = _load_rows(grad_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, HEAD_DIM, True)
+    output = _load_rows(output_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, HEAD_DIM, True)
+    along = tl.sum(grad.to(tl.float32) * output.to(tl.float32), 1)
+    at = rows.to(tl.int64) * heads + head
+    tl.store(along_ptr + at, along, mask=rows < num_rows)
+    lse_log2 = tl.load(lse_ptr + at, mask=rows < num_rows, other=0.0) * 1.4426950408889634
+    k_base = key_ptr + (head // group) * k_head
+    v_base = value_ptr + (head // group) * v_head
+    low = tl.load(first_key_ptr + begin)
+    all_see = low + tl.cdiv(tl.load(first_key_ptr + end - 1) - low, BLOCK_N) * BLOCK_N
+    diagonal = all_see + tl.maximum(begin - all_see, 0) // BLOCK_N * BLOCK_N
+    grad_query = tl.zeros((BLOCK_M, PADDED), tl.float32)
+    grad_query = _add_query_gradient(
+        grad_query, query, grad, lse_log2, along, rows, first, k_base, v_base, k_row, v_row, low, tl.minimum(all_see, end),
+        num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
+    )  # fmt: skip
+    grad_query = _add_query_gradient(
+        grad_query, query, grad, lse_log2, along, rows, first, k_base, v_base, k_row, v_row, all_see, diagonal,
+        num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_N, False
+    )  # fmt: skip
+    grad_query = _add_query_gradient(
+        grad_query, query, grad, lse_log2, along, rows, first, k_base, v_base, k_row, v_row, diagonal, end,
+        num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
+    )  # fmt: skip
+    _store_rows(grad_query_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, grad_query * scale, HEAD_DIM)
+
+
+@triton.jit
+def _add_key_gradients(
+    grad_key, grad_value, key, value, columns, query_base, grad_base, lse_base, along_base, first_key_ptr,
+    q_stride, grad_stride, heads, low, high, num_rows, scale_log2,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Adds what the queries [low, high) of one head give to dk (still without its factor) and dv of a tile of keys."""
+    dims = tl.arange(0, PADDED)
+    for start in range(low, high, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        query = _load_rows(query_base, rows, q_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
+        grad = _load_rows(grad_base, rows, grad_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
+        lse_log2 = tl.load(lse_base + rows.to(tl.int64) * heads, mask=rows < num_rows, other=0.0) * 1.4426950408889634
+        along = tl.load(along_base + rows.to(tl.int64) * heads, mask=rows < num_rows, other=0.0)
+        # Transposed, (keys, queries): both results are then plain products of it.
+        scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
+        weights = tl.exp2(scores - lse_log2[None, :])
+        if MASKED:
+            first = tl.load(first_key_ptr + rows, mask=rows < num_rows, other=2147483647)
+            visible = (columns[:, None] <= rows[None, :]) & (columns[:, None] >= first[None, :])
+            weights = tl.where(visible, weights, 0.0)
+        grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision="ieee")
+        grad_scores = weights * (tl.dot(value, tl.trans(grad), input_precision="ieee") - along[None, :])
+        grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision="ieee")
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _key_gradient_kernel(
+    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, along_ptr, first_key_ptr, end_query_ptr, grad_key_ptr, grad_value_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head, num_rows, heads, group, scale, scale_log2,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Gradients dk and dv of a tile of keys: one program sums over all queries of all heads that share them, in a fixed order."""
+    key_heads = heads // group
+    key_head = tl.program_id(0) % key_heads
+    begin = (tl.program_id(0) // key_heads) * BLOCK_N
+    end = tl.minimum(begin + BLOCK_N, num_rows)
+    columns = begin + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, PADDED)
+    key = _load_rows(key_ptr + key_head * k_head, columns, k_row, dims, num_rows, HEAD_DIM, True)
+    value = _load_rows(value_ptr + key_head * v_head, columns, v_row, dims, num_rows, HEAD_DIM, True)
+    # Queries around the diagonal, queries that see the whole tile, queries that see a part of it. end_query never decreases.
+    all_see = begin + tl.cdiv(end - begin, BLOCK_M) * BLOCK_M
+    some_see = all_see + tl.maximum(tl.load(end_query_ptr + begin) - all_see, 0) // BLOCK_M * BLOCK_M
+    high = tl.load(end_query_ptr + end - 1)
+    grad_key = tl.zeros((BLOCK_N, PADDED), tl.float32)
+    grad_value = tl.zeros((BLOCK_N, PADDED), tl.float32)
+    for member in range(group):
+        head = key_head * group + member
+        query_base, grad_base = query_ptr + head * q_head, grad_ptr + head * HEAD_DIM
+        grad_key, grad_value = _add_key_gradients(
+            grad_key, grad_value, key, value, columns, query_base, grad_base, lse_ptr + head, along_ptr + head, first_key_ptr,
+            q_row, heads * HEAD_DIM, heads, begin, tl.minimum(all_see, high), num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_M, True
+        )  # fmt: skip
+        grad_key, grad_value = _add_key_gradients(
+            grad_key, grad_value, key, value, columns, query_base, grad_base, lse_ptr + head, along_ptr + head, first_key_ptr,
+            q_row, heads * HEAD_DIM, heads, all_see, some_see, num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_M, False
+        )  # fmt: skip
+        grad_key, grad_value = _add_key_gradients(
+            grad_key, grad_value, key, value, columns, query_base, grad_base, lse_ptr + head, along_ptr + head, first_key_ptr,
+            q_row, heads * HEAD_DIM, heads, some_see, high, num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_M, True
+        )  # fmt: skip
+    row = key_heads * HEAD_DIM
+    _store_rows(grad_key_ptr + key_head * HEAD_DIM, columns, row, dims, num_rows, grad_key * scale, HEAD_DIM)
+    _store_rows(grad_value_ptr + key_head * HEAD_DIM, columns, row, dims, num_rows, grad_value, HEAD_DIM)
+
+
+def _tiles(kernel: str, padded: int, itemsize: int) -> dict[str, int]:
+    """Queries and keys per tile, warps and stages, for 227 KiB of shared memory; a fixed table, so that results do not depend
+    on which tiles were fastest today.
+    """
+    if itemsize > 2:
+        wide, narrow = (32, 32) if padded <= 128 else (32, 16)
+        sizes, warps, stages = (narrow, wide) if kernel == "key_gradient" else (wide, narrow), 4, 1
+    elif padded <= 128:
+        sizes, warps, stages = (64, 128) if kernel == "key_gradient" else (128, 64), 8, 3 if kernel == "forward" else 2
+    else:
+        sizes, warps, stages = (
+            (32, 64) if kernel == "key_gradient" else (64, 32) if kernel == "query_gradient" else (128, 64),
+            8,
+            1,
+        )
+    return {"BLOCK_M": sizes[0], "BLOCK_N": sizes[1], "num_warps": warps, "num_stages": stages}
+
+
+def _launch(kernel: Any, name: str, programs: int, rows_per_tile: str, query: Tensor, arguments: tuple[Any, ...]) -> None:
+    head_dim = query.shape[2]
+    padded = max(16, triton.next_power_of_2(head_dim))
+    tiles = _tiles(name, padded, query.element_size())
+    grid = (triton.cdiv(query.shape[0], tiles[rows_per_tile]) * programs,)
+    with launch_on(query):
+        kernel[grid](*arguments, HEAD_DIM=head_dim, PADDED=padded, **tiles)
+
+
+def _layout(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    strides = (stride for tensor in (query, key, value) for stride in tensor.stride()[:2])
+    return *strides, query.shape[0], query.shape[1], query.shape[1] // key.shape[1]
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+_LOG2_E = 1.4426950408889634  # the kernels' exponentials are powers of two
+
+
+def interval_attention(query: Tensor, key: Tensor, value: Tensor, first_key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of each row over the keys from `first_key` to the row itself, without autograd.
+
+    Args:
+        query: `(rows, heads, head_dim)`, at least one row; the last dimension of all three is contiguous.
+        key, value: `(rows, key_value_heads, head_dim)`.
+        first_key: `(rows,)` int32, never decreasing and never above the row's own number.
+        scale: Factor on the dot products.
+
+    Returns:
+        The output `(rows, heads, head_dim)` and the float32 log-sum-exp `(rows, heads, 1)`, both contiguous.
+    """
+    output = _empty(query)
+    lse = torch.empty(*query.shape[:2], 1, dtype=torch.float32, device=query.device)
+    arguments = (query, key, value, first_key, output, lse, *_layout(query, key, value), scale * _LOG2_E)
+    _launch(_forward_kernel, "forward", query.shape[1], "BLOCK_M", query, arguments)
+    return output, lse
+
+
+def interval_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    first_key: Tensor,
+    end_query: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value by the formulas above, whatever forward pass `output` and `lse` came from.
+
+    Args:
+        grad, output: `(rows, heads, head_dim)`, contiguous.
+        query, key, value, first_key, scale: As in `interval_attention`.
+        lse: `(rows, heads, 1)` float32, contiguous.
+        end_query: `(rows,)` int32, one beyond the last row that sees each key.
+    """
+    grad_query, grad_key, grad_value = (_empty(tensor) for tensor in (query, key, value))
+    along = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)  # D: written by the first kernel, read by the second
+    sizes = (*_layout(query, key, value), scale, scale * _LOG2_E)
+    arguments = (query, key, value, output, grad, lse, along, first_key, grad_query, *sizes)
+    _launch(_query_gradient_kernel, "query_gradient", query.shape[1], "BLOCK_M", query, arguments)
+    arguments = (query, key, value, grad, lse, along, first_key, end_query, grad_key, grad_value, *sizes)
+    _launch(_key_gradient_kernel, "key_gradient", key.shape[1], "BLOCK_N", query, arguments)
+    return grad_query, grad_key, grad_value

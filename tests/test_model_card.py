@@ -74,8 +74,9 @@ def test_what_was_not_measured_is_left_out():
         perplexity_before=None, perplexity_after=None, kept_share=None, recall=None, steps=None, train_seconds=None, recipe=""
     )
     text = render_card(bare, "mine")
-    assert "No held-out text was evaluated" in text
-    for absent in ("Kept share", "recall", "Training time", "Optimizer steps", "None", "```yaml"):
+    for said in ("No held-out text was evaluated", "Memory was not measured", "no recall to report", "No stock LoRA run"):
+        assert said in text
+    for absent in ("Kept share", "Predictor recall", "Training time", "Optimizer steps", "None", "```yaml"):
         assert absent not in text
 
 

@@ -1,33 +1,43 @@
-"""The README.md of an adapter, rendered from its run's results.
+"""The README.md of a tuned model, rendered from its run's results, and the plot beside it.
 
-Every number comes from `RunResults`, which a run fills from what it measured; what was not measured is left out. The part
-between the two markers is written anew each time, everything outside them and unknown metadata are the reader's and stay.
+Every number comes from `RunResults`, which a run fills from what it measured; what was not measured is left out, and said so where
+a reader would look for it. The part between the two markers is written anew each time, everything outside them and metadata that
+the run does not know are the reader's and stay.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import yaml_dump
+from jinja2 import Environment, StrictUndefined
 
 from ..errors import LemoError
 from ..evaluation.perplexity import Perplexity, paired_difference
+from ..models.lemo_config import LemoConfig
 from ..profiling.provenance import provenance
+from .card_metadata import card_metadata, is_hub_id, merged_metadata, public_name
+from .card_tables import cell, cost_rows, decimals, introduction, stock_rows, training_rows
 from .lemo_files import atomic_path
+
+logger = logging.getLogger(__name__)
 
 BEGIN = "<!-- lemo_hf:begin (rewritten at each save; what stands above or below stays) -->"
 END = "<!-- lemo_hf:end -->"
 CARD_FILE = "README.md"
-TAGS = ("lemo", "lora", "long-context")
+PLOT_FILE = "kept_share.png"
+_TEMPLATE = "card_template.md"
+_ASSETS = Path(__file__).parents[1] / "assets"
+# A phrase of the card that Trainer writes by itself, which asks a person who completes it to remove it.
+_TRAINER_CARD = "generated automatically according to the information the Trainer had access to"
+
 # What a folder holds: a PEFT adapter, a stock checkpoint with the adapter merged in, or a LeMo model with its code.
 Kind = Literal["adapter", "merged", "remote-code"]
-_TEMPLATE = Path(__file__).with_name("card_template.md")
-# Phrases of the cards that PEFT and Trainer write by themselves: such a card holds nothing a person wrote.
-_GENERATED = ("[More Information Needed]", "generated automatically according to the information the Trainer had access to")
 
 
 @dataclass
@@ -37,13 +47,13 @@ class Interval:
     Args:
         value: Perplexity per token.
         low, high: Ends of the interval; `None` where one document alone was measured.
-        tokens: Tokens it was measured on.
+        tokens: Tokens it was measured on; `None` where that was not recorded.
     """
 
     value: float
     low: float | None
     high: float | None
-    tokens: int
+    tokens: int | None
 
     @classmethod
     def of(cls, measured: Perplexity) -> "Interval":
@@ -61,6 +71,43 @@ class Interval:
 
 
 @dataclass
+class PerplexityComparison:
+    """A run's dense perplexity beside that of stock LoRA, paired by document.
+
+    Args:
+        equal: What both had the same of: "steps", or "time" with the run's own phases counted in.
+        steps, stock_steps: Optimizer steps of the run and of stock LoRA.
+        perplexity, stock_perplexity: What they reached.
+        percent: How much higher the run's is, percent; negative is better than stock.
+        low, high: Ends of its 95 % confidence interval, percent.
+    """
+
+    equal: Literal["steps", "time"]
+    steps: int
+    stock_steps: int
+    perplexity: float
+    stock_perplexity: float
+    percent: float
+    low: float
+    high: float
+
+
+@dataclass
+class StockRun:
+    """Stock LoRA trained beside the run: the same base model, adapter, text and seed, the stock `Trainer`.
+
+    Args:
+        comparisons: Perplexities of the two.
+        saved_bytes, step_flops, step_seconds: As in `RunResults`.
+    """
+
+    comparisons: list[PerplexityComparison] = field(default_factory=list)
+    saved_bytes: float | None = None
+    step_flops: float | None = None
+    step_seconds: float | None = None
+
+
+@dataclass
 class RunResults:
     """What a run measured and was made of: the content of its `results.json`.
 
@@ -72,12 +119,23 @@ class RunResults:
         base_config: Config fields that whoever loads the base model for this adapter has to pass.
         datasets: Hub ids of the data sets read.
         recipe: The recipe as YAML, without secrets and local paths.
+        adapter: The adapter in words, its method first ("LoRA r=8 on q_proj"); empty where all weights were trained.
+        precision: Float types of base and adapter, and autocast, in words; empty if not known.
         steps: Optimizer steps done.
-        train_seconds: Wall-clock time of training.
+        train_seconds: Wall-clock time of training, with all phases before the first step.
+        batch: Samples of one forward pass.
+        saved_bytes: What one forward pass in training saves for backward, bytes.
+        peak_gpu_bytes: The most that was allocated on the GPU while training, bytes.
+        step_flops: Floating-point operations of one forward and backward pass.
+        step_seconds: Median time of one forward and backward pass.
         kept_share: Per layer the share of tokens computed on, in [0, 1], mean over the steps.
         recall: Per layer the predictor's recall at the last probe, in [0, 1]; `None` for a layer without one.
-        recall_chance: Recall of a choice at random.
+        recall_chance, recall_positions: Recall of a choice at random, and of a predictor that knows positions only.
         perplexity_before, perplexity_after: Dense-forward perplexity on held-out text without and with the adapter.
+        evaluation_data: The held-out text, in words, where `data` does not say it.
+        stock: Stock LoRA trained beside the run.
+        language: Codes of the text's languages as the Hub knows them: ISO 639, or "code".
+        license: The licence of what was tuned, as the Hub calls it.
         provenance: Commit, package versions and machine.
     """
 
@@ -88,13 +146,25 @@ class RunResults:
     base_config: dict[str, Any] = field(default_factory=dict)
     datasets: list[str] = field(default_factory=list)
     recipe: str = ""
+    adapter: str = "LoRA"
+    precision: str = ""
     steps: int | None = None
     train_seconds: float | None = None
+    batch: int | None = None
+    saved_bytes: float | None = None
+    peak_gpu_bytes: float | None = None
+    step_flops: float | None = None
+    step_seconds: float | None = None
     kept_share: list[float | None] | None = None
     recall: list[float | None] | None = None
     recall_chance: float | None = None
+    recall_positions: float | None = None
     perplexity_before: Interval | None = None
     perplexity_after: Interval | None = None
+    evaluation_data: str = ""
+    stock: StockRun | None = None
+    language: list[str] = field(default_factory=list)
+    license: str | None = None
     provenance: dict[str, Any] = field(default_factory=provenance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,8 +183,11 @@ class RunResults:
             for name in ("perplexity_before", "perplexity_after"):
                 if values.get(name) is not None:
                     values[name] = Interval(**values[name])
+            if values.get("stock") is not None:
+                comparisons = [PerplexityComparison(**each) for each in values["stock"]["comparisons"]]
+                values["stock"] = StockRun(**{**values["stock"], "comparisons": comparisons})
             return cls(**values)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise LemoError(
                 f"results of the run cannot be read ({reason}); {str(path)!r}; give a results.json that lemo train wrote"
@@ -137,12 +210,26 @@ def values_by_layer(
     return [combine(values) if values else None for values in found] if any(found) else None
 
 
+def template_path() -> Path:
+    """The card's template: in the package where it was installed from a wheel, in `model_cards/` of a checkout.
+
+    Raises:
+        LemoError: If it is in neither.
+    """
+    places = [folder / "model_cards" / _TEMPLATE for folder in Path(__file__).parents[1:3]]
+    for path in places:
+        if path.is_file():
+            return path
+    raise LemoError(f"template of the model card is missing; {str(places[0])!r}; install lemo_hf again")
+
+
 def render_card(
     results: RunResults,
     title: str,
     existing: str | None = None,
     adapter: str | None = None,
     kind: Kind = "adapter",
+    plot: str | None = None,
 ) -> str:
     """The card as text.
 
@@ -152,58 +239,81 @@ def render_card(
         existing: The card that was there before; its text outside the markers and its other metadata are kept.
         adapter: How a reader names the adapter or model in the loading example, a Hub id or a folder; a placeholder if not given.
         kind: What lies beside the card.
+        plot: The plot of kept shares, as a link relative to the card; without one the numbers stand in the open.
     """
-    on_hub = _is_hub_id(results.base_model)
-    shares = results.kept_share or []
-    recall = results.recall or []
-    layers = [
-        {"kept": shares[i] if i < len(shares) else None, "recall": recall[i] if i < len(recall) else None}
-        for i in range(max(len(shares), len(recall)))
-    ]
-    name = results.base_model if on_hub else Path(results.base_model).name
-    card = ModelCard.from_template(
-        ModelCardData(
-            library_name="peft" if kind == "adapter" else "transformers", pipeline_tag="text-generation", tags=list(TAGS)
-        ),
-        template_path=str(_TEMPLATE),
+    on_hub = is_hub_id(results.base_model)
+    name = public_name(results.base_model)
+    base_link = f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{name}`"
+    shares, recall = results.kept_share or [], results.recall or []
+    length = max(len(shares), len(recall))
+    layers = list(zip([*shares, *[None] * length][:length], [*recall, *[None] * length][:length], strict=True))
+    known = [value for value in recall if value is not None]
+    labels = "Base model, same config", "With this adapter" if kind == "adapter" else "This model"
+    pairs = zip(labels, (results.perplexity_before, results.perplexity_after), strict=True)
+    perplexities = [(label, found) for label, found in pairs if found is not None]
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"cell": cell, "decimals": decimals}
+    text = environment.from_string(template_path().read_text(encoding="utf-8")).render(
         run=results,
         title=title,
+        kind=kind,
         begin=BEGIN,
         end=END,
-        base_link=f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{name}`",
+        introduction=introduction(results, kind, base_link),
+        base_name=name,
+        ships_with_package=(_ASSETS / name).is_dir() and not on_hub,
         base_path=json.dumps(name if on_hub else f"path/to/{name}"),
-        adapter_path=json.dumps(adapter or f"path/to/this/{'adapter' if kind == 'adapter' else 'model'}"),
+        own_path=json.dumps(adapter or f"path/to/this/{'adapter' if kind == 'adapter' else 'model'}"),
+        training=training_rows(results, base_link),
+        perplexities=perplexities,
+        has_interval=any(found.low is not None or found.tokens is not None for _, found in perplexities),
+        has_tokens=any(found.tokens is not None for _, found in perplexities),
+        beside_stock=stock_rows(results),
+        costs=cost_rows(results),
         layers=layers,
-        has_recall=any(layer["recall"] is not None for layer in layers),
+        plot=plot,
+        plot_description=plot_description(results),
+        has_recall=bool(known),
+        recall_mean=sum(known) / len(known) if known else None,
+        reads_predictors=LemoConfig.from_dict(results.lemo).needs_predictors,
     )
-    text = card.text
-    metadata = card.data.to_dict()
-    if on_hub:
-        metadata["base_model"] = results.base_model
-    if results.datasets:
-        metadata["datasets"] = list(results.datasets)
+    metadata = card_metadata(results, title, kind)
     if existing:
-        before = ModelCard(existing, ignore_metadata_errors=True)
-        metadata = _merged_metadata(before.data.to_dict(), metadata)
-        text = _around(before.text, text)
-    return str(ModelCard(f"---\n{ModelCardData(**metadata)}\n---\n\n{text.strip()}\n"))
+        before, body = _parsed(existing)
+        metadata = merged_metadata(before, metadata, BEGIN in body)
+        text = _around(body, text)
+    ModelCardData(**metadata)  # raises where the Hub would refuse the card
+    return f"---\n{yaml_dump(metadata, sort_keys=False).strip()}\n---\n\n{text.strip()}\n"
 
 
-def _merged_metadata(before: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    merged = {**before, **ours}
-    if "base_model" not in ours:
-        merged.pop("base_model", None)  # PEFT puts a local folder there, which the Hub refuses
-    for name in ("tags", "datasets"):
-        ours_first = [*ours.get(name, []), *_as_list(before.get(name))]
-        # The Hub derives "base_model:..." tags itself; PEFT's copy of them may name a local folder.
-        kept = [tag for tag in dict.fromkeys(ours_first) if not str(tag).startswith("base_model:")]
-        if kept:
-            merged[name] = kept
-    return merged
+def plot_description(results: RunResults) -> str:
+    """What the plot of kept shares shows, for who cannot see it."""
+    shares = [share for share in results.kept_share or [] if share is not None]
+    if not shares:
+        return ""
+    mean = sum(shares) / len(shares)
+    return f"Share of tokens computed on, by layer: {min(shares):.2f} to {max(shares):.2f}, mean {mean:.2f}"
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _parsed(card: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata and its text; metadata that are no YAML mapping become text, so that nothing is lost."""
+    card = card.lstrip("\ufeff")
+    if not card.startswith("---\n"):
+        return {}, card
+    block, closed, body = card[4:].partition("\n---\n")
+    if not closed:
+        return {}, card
+    try:
+        metadata = yaml.safe_load(block) or {}
+        if isinstance(metadata, dict):
+            return metadata, body
+        reason = "no mapping"
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+    logger.warning(
+        "the card's metadata is not YAML (%s); it stays in the card as text; correct it and put it back on top", reason
+    )
+    return {}, f"{body.rstrip()}\n\n```yaml\n{block}\n```\n"
 
 
 def _around(before: str, ours: str) -> str:
@@ -213,9 +323,17 @@ def _around(before: str, ours: str) -> str:
         start = before.index(BEGIN)
         end = before.index(END, start) + len(END)
         return before[:start] + region + _without_peft_footer(before[end:])
-    if any(phrase in before for phrase in _GENERATED) or not before.strip():
+    if _is_generated(before):
         return region
     return f"{region}\n\n{_without_peft_footer(before).strip()}\n"
+
+
+def _is_generated(text: str) -> bool:
+    """Whether a card's text is what PEFT or Trainer write by themselves, and holds nothing of a person."""
+    if _TRAINER_CARD in text:
+        return True
+    stock = set(ModelCard.from_template(ModelCardData()).text.splitlines())
+    return all(line in stock for line in _without_peft_footer(text).splitlines() if line.strip())
 
 
 def _without_peft_footer(text: str) -> str:
@@ -227,16 +345,6 @@ def _without_peft_footer(text: str) -> str:
     return text
 
 
-def _is_hub_id(name: str) -> bool:
-    if Path(name).exists() or name.count("/") != 1:
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def write_model_card(
     results: RunResults,
     folder: str | Path,
@@ -245,16 +353,34 @@ def write_model_card(
     adapter: str | None = None,
     kind: Kind = "adapter",
 ) -> None:
-    """Renders the card into `folder`'s README.md, keeping what a person added to the one that is there.
+    """Renders the card into `folder`'s README.md, keeping what a person added to the one that is there, and draws its plot.
+
+    Without matplotlib the card shows the kept shares as numbers only.
 
     Args:
         results, title, adapter, kind: As in `render_card`.
-        folder: The adapter's folder.
+        folder: The folder of the adapter or model.
         existing: The card from before PEFT's own save touched it; the README.md in `folder` if not given.
     """
     path = Path(folder) / CARD_FILE
     if existing is None and path.is_file():
         existing = path.read_text(encoding="utf-8")
-    text = render_card(results, title, existing, adapter, kind)
+    plot = _draw_plot(results, path.with_name(PLOT_FILE))
+    text = render_card(results, title, existing, adapter, kind, plot)
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def _draw_plot(results: RunResults, path: Path) -> str | None:
+    if not results.kept_share or all(share is None for share in results.kept_share):
+        return None
+    try:
+        from ..profiling.plots import plot_kept_by_layer
+    except ImportError as error:
+        logger.warning(
+            "card has no plot of kept shares (%s); %r; pip install matplotlib, and write the card again", error, str(path)
+        )
+        return None
+    with atomic_path(path) as partial:
+        plot_kept_by_layer(results.kept_share, partial, results.recall, results.recall_chance, plot_description(results))
+    return path.name

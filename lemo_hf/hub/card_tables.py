@@ -1,0 +1,149 @@
+"""The tables and sentences of a model card, from a run's results; a row whose value was not measured is not there."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..models.lemo_config import LemoConfig
+
+if TYPE_CHECKING:
+    from .model_card import Kind, RunResults
+
+Row = tuple[str, str]
+_PAPER = "[LeMo](https://arxiv.org/abs/2501.09767)"
+
+
+def introduction(results: "RunResults", kind: "Kind", base: str) -> str:
+    """What the model is and what using it takes, as one paragraph.
+
+    Args:
+        results: The run's results.
+        kind: What lies beside the card.
+        base: The base model as Markdown.
+    """
+    method = results.adapter.partition(" ")[0]
+    if kind == "adapter":
+        article = "An" if method[:1] in "AEIO" else "A"
+        what = f"{article} {method} adapter of {base}, fine-tuned"
+    else:
+        what = f"{base}, fine-tuned by {method}" if method else f"{base}, all of its weights fine-tuned"
+    how = f"which leaves tokens out of each layer's computation during training ({_PAPER})"
+    how = f"lemo_hf, {how}." if results.lemo["enabled"] else "lemo_hf as a dense baseline."
+    sentences = [f"{what} at a context of {results.seq_len} tokens with {how}"]
+    if kind != "adapter" and method:
+        sentences.append("The adapter is merged into the weights.")
+    if kind == "remote-code":
+        sentences.append("The repository carries its own code: it loads without lemo_hf, and evaluates and generates")
+        sentences[-1] += " exactly as the stock model does, with ordinary dense attention."
+        if results.lemo["enabled"]:
+            sentences.append("Trained further, it leaves tokens out again.")
+    else:
+        plain = "plain PEFT adapter" if kind == "adapter" else "stock checkpoint"
+        sentences.append(f"It is a {plain}: nothing of lemo_hf is needed to use it, and it runs with ordinary dense attention.")
+    return " ".join(sentences)
+
+
+def training_rows(results: "RunResults", base: str) -> list[Row]:
+    """How the model was trained."""
+    machine = results.provenance["machine"]
+    threads = machine["threads"]
+    where = f"{machine.get('gpu') or machine['processor']}, {threads} thread{'s' if threads != 1 else ''}"
+    rows = [("Base model", base), ("Text", results.data), ("Context", f"{results.seq_len} tokens")]
+    if results.adapter:
+        rows.append(("Adapter", results.adapter))
+    if results.precision:
+        rows.append(("Precision", results.precision))
+    if results.steps is not None:
+        rows.append(("Optimizer steps", str(results.steps)))
+    if results.train_seconds is not None:
+        rows.append(("Training time", f"{duration(results.train_seconds)} on {where}"))
+    return rows + selection_rows(LemoConfig.from_dict(results.lemo))
+
+
+def selection_rows(lemo: LemoConfig) -> list[Row]:
+    """Which tokens the layers computed on, in words."""
+    if not lemo.enabled:
+        return [("Block selection", "none: every token was computed on")]
+    if lemo.selection == "sampled":
+        temperature = lemo.sampling_temperature
+        drawn = "uniformly" if temperature is None else f"by informativeness, temperature {temperature:g}"
+        chosen = f"sampled: drawn anew at each step, {drawn}"
+    elif lemo.selection == "ratio":
+        chosen = "ratio: the most informative ones"
+    else:
+        chosen = "threshold: those at least as informative as the layer's threshold"
+    if lemo.needs_scores:
+        chosen += ", by the layer's own queries and keys" if lemo.score_source == "true" else ", as the pattern predictors see it"
+    rows = [("Block selection", chosen)]
+    ratio = lemo.keep_ratio
+    kept = f"{ratio:g}" if isinstance(ratio, int | float) else f"{min(ratio):g} to {max(ratio):g}, by layer"
+    rows.append(("Blocks kept", f"{kept} of a document's, {lemo.block_size} tokens each"))
+    if lemo.dense_layers:
+        rows.append(("Layers that keep every token", ", ".join(str(layer) for layer in lemo.dense_layers)))
+    if lemo.attention_forward == "exact":
+        rows.append(("Attention in training", "exact: dense forward pass, gradient of the kept tokens"))
+    else:
+        rows.append(("Attention in training", "sparse: kept tokens attend to kept tokens"))
+    if lemo.checkpoint == "kept_rows":
+        rows.append(("Checkpointing", "a layer stores its kept rows and recomputes the rest of them"))
+    return rows
+
+
+def cost_rows(results: "RunResults") -> list[Row]:
+    """Memory and time of the run."""
+    rows = []
+    if results.saved_bytes is not None:
+        batch = f" of {results.batch} × {results.seq_len} tokens" if results.batch else ""
+        rows.append((f"Saved for the backward pass by one forward pass{batch}", size(results.saved_bytes)))
+    if results.peak_gpu_bytes is not None:
+        rows.append(("Peak GPU memory while training, weights included", size(results.peak_gpu_bytes)))
+    if results.step_flops is not None:
+        rows.append(("FLOPs of one forward and backward pass", f"{results.step_flops / 1e9:.0f} G"))
+    if results.step_seconds is not None:
+        rows.append(("Time of one forward and backward pass, median", f"{results.step_seconds:.2f} s"))
+    if results.train_seconds is not None:
+        rows.append(("Training, with all phases before the first step", duration(results.train_seconds)))
+    return rows
+
+
+def stock_rows(results: "RunResults") -> list[tuple[str, str, str, str]]:
+    """The run, stock LoRA beside it, and the one against the other."""
+    stock = results.stock
+    if stock is None:
+        return []
+    rows = []
+    for each in stock.comparisons:
+        where = f"{each.steps} steps each" if each.equal == "steps" else f"{each.steps} steps against {each.stock_steps}"
+        difference = f"{each.percent:+.2f} % ({each.low:+.2f} to {each.high:+.2f})"
+        label = f"Perplexity at equal {each.equal} ({where}); difference with its 95 % interval"
+        rows.append((label, decimals(each.perplexity), decimals(each.stock_perplexity), difference))
+    pairs: list[tuple[str, float | None, float | None, Any]] = [
+        ("Saved for the backward pass", results.saved_bytes, stock.saved_bytes, size),
+        ("FLOPs of a forward and backward pass", results.step_flops, stock.step_flops, lambda count: f"{count / 1e9:.0f} G"),
+        ("Time of a forward and backward pass, median", results.step_seconds, stock.step_seconds, "{:.2f} s".format),
+    ]
+    for label, own, other, shown in pairs:
+        if own is not None and other:
+            rows.append((label, shown(own), shown(other), f"{own / other:.2f} of it"))
+    return rows
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**20:.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 180:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def decimals(value: float | None) -> str:
+    """Three decimals; nothing where nothing was measured."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def cell(text: str) -> str:
+    """Text that fits into one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "/")

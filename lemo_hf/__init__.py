@@ -7,7 +7,12 @@ Public names load on first use. Importing the package registers the LeMo models 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .registry import register
+from .supported_versions import check_versions, declared_requirements
+
+# Before anything of transformers or torch is imported: an older one would fail with an error about some name of its own.
+check_versions(declared_requirements())
+
+from .registry import register  # noqa: E402
 
 if TYPE_CHECKING:
     from .models.configuration_lemo_llama import LemoLlamaConfig

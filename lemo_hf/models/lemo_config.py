@@ -79,49 +79,49 @@ class LemoConfig:
         """Raises `LemoConfigError` if a field is outside its domain."""
         if _is_whole(self.schema_version) and self.schema_version > SCHEMA_VERSION:
             raise LemoConfigError(
-                f"the lemo block has schema_version {_shown(self.schema_version)}, this lemo_hf reads up to {SCHEMA_VERSION}; upgrade lemo_hf"
+                f"the lemo block has schema_version {shown(self.schema_version)}, this lemo_hf reads up to {SCHEMA_VERSION}; upgrade lemo_hf"
             )
         if not _is_whole(self.schema_version) or self.schema_version < 1:
             raise LemoConfigError(
-                f"schema_version must be a whole number from 1 to {SCHEMA_VERSION}; got {_shown(self.schema_version)}; leave it out"
+                f"schema_version must be a whole number from 1 to {SCHEMA_VERSION}; got {shown(self.schema_version)}; leave it out"
             )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise LemoConfigError(
-                    f"{name} must be one of {', '.join(allowed)}; got {_shown(getattr(self, name))}; choose one of these"
+                    f"{name} must be one of {', '.join(allowed)}; got {shown(getattr(self, name))}; choose one of these"
                 )
         for name in ("block_size", "segment_size", "predictor_rank", "predictor_features"):
             value = getattr(self, name)
             if not _is_whole(value) or not 1 <= value <= _LARGEST_SIZE:
                 raise LemoConfigError(
-                    f"{name} must be a whole number from 1 to {_LARGEST_SIZE}; got {_shown(value)}; set it to 1 or more"
+                    f"{name} must be a whole number from 1 to {_LARGEST_SIZE}; got {shown(value)}; set it to 1 or more"
                 )
         if not isinstance(self.enabled, bool):
-            raise LemoConfigError(f"enabled must be true or false; got {_shown(self.enabled)}; false trains the stock model")
+            raise LemoConfigError(f"enabled must be true or false; got {shown(self.enabled)}; false trains the stock model")
         if not _is_whole(self.seed) or not -(2**63) <= self.seed < 2**63:
-            raise LemoConfigError(f"seed must be a whole number of 64 bits; got {_shown(self.seed)}; 0 is as good as any")
+            raise LemoConfigError(f"seed must be a whole number of 64 bits; got {shown(self.seed)}; 0 is as good as any")
         ratios = self.keep_ratio if isinstance(self.keep_ratio, list) else [self.keep_ratio]
         if not ratios or not all(_is_number(ratio) and 0 < ratio <= 1 for ratio in ratios):
             raise LemoConfigError(
-                f"keep_ratio is the share of blocks kept and must be in (0, 1]; got {_shown(self.keep_ratio)}; 0.5 keeps half of them"
+                f"keep_ratio is the share of blocks kept and must be in (0, 1]; got {shown(self.keep_ratio)}; 0.5 keeps half of them"
             )
         temperature = self.sampling_temperature
         if temperature is not None and not (_is_number(temperature) and temperature > 0):
             raise LemoConfigError(
-                f"sampling_temperature must be a number above 0, or null for the uniform draw; got {_shown(temperature)}; "
+                f"sampling_temperature must be a number above 0, or null for the uniform draw; got {shown(temperature)}; "
                 "1.0 draws by informativeness"
             )
         if self.thresholds is not None and not _is_list(self.thresholds, _is_number):
             raise LemoConfigError(
-                f"thresholds must list one finite number per layer; got {_shown(self.thresholds)}; calibration finds them"
+                f"thresholds must list one finite number per layer; got {shown(self.thresholds)}; calibration finds them"
             )
         if not _is_list(self.dense_layers, _is_whole):
             raise LemoConfigError(
-                f"dense_layers must list layer numbers; got {_shown(self.dense_layers)}; [0, -1] names the first and last"
+                f"dense_layers must list layer numbers; got {shown(self.dense_layers)}; [0, -1] names the first and last"
             )
         if self.predictor_sizes is not None and not _is_list(self.predictor_sizes, _is_four_widths):
             raise LemoConfigError(
-                f"predictor_sizes must list four widths per layer; got {_shown(self.predictor_sizes)}; pruning writes them"
+                f"predictor_sizes must list four widths per layer; got {shown(self.predictor_sizes)}; pruning writes them"
             )
 
     def validate_for(self, num_layers: int, hidden_size: int | None = None) -> None:
@@ -142,7 +142,7 @@ class LemoConfig:
         for layer in self.dense_layers:
             if not -num_layers <= layer < num_layers:
                 raise LemoConfigError(
-                    f"dense_layers names layer {_shown(layer)}, the model has {num_layers}; use 0 to {num_layers - 1}, or negative from the end"
+                    f"dense_layers names layer {shown(layer)}, the model has {num_layers}; use 0 to {num_layers - 1}, or negative from the end"
                 )
         if hidden_size is not None:
             self.validate_widths(hidden_size)
@@ -161,7 +161,7 @@ class LemoConfig:
             if max(widths) > hidden_size:
                 raise LemoConfigError(
                     f"predictor_sizes of layer {layer} must be four widths between 1 and hidden_size {hidden_size}; "
-                    f"got {_shown(widths)}; use those of a run on this model, or train new predictors"
+                    f"got {shown(widths)}; use those of a run on this model, or train new predictors"
                 )
 
     def ratio_of(self, layer: int) -> float:
@@ -219,7 +219,7 @@ class LemoConfig:
             if name not in known:
                 nearest = difflib.get_close_matches(str(name)[:80], known, n=1)
                 hint = f"did you mean {nearest[0]!r}?" if nearest else f"known fields: {', '.join(sorted(known))}"
-                raise LemoConfigError(f"the lemo block has no field {_shown(name)}; {hint}")
+                raise LemoConfigError(f"the lemo block has no field {shown(name)}; {hint}")
 
 
 def _field_names(cls: type[LemoConfig]) -> set[str]:
@@ -243,7 +243,7 @@ def _is_four_widths(sizes: Any) -> bool:
     return _is_list(sizes, _is_whole) and len(sizes) == 4 and min(sizes) >= 1
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     # A message stays one readable line whatever a file holds: long lists, deep nesting, numbers of thousands of digits.
     if isinstance(value, int) and abs(value) > 10**40:
         return f"a number of {value.bit_length()} bits"

@@ -57,7 +57,7 @@ def slowly(layer, hidden, rotary, batch, form):
     output = flat
     for start, length in zip(batch.documents.starts, batch.documents.lengths, strict=True):
         span = torch.arange(start, start + length)
-        output = output.index_copy(0, span, lemo_layer(layer, flat[span], cos[span], sin[span], kept[span], form))
+        output = output.index_copy(0, span, lemo_layer(layer, flat[span], (cos[span], sin[span]), kept[span], form))
     return output.view_as(hidden)
 
 

@@ -43,6 +43,19 @@ def test_strips_do_not_show():
     torch.testing.assert_close(one_strip[31, 31].double(), wide[1984:, 1984:].max(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [1, 5, 8, 20, 70])
+@pytest.mark.parametrize("chunk_size", [8, 24, 128])
+def test_pairs_outside_a_window_do_not_count(window, chunk_size):
+    query, key = heads(61, 2, 1)
+    got = block_scores(query, key, 8, 0.5, window, chunk_size)
+    torch.testing.assert_close(got, torch.tensor(brute_block_scores(query, key, 8, 0.5, window)), rtol=1e-5, atol=1e-6)
+    if window < 40:
+        # A block pair that lies outside scores 0, and still is one of the partners that the divisor counts.
+        assert not got[7, :2].any()
+        informativeness = block_informativeness(got)
+        torch.testing.assert_close(informativeness[0], got[1:, 0].sum() / 7)
+
+
 def test_later_keys_do_not_count():
     query, key = heads(16, 2, 2)
     key[8:] = 100 * query[:8]

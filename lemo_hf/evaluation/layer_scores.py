@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models.sparse_decoder import SparseBatch, SparseDecoderLayer
 from ..models.token_elimination import Documents, find_documents, gather_rows
-from ..models.token_informativeness import block_informativeness, block_scores
+from ..models.token_informativeness import block_informativeness
 
 # Arguments of the backbone that say where documents lie; everything else of a batch (labels, counts) belongs to the head.
 _BACKBONE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -107,7 +107,7 @@ def visit_layers(backbone: Any, batch: dict[str, Any], visit: Callable[[LayerSco
         pairs = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)
         # Autocast would take the scores, and whatever is fitted to them, back to 16 bits.
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = [block_scores(q, k, lemo.block_size, module.attention_scale) for q, k in pairs]
+            scores = [module.block_scores(q, k, lemo.block_size) for q, k in pairs]
             visit(LayerScores(module.layer_idx, module, hidden, scores, documents))
 
     hooks = [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in backbone.layers]

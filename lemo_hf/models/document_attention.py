@@ -7,9 +7,15 @@ Forward and backward are apart: `attend` runs the forward without autograd, `wit
 sees kept rows only. In the sparse form both see the same rows; in the exact form (ours) the forward saw all of them and the
 flash backward works on kept rows with the *full* forward's output and log-sum-exp. With p_ij = exp(q_i . k_j * scale - lse_i) the probabilities are those of the dense forward and
 D_i = dO_i . O_i the dense normaliser's share, so dq, dk and dv are the dense gradient restricted to kept (query, key) pairs.
+
+A sliding window w lets the row at position i see those at positions j with i - w < j <= i, positions being the original ones
+in the document: among kept rows distances are wider than their places in the list say. Where a document is longer than w, the
+operator takes 512 queries at a time, the keys that any of them may see (a row and its w - 1 predecessors, kept or not, hold
+them) and a mask from their positions: 512 * (w + 1023) entries, whatever the document's length, built anew in backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +26,29 @@ from .lemo_config import LemoConfigError
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# The operator walks keys in blocks of 512: strips that begin where its blocks do give the same bits as the whole at once.
+_STRIP = 512
+
+
+@dataclass(frozen=True)
+class AttentionScope:
+    """Which of a call's rows see which, and the factor on their dot products.
+
+    A row sees itself and the earlier rows of its document, within a window only those less than `window` positions before it.
+
+    Args:
+        lengths: Rows of each document, on the host; their sum is the number of rows. A document may have none.
+        scale: Factor on the dot products.
+        window: Width of the sliding window in original positions; `None` if there is none, or no document is longer.
+        positions: Original position of every row in its document, `(rows,)` int64, ascending within a document; for a window
+            only.
+    """
+
+    lengths: list[int]
+    scale: float
+    window: int | None = None
+    positions: Tensor | None = None
 
 
 def _require_cpu(query: Tensor) -> None:
@@ -43,71 +72,111 @@ def _as_rows(parts: list[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def _each(operator: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], lengths: list[int]) -> tuple[Tensor, ...]:
-    """Applies a flash operator document by document to flat tensors, and flattens what it returns."""
-    lengths = [length for length in lengths if length > 0]
-    calls = [operator(*parts) for parts in zip(*(_by_document(tensor, lengths) for tensor in tensors), strict=True)]
+def _each(operator: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], scope: AttentionScope) -> tuple[Tensor, ...]:
+    """Applies a flash operator document by document to flat tensors, and flattens what it returns.
+
+    The operator gets the documents' tensors, `(documents, heads, length, d)` each, and their rows' positions
+    `(documents, 1, length, 1)`, or `None` without a window.
+    """
+    lengths = [length for length in scope.lengths if length > 0]
+    by_document = [_by_document(tensor, lengths) for tensor in tensors]
+    positions: list[Any] = [None] * len(by_document[0])
+    if scope.window is not None:
+        assert scope.positions is not None, "a window is measured between positions"
+        positions = _by_document(scope.positions.view(-1, 1, 1), lengths)
+    calls = [operator(*parts) for parts in zip(*by_document, positions, strict=True)]
     return tuple(_as_rows(list(results)) for results in zip(*calls, strict=True))
 
 
+def _strips(positions: Tensor, window: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Strips of queries, the keys that they may see, and the masks to add to their scores, `(documents, 1, queries, keys)`."""
+    length = positions.shape[2]
+    for start in range(0, length, _STRIP):
+        queries = slice(start, min(start + _STRIP, length))
+        keys = slice(max(0, start - window + 1) // _STRIP * _STRIP, queries.stop)
+        distance = positions[:, :, queries] - positions[:, :, keys].mT
+        hidden = (distance < 0) | (distance >= window)
+        yield queries, keys, torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
 @torch.no_grad()
-def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, scope: AttentionScope) -> tuple[Tensor, Tensor]:
     """Causal attention of every document's rows among themselves, without autograd.
 
     Args:
-        query: `(rows, heads, head_dim)`, rotary applied.
+        query: `(rows, heads, head_dim)`, positions applied.
         key, value: `(rows, key_value_heads, head_dim)`.
-        lengths: Rows of each document; their sum is `rows`.
-        scale: Factor on the dot products.
+        scope: Documents, scale and window.
 
     Returns:
         The attention output `(rows, heads, head_dim)` and the log-sum-exp of the scores `(rows, heads, 1)`.
     """
     _require_cpu(query)
 
-    def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        output, lse = _flash(q, k, v, 0.0, True, scale=scale)
-        return output, lse.unsqueeze(-1)
+    def flash(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        if positions is None or scope.window is None:
+            output, lse = _flash(q, k, v, 0.0, True, scale=scope.scale)
+            return output, lse.unsqueeze(-1)
+        parts = [
+            _flash(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=mask, scale=scope.scale)
+            for queries, keys, mask in _strips(positions, scope.window, q.dtype)
+        ]
+        return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2).unsqueeze(-1)
 
-    output, lse = _each(flash, (query, key, value), lengths)
+    output, lse = _each(flash, (query, key, value), scope)
     return output, lse
 
 
 class _KeptRowGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, lengths: list[int], scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scope: AttentionScope
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.lengths, ctx.scale = lengths, scale
+        ctx.scope = scope
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale = ctx.scale
+        scope = ctx.scope
 
-        def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-            return _flash_backward(grad, q, k, v, output, lse.squeeze(-1), 0.0, True, scale=scale)
+        def flash_backward(
+            grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, positions: Tensor | None
+        ) -> tuple[Tensor, ...]:
+            lse = lse.squeeze(-1)
+            if positions is None:
+                return _flash_backward(grad, q, k, v, output, lse, 0.0, True, scale=scope.scale)
+            grad_query = torch.empty_like(q)
+            # Keys of several strips: their gradients are summed in float32 at least.
+            wide = torch.promote_types(k.dtype, torch.float32)
+            grad_key, grad_value = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+            for queries, keys, mask in _strips(positions, scope.window, q.dtype):
+                rows = (part[:, :, queries] for part in (grad, q))
+                seen = (part[:, :, keys] for part in (k, v))
+                finished = output[:, :, queries], lse[:, :, queries]
+                parts = _flash_backward(*rows, *seen, *finished, 0.0, False, attn_mask=mask, scale=scope.scale)
+                grad_query[:, :, queries] = parts[0]
+                grad_key[:, :, keys] += parts[1]
+                grad_value[:, :, keys] += parts[2]
+            return grad_query, grad_key.to(k.dtype), grad_value.to(v.dtype)
 
-        grads = _each(flash_backward, (grad.contiguous(), *ctx.saved_tensors), ctx.lengths)
-        return *grads, None, None, None, None
+        return *_each(flash_backward, (grad.contiguous(), *ctx.saved_tensors), scope), None, None, None
 
 
 def with_kept_row_gradient(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, lengths: list[int], scale: float
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scope: AttentionScope
 ) -> Tensor:
     """Attaches a finished attention output to the gradients of kept rows' queries, keys and values.
 
     Args:
-        query: Kept rows' queries, `(kept, heads, head_dim)`, rotary applied.
+        query: Kept rows' queries, `(kept, heads, head_dim)`, positions applied.
         key, value: Kept rows' keys and values, `(kept, key_value_heads, head_dim)`.
         output, lse: What `attend` gave for these rows: among kept rows only (sparse form), or the kept rows of its result
             over all rows (exact form).
-        lengths: Kept rows of each document.
-        scale: Factor on the dot products.
+        scope: The kept rows' documents, scale and window.
 
     Returns:
         `output`; its gradient is that of attention among the kept rows with the probabilities that `lse` normalises.
     """
-    return _KeptRowGradient.apply(query, key, value, output, lse, lengths, scale)
+    return _KeptRowGradient.apply(query, key, value, output, lse, scope)

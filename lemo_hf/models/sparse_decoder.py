@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .document_attention import attend, with_kept_row_gradient
+from .document_attention import AttentionScope, attend, with_kept_row_gradient
 from .kept_row_checkpoint import checkpoint_kept_rows, random_state, random_state_restored
 from .lemo_config import LemoConfig, LemoConfigError
 from .pattern_predictor import PatternPredictor
@@ -102,7 +102,13 @@ class SparseDecoderLayer:
 
     @property
     def attention_scale(self) -> float:
+        """Factor on the dot products of `project_heads`' queries and keys."""
         raise NotImplementedError
+
+    @property
+    def attention_window(self) -> int | None:
+        """Positions that a token sees, itself included; `None` if all earlier ones."""
+        return None
 
     @torch.no_grad()
     def choose(self, residual: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> Selection:
@@ -133,8 +139,11 @@ class SparseDecoderLayer:
         with random_state_restored(random_state(hidden.device), hidden.device):
             query, key, _ = self.project_heads(hidden, _rows_of(rotary, documents.rows))
         parts = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)
-        size, scale = batch.config.block_size, self.attention_scale
-        return [block_informativeness(block_scores(q, k, size, scale)) for q, k in parts]
+        return [block_informativeness(self.block_scores(q, k, batch.config.block_size)) for q, k in parts]
+
+    def block_scores(self, query: Tensor, key: Tensor, block_size: int) -> Tensor:
+        """True S of one document, `(blocks, blocks)`, from its queries and keys as `project_heads` gives them."""
+        return block_scores(query, key, block_size, self.attention_scale, self.attention_window)
 
     def sparse_forward(self, hidden_states: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> Tensor:
         """Runs the layer on the rows it chooses.
@@ -213,16 +222,24 @@ class _Split:
             finished: Their attention output and log-sum-exp where these are known, in the exact form's second run; the first
                 one reads the rest rows' heads, which `project_rest` has supplied.
         """
-        scale, lengths = self.layer.attention_scale, self.selection.kept_lengths
+        scope = self._scope(self.selection.kept_lengths, self.selection.real_kept)
         query, key, value = self._heads(kept, self.selection.kept_rows)
         if finished is None:
-            attended = self._attend_all(query, key, value) if self.exact else attend(query, key, value, lengths, scale)
+            attended = self._attend_all(query, key, value) if self.exact else attend(query, key, value, scope)
             if self.exact:
                 self.finished = attended  # for kept-row checkpointing to store; the sparse form runs its attention again
             finished = attended
-        output = with_kept_row_gradient(query, key, value, *finished, lengths, scale)
+        output = with_kept_row_gradient(query, key, value, *finished, scope)
         middle = kept + self.layer.project_output(output)
         return middle + self.layer.feed_forward(middle)
+
+    def _scope(self, lengths: list[int], real_rows: Tensor | None = None) -> AttentionScope:
+        """What attention among all real rows, or some of them, needs to know; `lengths` of them belong to each document."""
+        scale, window = self.layer.attention_scale, self.layer.attention_window
+        if window is None or window >= max(self.documents.lengths):
+            return AttentionScope(lengths, scale)
+        positions = self.documents.place_of_row
+        return AttentionScope(lengths, scale, window, positions if real_rows is None else positions[real_rows])
 
     @torch.no_grad()
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +250,7 @@ class _Split:
             pairs = zip((query, key, value), self._rest_heads, strict=True)
             query, key, value = (_interleave(*pair, kept_at, rest_at) for pair in pairs)
             self._rest_heads = ()
-        output, lse = attend(query, key, value, self.documents.lengths, self.layer.attention_scale)
+        output, lse = attend(query, key, value, self._scope(self.documents.lengths))
         self._rest_attended = output.index_select(0, rest_at)
         return output.index_select(0, kept_at), lse.index_select(0, kept_at)
 

@@ -64,6 +64,11 @@ class Documents:
         spans = [torch.arange(length) // self.block_size + offset for length, offset in zip(self.lengths, offsets, strict=False)]
         return torch.cat(spans).to(self.device)
 
+    @cached_property
+    def place_of_row(self) -> Tensor:
+        """Place in its document of every real row, from 0, `(real_rows,)`: what sliding windows are measured by."""
+        return torch.cat([torch.arange(length) for length in self.lengths]).to(self.device)
+
     def split_blocks(self, per_block: Tensor) -> list[Tensor]:
         """Splits a tensor over all blocks `(blocks, ...)` into one per document."""
         return list(per_block.split(self.block_counts))

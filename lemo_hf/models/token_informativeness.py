@@ -9,8 +9,11 @@ Only positive scores count: after a softmax a negative one is negligible, yet it
 heads. I_n counts block n as keys for later queries and as queries for earlier keys, divided by its number of partners, so
 neither its place nor the document's length changes the scale.
 
-Memory: one strip of `chunk_size` queries against all earlier keys at a time, `chunk_size * tokens` float32, never the
-quadratic matrix; the result is (blocks, blocks).
+Under a sliding window only pairs with j > i - window count: others never attend, so their s_ij is 0, and so is the S of block
+pairs that lie wholly outside it. The divisor stays: a block's partners are all other blocks of its document.
+
+Memory: one strip of `chunk_size` queries against all earlier keys (within the window) at a time, `chunk_size * tokens`
+float32, never the quadratic matrix; the result is (blocks, blocks).
 """
 
 import torch
@@ -19,7 +22,9 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def block_scores(query: Tensor, key: Tensor, block_size: int, scale: float, chunk_size: int = 128) -> Tensor:
+def block_scores(
+    query: Tensor, key: Tensor, block_size: int, scale: float, window: int | None = None, chunk_size: int = 128
+) -> Tensor:
     """Maximum mean positive attention score of every causal block pair of one document.
 
     Args:
@@ -27,10 +32,12 @@ def block_scores(query: Tensor, key: Tensor, block_size: int, scale: float, chun
         key: Rotary-applied keys, `(tokens, key_value_heads, head_dim)`; heads must be a multiple of key_value_heads.
         block_size: Tokens per block; the last block may be shorter.
         scale: Factor on the dot products, usually head_dim ** -0.5.
+        window: Only keys less than `window` positions before a query count, as a sliding window lets it see; `None` for all.
         chunk_size: Queries per strip, rounded up to whole blocks.
 
     Returns:
-        S, `(blocks, blocks)` in float32 (float64 for float64 inputs); entries above the diagonal are 0.
+        S, `(blocks, blocks)` in float32 (float64 for float64 inputs); entries above the diagonal are 0, and those of pairs
+        outside the window.
     """
     tokens, heads, head_dim = query.shape
     groups = heads // key.shape[1]
@@ -42,19 +49,24 @@ def block_scores(query: Tensor, key: Tensor, block_size: int, scale: float, chun
     scores = query.new_zeros(blocks, blocks, dtype=compute_dtype)
     for start in range(0, tokens, strip):
         stop = min(start + strip, tokens)
+        # The first key of the first block that any query of the strip sees.
+        first = 0 if window is None else max(0, start - window + 1) // block_size * block_size
         queries = query[start:stop].to(compute_dtype).view(stop - start, -1, groups, head_dim)
-        mean = query.new_zeros(stop - start, stop, dtype=compute_dtype)
+        mean = query.new_zeros(stop - start, stop - first, dtype=compute_dtype)
         for kv_head in range(key.shape[1]):
             for group in range(groups):
-                mean += (queries[:, kv_head, group] @ keys[kv_head, :, :stop]).relu_()
+                mean += (queries[:, kv_head, group] @ keys[kv_head, :, first:stop]).relu_()
         mean /= heads
         # Only the strip's own columns cross the diagonal.
-        mean[:, start:].tril_()
+        mean[:, start - first :].tril_()
+        if window is not None:
+            mean.triu_(start - first - window + 1)
         rows = -(-(stop - start) // block_size)
-        columns = -(-stop // block_size)
-        padded = F.pad(mean, (0, columns * block_size - stop, 0, rows * block_size - (stop - start)))
+        columns = -(-(stop - first) // block_size)
+        padded = F.pad(mean, (0, columns * block_size - (stop - first), 0, rows * block_size - (stop - start)))
         tiles = padded.view(rows, block_size, columns, block_size)
-        scores[start // block_size : start // block_size + rows, :columns] = tiles.amax(dim=(1, 3))
+        row, column = start // block_size, first // block_size
+        scores[row : row + rows, column : column + columns] = tiles.amax(dim=(1, 3))
     return scores
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def brute_block_scores(query: Tensor, key: Tensor, block_size: int, scale: float) -> list[list[float]]:
+def brute_block_scores(query: Tensor, key: Tensor, block_size: int, scale: float, window: int | None = None) -> list[list[float]]:
     """S from `(tokens, heads, head_dim)` queries and `(tokens, key_value_heads, head_dim)` keys."""
     tokens, heads, _ = query.shape
     group = heads // key.shape[1]
@@ -12,6 +12,8 @@ def brute_block_scores(query: Tensor, key: Tensor, block_size: int, scale: float
     scores = [[0.0] * blocks for _ in range(blocks)]
     for i in range(tokens):
         for j in range(i + 1):
+            if window is not None and i - j >= window:
+                continue
             total = 0.0
             for head in range(heads):
                 dot = sum(a * b for a, b in zip(q[i][head], k[j][head // group], strict=True))

@@ -11,53 +11,73 @@ def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def normalise(norm, rows: Tensor) -> Tensor:
-    return norm.weight * rows * (rows.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    """RMSNorm, or LayerNorm where the module has a bias."""
+    if not hasattr(norm, "bias"):
+        return norm.weight * rows * (rows.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    centred = rows - rows.mean(-1, keepdim=True)
+    return norm.weight * centred * (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt() + norm.bias
 
 
-def probabilities(scores: Tensor) -> Tensor:
-    """Causal softmax of `(heads, rows, rows)`."""
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(later, -torch.inf).softmax(-1)
+def hidden_pairs(places: Tensor, window: int | None) -> Tensor:
+    """Which keys `(rows, rows)` a query must not see: later ones, and those `window` places or more before it."""
+    distance = places[:, None] - places[None, :]
+    return (distance < 0) | (distance >= (torch.inf if window is None else window))
 
 
-def heads_of(attention, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def heads_of(attention, rows: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """`(heads, rows, head_dim)` each; keys and values repeated for their query heads."""
-    split = (
-        part.view(rows.shape[0], -1, attention.head_dim)
-        for part in (attention.q_proj(rows), attention.k_proj(rows), attention.v_proj(rows))
-    )
-    query, key, value = split
-    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    query, key, value = (projection(rows).view(rows.shape[0], -1, attention.head_dim) for projection in projections)
+    if hasattr(attention, "q_norm"):
+        query, key = normalise(attention.q_norm, query), normalise(attention.k_norm, key)
+    if rotary:
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
     repeats = query.shape[1] // key.shape[1]
     return tuple(
         part.repeat_interleave(times, 1).transpose(0, 1) for part, times in ((query, 1), (key, repeats), (value, repeats))
     )
 
 
-def lemo_layer(layer, hidden: Tensor, cos: Tensor, sin: Tensor, kept: Tensor, form: str) -> Tensor:
-    """The layer's output `(tokens, hidden)` for one document.
+def project_output(attention, rows: Tensor) -> Tensor:
+    return (attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj)(rows)
+
+
+def feed_forward(layer, rows: Tensor) -> Tensor:
+    """The MLP with its norm: gated, or OPT's two matrices."""
+    if hasattr(layer, "fc1"):
+        return layer.fc2(layer.fc1(normalise(layer.final_layer_norm, rows)).clamp_min(0))
+    return layer.mlp(normalise(layer.post_attention_layernorm, rows))
+
+
+def lemo_layer(layer, hidden: Tensor, rotary: tuple[Tensor, ...], kept: Tensor, form: str, window: int | None = None) -> Tensor:
+    """The layer's output `(tokens, hidden)` for one document; dropout is left out.
 
     Args:
-        layer: A Llama decoder layer, its projections possibly wrapped by adapters.
+        layer: A decoder layer with rotary positions or OPT's, its projections possibly wrapped by adapters.
         hidden: `(tokens, hidden)`.
-        cos, sin: `(tokens, head_dim)`.
+        rotary: cos and sin, `(tokens, head_dim)` each, or nothing.
         kept: Whether each token is kept, `(tokens,)` bool.
         form: "sparse" or "exact".
+        window: Places that a token sees, itself included.
     """
-    attention = layer.self_attn
+    attention, scale = layer.self_attn, layer.self_attn.head_dim**-0.5
+    norm = layer.self_attn_layer_norm if hasattr(layer, "self_attn_layer_norm") else layer.input_layernorm
+    places = torch.arange(len(hidden))
     if form == "sparse":
-        query, key, value = heads_of(attention, normalise(layer.input_layernorm, hidden[kept]), cos[kept], sin[kept])
-        mixed = probabilities(query @ key.mT * attention.scaling) @ value
-        update = torch.zeros_like(hidden).index_put((kept,), attention.o_proj(mixed.transpose(0, 1).flatten(1)))
+        query, key, value = heads_of(attention, normalise(norm, hidden[kept]), tuple(part[kept] for part in rotary))
+        scores = (query @ key.mT * scale).masked_fill(hidden_pairs(places[kept], window), -torch.inf)
+        mixed = scores.softmax(-1) @ value
+        update = torch.zeros_like(hidden).index_put((kept,), project_output(attention, mixed.transpose(0, 1).flatten(1)))
     else:
-        query, key, value = heads_of(attention, normalise(layer.input_layernorm, hidden), cos, sin)
-        scores = query @ key.mT * attention.scaling
+        query, key, value = heads_of(attention, normalise(norm, hidden), rotary)
+        scores = query @ key.mT * scale
         # Pairs with a key that is not kept: their probabilities are right, but nothing flows back through them.
         scores = torch.where(kept[None, None, :], scores, scores.detach())
         value = torch.where(kept[None, :, None], value, value.detach())
-        mixed = probabilities(scores) @ value
+        mixed = scores.masked_fill(hidden_pairs(places, window), -torch.inf).softmax(-1) @ value
         mixed = torch.where(kept[None, :, None], mixed, mixed.detach()).transpose(0, 1).flatten(1)
-        update = torch.where(kept[:, None], attention.o_proj(mixed), attention.o_proj(mixed).detach())
+        projected = project_output(attention, mixed)
+        update = torch.where(kept[:, None], projected, projected.detach())
     middle = hidden + update
-    feed_forward = layer.mlp(normalise(layer.post_attention_layernorm, middle))
-    return middle + torch.where(kept[:, None], feed_forward, feed_forward.detach())
+    after = feed_forward(layer, middle)
+    return middle + torch.where(kept[:, None], after, after.detach())

@@ -1,9 +1,10 @@
 """What the configurations of all LeMo models share: the `lemo` block, and how it is read and written."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from .lemo_config import LemoConfig
+from .lemo_config import LemoConfig, LemoConfigError, shown
 
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
@@ -21,7 +22,8 @@ class LemoModelConfig:
     def __post_init__(self, **kwargs: Any) -> None:
         self.lemo = LemoConfig.from_dict(self.lemo)
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        self.lemo.validate_for(self.num_hidden_layers)  # type: ignore[attr-defined]
+        self.lemo.validate_for(self.num_hidden_layers, self.hidden_size)  # type: ignore[attr-defined]
+        _refuse_code_from_elsewhere(getattr(self, "auto_map", None))
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -36,3 +38,14 @@ class LemoModelConfig:
         if isinstance(output.get("lemo"), LemoConfig):
             output["lemo"] = output["lemo"].to_dict()
         return output
+
+
+def _refuse_code_from_elsewhere(auto_map: Any) -> None:
+    # `another/repo--file.Class` and `/a/folder/file.Class` would run, and travel on with whatever is trained from here.
+    named = list(auto_map.values()) if isinstance(auto_map, dict) else [] if auto_map is None else [auto_map]
+    for entry in named:
+        for name in entry if isinstance(entry, list | tuple) else [entry]:
+            if name is not None and not (isinstance(name, str) and re.fullmatch(r"\w+\.\w+", name)):
+                raise LemoConfigError(
+                    f"auto_map may name classes of files beside the config only; got {shown(name)}; take that entry out of config.json"
+                )

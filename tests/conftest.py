@@ -10,6 +10,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forked data loaders would prin
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels run in triton's interpreter then, which is chosen when a kernel is defined: before anything imports triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # Tiny tensors: threads cost more than they give, and one thread keeps sums in one order on every machine.

@@ -1,0 +1,113 @@
+"""The host's side of a kernel: argument checks, registration, device, tile sizes.
+
+Shapes, dtypes and devices are checked before every launch; they are known without asking the device. Index *values* are not:
+reading them would cost a synchronisation a call. They are checked here where that is free (tensors on the CPU, the
+interpreter), and every kernel masks the accesses that an index decides, so a wrong one gives NaN rows, never an illegal access.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+try:  # kernel-builder writes this module, so that several builds can be loaded side by side
+    from ._ops import add_op_namespace_prefix
+except ImportError:
+
+    def add_op_namespace_prefix(name: str) -> str:
+        """The operator's name with its namespace."""
+        return f"lemo_kernels::{name}"
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class KernelInputError(ValueError):
+    """Arguments that a kernel cannot take: one line with the fact, the value and the fix."""
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a host function as a custom operator: opaque to torch.compile, callable on fake tensors once it has a fake."""
+    return torch.library.custom_op(add_op_namespace_prefix(name), mutates_args=())
+
+
+def launch_on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's device the current one, which is where triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def require(holds: bool, fact: str, value: object, fix: str) -> None:
+    """Raises `KernelInputError` unless `holds`."""
+    if not holds:
+        raise KernelInputError(f"{fact}; got {value}; {fix}")
+
+
+def require_rows(
+    name: str, tensor: Tensor, width: int | None = None, like: Tensor | None = None, count: int | None = None
+) -> None:
+    """Checks a matrix of rows: two dimensions, a supported dtype, and where given its width, its count and the device of `like`."""
+    require(tensor.dim() == 2, f"{name} must be (rows, width)", f"shape {tuple(tensor.shape)}", "flatten the batch first")
+    require(tensor.dtype in DTYPES, f"{name} must be float32, float16 or bfloat16", tensor.dtype, "use the PyTorch reference")
+    if width is not None:
+        require(tensor.shape[1] == width, f"{name} must have rows of width {width}", tensor.shape[1], "pass rows of one width")
+    if count is not None:
+        require(tensor.shape[0] == count, f"{name} must have {count} rows", tensor.shape[0], "pass one row per index")
+    if like is not None:
+        require_device(name, tensor, like)
+
+
+def require_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Checks that a tensor lies where `like` does."""
+    require(tensor.device == like.device, f"{name} must be on {like.device}", tensor.device, "move it there")
+
+
+def require_vector(name: str, tensor: Tensor, length: int, like: Tensor) -> None:
+    """Checks a contiguous vector such as a norm's weight."""
+    require(tensor.shape == (length,), f"{name} must have shape ({length},)", tuple(tensor.shape), "pass one number per column")
+    require(tensor.dtype in DTYPES, f"{name} must be float32, float16 or bfloat16", tensor.dtype, "use the PyTorch reference")
+    require_device(name, tensor, like)
+
+
+def require_index(name: str, index: Tensor, bound: int, like: Tensor, dtype: torch.dtype = torch.int64) -> None:
+    """Checks a vector of row numbers; their range too where it costs no synchronisation."""
+    require(index.dim() == 1, f"{name} must be a vector", f"shape {tuple(index.shape)}", "flatten it")
+    require(index.dtype == dtype, f"{name} must be {dtype}", index.dtype, f"call .to({dtype})")
+    require_device(name, index, like)
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and type(index) is Tensor and index.numel():
+        low, high = int(index.min()), int(index.max())
+        require(low >= 0 and high < bound, f"{name} must be in [0, {bound})", f"{low} to {high}", "select rows of this batch")
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is dense, a copy otherwise."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def optional(tensor: Tensor | None, instead: Tensor) -> Tensor:
+    """A pointer for an argument that the kernel does not read."""
+    return instead if tensor is None else tensor
+
+
+def on_device(values: list[int] | Tensor, device: torch.device) -> Tensor:
+    """Host numbers as an int64 tensor on a device, without waiting for it: a copy from pageable memory would be synchronous."""
+    host = torch.as_tensor(values, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def movement_tile(width: int) -> tuple[int, int]:
+    """Rows and columns of a tile for kernels that treat columns alike: 8192 elements, 16 KiB of a 16-bit type."""
+    columns = min(triton.next_power_of_2(max(width, 1)), 1024)
+    return 8192 // max(columns, 128), columns
+
+
+def whole_row_tile(width: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a tile that holds whole rows, for kernels that reduce over them."""
+    columns = triton.next_power_of_2(max(width, 1))
+    require(
+        columns <= 65536, "a row must fit into one program's registers, up to 65536 columns", width, "use the PyTorch reference"
+    )
+    rows = max(1, 2048 // max(columns, 128))
+    return rows, columns, min(32, max(4, columns * rows // 512))

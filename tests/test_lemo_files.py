@@ -106,13 +106,30 @@ BAD_FILES = {
         r"is \(3, 4\), the model needs \(64, 32\)",
     ),
     "truncated config": (lambda f: cut(f / CONFIG_FILE, 40), "not JSON"),
-    "absurd widths": (lambda f: rewrite_config(f, predictor_sizes=[[10**12] * 4] * 3), "has widths"),
-    "negative widths": (lambda f: rewrite_config(f, predictor_sizes=[[-1] * 4] * 3), "has widths"),
+    "absurd widths": (lambda f: rewrite_config(f, predictor_sizes=[[10**12] * 4] * 3), "between 1 and hidden_size 64; got"),
+    "negative widths": (lambda f: rewrite_config(f, predictor_sizes=[[-1] * 4] * 3), "must list four widths per layer"),
     "layers too few": (lambda f: rewrite_config(f, predictor_sizes=[[32] * 4] * 2), "lists 2 layers, the model has 3"),
     "thresholds too few": (lambda f: rewrite_config(f, thresholds=[0.5]), "lists 1 layers"),
     "keep ratio": (lambda f: rewrite_config(f, keep_ratio=1.5), r"must be in \(0, 1\]"),
     "unknown setting": (lambda f: rewrite_config(f, keep_ratios=0.5), "did you mean 'keep_ratio'"),
     "newer schema": (lambda f: rewrite_config(f, schema_version=99), "schema_version 99"),
+    "rope that is no mapping": (lambda f: rewrite_config(f, base_config={"rope_parameters": [1]}), "rope_parameters is no such"),
+    "nested rope": (lambda f: rewrite_config(f, base_config={"rope_parameters": {"factor": {}}}), "rope_parameters is no such"),
+    "context": (
+        lambda f: rewrite_config(f, base_config={"max_position_embeddings": 10**30}),
+        "max_position_embeddings is no such",
+    ),
+    "whole numbers": (
+        lambda f: rewrite_tensors(f, lambda t: t.update({"layers.0.query.matrices.0": torch.zeros(64, 32, dtype=torch.int64)})),
+        "matrices.0' is I64, predictors are float32",
+    ),
+    "not a number": (
+        lambda f: rewrite_tensors(f, lambda t: t["layers.1.query.matrices.0"][3].fill_(torch.nan)),
+        "layers.1.query.matrices.0 holds values that are not finite",
+    ),
+    "deeply nested config": (lambda f: (f / CONFIG_FILE).write_text('{"a":' * 10**5), "not JSON"),
+    "endless number": (lambda f: (f / CONFIG_FILE).write_text('{"seed": ' + "9" * 5000 + "}"), "not JSON"),
+    "endless config": (lambda f: (f / CONFIG_FILE).write_bytes(b" " * (2**24 + 1)), "too large for what it should hold"),
     "foreign base config": (lambda f: rewrite_config(f, base_config={"auto_map": {"x": "../y"}}), "base_config may hold"),
 }
 

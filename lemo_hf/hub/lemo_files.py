@@ -8,6 +8,7 @@ predictors are written and read together.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import LemoError
-from ..models.lemo_config import LemoConfig, LemoConfigError
+from ..models.lemo_config import LemoConfig, LemoConfigError, shown
 from ..models.pattern_predictor import PatternPredictor
 from ..models.sparse_decoder import sparse_backbone
 
@@ -30,6 +31,10 @@ CONFIG_FILE = "lemo_config.json"
 BASE_CONFIG = "base_config"
 # What fine-tuning for a longer context changes in the base model's config. Reading sets these fields and no others.
 CONTEXT_FIELDS = ("rope_parameters", "max_position_embeddings")
+# Found by a run's phases and worth as much as its predictors; all other fields of the block are settings.
+FOUND_FIELDS = ("thresholds", "predictor_sizes", "predictor_rank", "predictor_features")
+# No JSON file of ours comes near it.
+_LARGEST_JSON = 16 * 2**20  # bytes
 
 
 # Files that are either whole or not there.
@@ -63,12 +68,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         LemoError: If the file is missing, corrupt or truncated.
     """
-    with _opened(path) as stored:
+    with opened_tensors(path) as stored:
         return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118 (no mapping)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file as `safe_open` gives it: its header is read, and checked against the file's length, but no tensor.
+
+    Raises:
+        LemoError: If the file is missing, corrupt or truncated.
+    """
     if not path.is_file():
         raise LemoError(f"file does not exist; {str(path)!r}; name a folder that a LeMo run saved, or train predictors")
     try:
@@ -91,13 +101,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's mapping.
 
     Raises:
-        LemoError: If the file is missing or no JSON mapping.
+        LemoError: If the file is missing, far too large or no JSON mapping.
     """
     if not path.is_file():
         raise LemoError(f"file does not exist; {str(path)!r}; name a folder that a LeMo run saved")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise LemoError(f"file is too large for what it should hold; {str(path)!r}, {path.stat().st_size} bytes; copy it again")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers of thousands of digits; nesting as deep
         raise LemoError(f"file is not JSON ({error}); {str(path)!r}; copy it again, or train anew") from error
     if not isinstance(values, dict):
         raise LemoError(f"file holds no JSON mapping; {str(path)!r}; copy it again, or train anew")
@@ -156,10 +168,29 @@ def read_lemo_files(folder: str | Path) -> tuple[LemoConfig, dict[str, Any]]:
     base_config = values.pop(BASE_CONFIG, {})
     if not isinstance(base_config, dict) or not set(base_config) <= set(CONTEXT_FIELDS):
         raise LemoError(f"{BASE_CONFIG} may hold {', '.join(CONTEXT_FIELDS)} only; {str(path)!r}; restore the file from its run")
+    for name, is_sound in (("rope_parameters", _is_rope), ("max_position_embeddings", _is_context)):
+        if name in base_config and not is_sound(base_config[name]):
+            raise LemoError(
+                f"{name} is no such thing; got {shown(base_config[name])} in {str(path)!r}; restore the file from its run"
+            )
     try:
         return LemoConfig.from_dict(values), base_config
     except LemoConfigError as error:
         raise LemoError(str(error)) from error
+
+
+def _is_context(tokens: Any) -> bool:
+    return isinstance(tokens, int) and not isinstance(tokens, bool) and 0 < tokens < 2**31
+
+
+def _is_rope(values: Any) -> bool:
+    # Numbers, names and lists of numbers, one for each pair of a head's dimensions.
+    def is_plain(value: Any) -> bool:
+        return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+
+    return isinstance(values, dict) and all(
+        is_plain(value) or (isinstance(value, list) and all(map(is_plain, value))) for value in values.values()
+    )
 
 
 def load_lemo_files(model: nn.Module, folder: str | Path) -> None:
@@ -178,6 +209,7 @@ def load_lemo_files(model: nn.Module, folder: str | Path) -> None:
     path = Path(folder) / PREDICTORS_FILE
     check_predictor_shapes(path, block, len(backbone.layers), backbone.config.hidden_size)
     tensors, _ = read_tensors(path)
+    _require_numbers(tensors, str(path))
     backbone.config.lemo.update(**block.to_dict())
     _install(backbone, tensors, block)
 
@@ -211,7 +243,8 @@ def set_predictors(backbone: Any, tensors: dict[str, Tensor], block: LemoConfig,
             f"{source!r}; set the same block_size, or train predictors for this one"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    _require_shapes(shapes, block, len(backbone.layers), backbone.config.hidden_size, source)
+    require_shapes(shapes, block, len(backbone.layers), backbone.config.hidden_size, source)
+    _require_numbers(tensors, source)
     _install(backbone, tensors, block)
 
 
@@ -221,31 +254,51 @@ def check_predictor_shapes(path: Path, block: LemoConfig, layers: int, hidden_si
     Raises:
         LemoError: If they do not fit, or the file is missing, corrupt or truncated.
     """
-    with _opened(path) as stored:
-        found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 (no mapping)
-    _require_shapes(found, block, layers, hidden_size, str(path))
+    with opened_tensors(path) as stored:
+        parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+        shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+        others = [f"{shown(name)} is {part.get_dtype()}" for name, part in parts.items() if part.get_dtype() != "F32"]
+    require_shapes(shapes, block, layers, hidden_size, str(path))
+    if others:
+        raise _misfit(f"{others[0]}, predictors are float32", str(path))
 
 
-def _require_shapes(found: dict[str, tuple[int, ...]], block: LemoConfig, layers: int, hidden_size: int, source: str) -> None:
-    def misfit(fact: str) -> LemoError:
-        return LemoError(
-            f"predictors do not fit the model: {fact}; {source!r}; use those of a run on this model, or train new ones"
-        )
+def require_shapes(found: dict[str, tuple[int, ...]], block: LemoConfig, layers: int, hidden_size: int, source: str) -> None:
+    """Compares shapes, by the names of [`predictor_tensors`], with those that a block and a model need.
 
+    Args:
+        found: The shapes that there are.
+        block: The block that they are to serve.
+        layers, hidden_size: Of the model.
+        source: Names them in errors.
+
+    Raises:
+        LemoError: If one is missing, too many or another.
+    """
     try:
-        block.validate_for(layers)
+        block.validate_for(layers, hidden_size)
     except LemoConfigError as error:
-        raise misfit(str(error)) from error
+        raise LemoError(f"predictors do not fit the model: {error} ({source!r})") from error
     needed: dict[str, tuple[int, ...]] = {}
     for layer, sizes in enumerate(_sizes(block, layers)):
-        if len(sizes) != 4 or not all(isinstance(size, int) and 0 < size <= hidden_size for size in sizes):
-            raise misfit(f"layer {layer} has widths {sizes}, the model's hidden_size is {hidden_size}")
         with torch.device("meta"):
             predictor = PatternPredictor(hidden_size, sizes, block.predictor_features)
         needed |= {f"layers.{layer}.{name}": tuple(weight.shape) for name, weight in predictor.named_parameters()}
     for name in sorted(needed.keys() | found.keys()):
         if found.get(name) != needed.get(name):
-            raise misfit(f"{name} is {found.get(name, 'missing')}, the model needs {needed.get(name, 'no such tensor')}")
+            has = shown(found[name]) if name in found else "missing"
+            raise _misfit(f"{shown(name)[1:-1]} is {has}, the model needs {needed.get(name, 'no such tensor')}", source)
+
+
+def _misfit(fact: str, source: str) -> LemoError:
+    return LemoError(f"predictors do not fit the model: {fact}; {source!r}; use those of a run on this model, or train new ones")
+
+
+def _require_numbers(tensors: dict[str, Tensor], source: str) -> None:
+    # A comparison with NaN is false both ways: blocks would be kept by their place.
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise _misfit(f"{name} holds values that are not finite", source)
 
 
 def _sizes(block: LemoConfig, layers: int) -> list[list[int]]:

@@ -228,7 +228,7 @@ def test_head_sizes_beyond_256_and_float64_are_refused():
 def test_flash_operators_accept_the_call_and_return_its_shapes(monkeypatch):
     """No GPU here: fake CUDA tensors run the schemas and shape functions of ATen's CUDA operators; gpu_suite.py the operators."""
     monkeypatch.setattr(
-        document_attention, "_numbers", lambda values, device: torch.empty(len(values), dtype=torch.int64, device=device)
+        document_attention, "on_device", lambda values, device: torch.empty(len(values), dtype=torch.int64, device=device)
     )
     with FakeTensorMode():
         query, key, value = (torch.empty(20, count, 128, dtype=torch.bfloat16, device="cuda") for count in (4, 2, 2))

@@ -17,16 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .host import DTYPES, operator, require, unit_stride
+from .host import DTYPES, on_device, operator, require, unit_stride
 from .interval_attention import interval_attention, interval_attention_backward
 
 MAX_HEAD_DIM = 256
-
-
-def _numbers(values: list[int], device: torch.device) -> Tensor:
-    """Host numbers on the device without waiting for it: pageable memory would make the copy synchronous."""
-    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
 
 
 def _intervals(
@@ -37,7 +31,7 @@ def _intervals(
     if len(lengths) == 1:
         starts = document = torch.zeros_like(rows)
     else:
-        counts = _numbers(lengths, device)
+        counts = on_device(lengths, device)
         indices = torch.arange(len(lengths), device=device)
         document = indices.repeat_interleave(counts, output_size=num_rows)
         starts = (counts.cumsum(0) - counts)[document]
@@ -58,7 +52,7 @@ def _cumulated(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
     ends = [0]
     for length in lengths:
         ends.append(ends[-1] + length)
-    return _numbers(ends, device).int(), max(lengths)
+    return on_device(ends, device).int(), max(lengths)
 
 
 def _flash_forward(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,121 @@
+"""The block-score kernel against the definition in lemo_hf/models."""
+
+import pytest
+import torch
+from lemo_kernels.host import KernelInputError
+from lemo_kernels.token_informativeness import (
+    _block_informativeness,
+    _block_scores,
+    block_scores,
+    informativeness_by_document,
+)
+
+from lemo_hf.models import token_informativeness as reference
+
+SCALE = 0.29
+LIMITS = {torch.float32: 1e-6, torch.float16: 1e-6}  # the same 16-bit numbers in, float32 sums in both
+
+
+def heads(tokens, queries=4, keys=2, dim=16, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(tokens, count, dim, generator=generator).to(dtype) for count in (queries, keys))
+
+
+def assert_same_scores(got, wanted, limit):
+    assert got.shape == wanted.shape
+    assert got.dtype == torch.float32
+    assert torch.equal(got.triu(1), torch.zeros_like(got)), "nothing above the diagonal"
+    assert wanted.abs().max() > 0.1
+    assert (got - wanted).square().mean().sqrt() <= limit * wanted.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "block_size"), [(1, 8), (63, 8), (65, 8), (200, 8), (300, 64), (257, 48), (150, 1), (290, 140), (40, 64)]
+)
+def test_scores_equal_the_definition(tokens, block_size, dtype):
+    query, key = heads(tokens, dtype=dtype)
+    got = block_scores(query, key, block_size, SCALE)
+    assert_same_scores(got, reference.block_scores(query, key, block_size, SCALE), LIMITS[dtype])
+
+
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(1, 1, 8), (6, 2, 24), (3, 3, 160), (2, 1, 256)])
+def test_head_counts_and_head_sizes(queries, keys, dim):
+    query, key = heads(150, queries, keys, dim)
+    got = block_scores(query, key, 16, SCALE)
+    assert_same_scores(got, reference.block_scores(query, key, 16, SCALE), 1e-6)
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 130, 1000])
+def test_only_pairs_within_the_window_count(window):
+    query, key = heads(400)
+    got = block_scores(query, key, 16, SCALE, window)
+    assert_same_scores(got, reference.block_scores(query, key, 16, SCALE, window), 1e-6)
+
+
+def test_two_thousand_tokens():
+    query, key = heads(2000, 2, 1)
+    assert_same_scores(block_scores(query, key, 64, SCALE), reference.block_scores(query, key, 64, SCALE), 1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("block_size", [8, 130])
+def test_informativeness_by_document(block_size, window):
+    lengths = [70, 0, 1, 33, 8, 200]
+    query, key = heads(sum(lengths))
+    got = informativeness_by_document(query, key, lengths, block_size, SCALE, window)
+    parts = zip(query.split(lengths), key.split(lengths), strict=True)
+    wanted = [
+        reference.block_informativeness(reference.block_scores(q, k, block_size, SCALE, window)) if len(q) else torch.zeros(0)
+        for q, k in parts
+    ]
+    assert [part.shape for part in got] == [part.shape for part in wanted]
+    torch.testing.assert_close(torch.cat(got), torch.cat(wanted))
+    assert got[2].item() == 0.0, "a document of one block"
+
+
+def test_a_document_has_the_same_bits_alone_and_packed():
+    lengths = [70, 33, 200]
+    query, key = heads(sum(lengths), dtype=torch.float16)
+    packed = informativeness_by_document(query, key, lengths, 8, SCALE)
+    for q, k, wanted in zip(query.split(lengths), key.split(lengths), packed, strict=True):
+        (alone,) = informativeness_by_document(q, k, [len(q)], 8, SCALE)
+        assert torch.equal(alone, wanted)
+    again = informativeness_by_document(query, key, lengths, 8, SCALE)
+    assert all(torch.equal(first, second) for first, second in zip(packed, again, strict=True))
+
+
+def test_inputs_that_are_not_contiguous_are_read_as_they_are():
+    query, key = heads(90)
+    wanted = block_scores(query, key, 16, SCALE)
+    heads_first = [part.transpose(0, 1).contiguous().transpose(0, 1) for part in (query, key)]
+    dims_first = [part.permute(2, 1, 0).contiguous().permute(2, 1, 0) for part in (query, key)]
+    assert torch.equal(block_scores(*heads_first, 16, SCALE), wanted)
+    assert torch.equal(block_scores(*dims_first, 16, SCALE), wanted)
+
+
+def test_operators_are_registered_as_torch_expects():
+    query, key = heads(40)
+    torch.library.opcheck(_block_scores, (query, key, [24, 16], 8, SCALE, 5))
+    torch.library.opcheck(_block_informativeness, (_block_scores(query, key, [24, 16], 8, SCALE, None), [3, 2]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": [10, 11]}, "the 20 tokens"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"window": 0}, "window=0"),
+        ({"key": torch.zeros(20, 3, 16)}, "multiple of the key heads; got 3"),
+        ({"key": torch.zeros(19, 2, 16)}, r"\(19, 2, 16\)"),
+        ({"key": torch.zeros(20, 2, 16, dtype=torch.float16)}, "float16"),
+        ({"key": torch.zeros(20, 2, 16, device="meta")}, "meta"),
+        ({"query": torch.zeros(20, 4, 264), "key": torch.zeros(20, 2, 264)}, "256; got 264"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_on_the_host(change, message):
+    query, key = heads(20)
+    arguments = {"query": query, "key": key, "lengths": [20], "block_size": 8, "scale": SCALE, **change}
+    with pytest.raises(KernelInputError, match=message):
+        informativeness_by_document(**arguments)

@@ -37,5 +37,5 @@ class LemoLlamaModel(SparseBackbone, LemoLlamaPreTrainedModel, LlamaModel):
 class LemoLlamaForCausalLM(SparseCausalLM, LemoLlamaPreTrainedModel, LlamaForCausalLM):
     """`LlamaForCausalLM` with token elimination and a segmented loss in training; stock in evaluation and generation."""
 
-    backbone_class = LemoLlamaModel
+    base_model_class = LemoLlamaModel
     forward = with_segmented_loss(LlamaForCausalLM.forward)

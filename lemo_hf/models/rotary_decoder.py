@@ -31,6 +31,11 @@ class RotaryDecoderLayer(SparseDecoderLayer):
     def attention_scale(self) -> float:
         return self.self_attn.scaling
 
+    @property
+    def attention_window(self) -> int | None:
+        # Families whose layers differ in it note it in their attention module.
+        return getattr(self.self_attn, "sliding_window", None)
+
     def attention_norm(self, rows: Tensor) -> Tensor:
         return self._norm(self.input_layernorm, rows)
 

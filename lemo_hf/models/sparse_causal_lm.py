@@ -31,11 +31,11 @@ class SparsePreTrainedModel:
 class SparseCausalLM:
     """Mixin of a stock causal language model (before it in the bases): its backbone is the LeMo one."""
 
-    backbone_class: type[nn.Module]
+    base_model_class: type[nn.Module]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        self.model = self.backbone_class(config)
+        self.model = self.base_model_class(config)
         self.post_init()  # type: ignore[attr-defined]
 
 

@@ -331,14 +331,27 @@ class SparseBackbone:
         # and the layers read documents instead.
         no_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=shape_of.device)
         kwargs["use_cache"] = False
+        kwargs["position_ids"] = self.sparse_position_ids(documents, batch_size, kwargs.get("position_ids"))
         output = super().forward(input_ids=input_ids, attention_mask=no_mask, sparse_batch=batch, **kwargs)  # type: ignore[misc]
         self.lemo_kept_shares = tuple(batch.selections[layer].kept_share for layer in range(batch.num_layers))
         return output
 
+    def sparse_position_ids(self, documents: Documents, batch_size: int, given: Tensor | None) -> Tensor | None:
+        """The `position_ids` of a sparse forward, for architectures that would read them off the mask, which is withheld here.
+
+        Args:
+            documents: The batch's documents, at least one.
+            batch_size: Rows of the batch.
+            given: What the caller passed.
+        """
+        return given
+
     def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
-        dropout = getattr(self.config, "attention_dropout", 0.0)
-        if dropout:
-            raise LemoConfigError(f"LeMo attention has no dropout; the config has attention_dropout={dropout}; set it to 0.0")
+        for name, fact in (("attention_dropout", "LeMo attention has no dropout"), ("layerdrop", "LeMo runs every layer")):
+            if value := getattr(self.config, name, 0.0):
+                raise LemoConfigError(f"{fact}; the config has {name}={value}; set it to 0.0")
+        if not getattr(self.config, "is_causal", True):
+            raise LemoConfigError("LeMo attention is causal; the config has is_causal=False; train with enabled=False")
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise LemoConfigError(
                 "attention weights are never formed in training; got output_attentions=True; ask for them after model.eval()"

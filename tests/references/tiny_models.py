@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
+from lemo_hf import registry
 from lemo_hf.models.lemo_config import LemoConfig
-from lemo_hf.models.modeling_lemo_llama import LemoLlamaForCausalLM
 from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone
 from lemo_hf.registry import lemo_config_from
 
@@ -18,42 +18,65 @@ PAD = 0
 VOCABULARY = 96
 
 
-def stock_model(seed: int = 0, **changes) -> LlamaForCausalLM:
-    """2 layers, hidden 32, 4 heads of 8 sharing 2 key/value heads. Wide weights, so that scores differ clearly."""
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.2,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": PAD,
-    }
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": PAD,
+}
+_ROTARY = {
+    "intermediate_size": 80,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,
+}
+# Stock class and config of each architecture's tiny model: 2 layers, hidden 32, 4 heads of 8. Wide weights, so that scores
+# differ clearly, and windows far smaller than the documents.
+ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], dict]] = {
+    "llama": (LlamaForCausalLM, _ROTARY),
+    "mistral": (MistralForCausalLM, {**_ROTARY, "sliding_window": 11}),
+    "opt": (OPTForCausalLM, {"ffn_dim": 80, "max_position_embeddings": 512, "init_std": 0.2, "dropout": 0.0}),
+    "qwen2": (Qwen2ForCausalLM, {**_ROTARY, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}),
+}
+
+
+def stock_model(seed: int = 0, architecture: str = "llama", **changes) -> PreTrainedModel:
+    """The tiny model of an architecture, the same weights for the same seed."""
+    stock_class, values = ARCHITECTURES[architecture]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+        return stock_class(stock_class.config_class(**{**_SHAPE, **values, **changes})).eval()
+
+
+def with_varied_vectors(model: PreTrainedModel, seed: int = 5) -> PreTrainedModel:
+    """Norm weights other than 1 and biases other than 0, which models are not initialised with."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+    return model
 
 
 def add_lora(model, targets="all-linear", **changes):
     """LoRA with random A and B, so that every adapter weight has a gradient; the same weights for the same model."""
     if targets == "attention":
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        targets = ["q_proj", "k_proj", "v_proj", "out_proj" if model.config.model_type.endswith("opt") else "o_proj"]
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **changes))
 
 
-def lemo_model(stock: LlamaForCausalLM, lora: dict | None = None, **lemo):
+def lemo_model(stock: PreTrainedModel, lora: dict | None = None, **lemo):
     """A LeMo model in training mode with the weights of `stock` and predictors that are the same every time."""
     lemo = {"block_size": 8, "predictor_rank": 8, "predictor_features": 8, **lemo}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = LemoLlamaForCausalLM(lemo_config_from(stock.config, LemoConfig(**lemo)))
+        config = lemo_config_from(stock.config, LemoConfig(**lemo))
+        model = registry.ARCHITECTURES[stock.config.model_type][1](config)
     model.to(next(stock.parameters()).dtype)
     missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
     assert not unexpected

@@ -3,20 +3,26 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from .errors import LemoError
-from .hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, load_lemo_files, read_lemo_files
-from .models.lemo_config import LemoConfigError
-from .recipe import ModelFields
-from .registry import AutoLemoModelForCausalLM, lemo_config_from
+from .hub.lemo_files import CONFIG_FILE, FOUND_FIELDS, PREDICTORS_FILE, load_predictors, read_lemo_files
+from .models.lemo_config import LemoConfig, LemoConfigError
+from .models.sparse_decoder import sparse_backbone
+from .registry import HUB_ARGUMENTS, AutoLemoModelForCausalLM, lemo_config_from
+
+if TYPE_CHECKING:
+    from .recipe import ModelFields
 
 _ASSETS = Path(__file__).with_name("assets")
 
@@ -59,7 +65,7 @@ def one_line_errors(fact: str, name: str) -> Iterator[None]:
         raise LemoError(f"{fact} ({reason}); {name!r}; check the name or path, and that its files are whole") from error
 
 
-def extended_config(model: ModelFields, seq_len: int) -> tuple[PreTrainedConfig, dict[str, Any]]:
+def extended_config(model: "ModelFields", seq_len: int) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The base model's config, and the fields to load it with so that it takes samples of `seq_len` tokens.
 
     Raises:
@@ -94,7 +100,7 @@ def extended_config(model: ModelFields, seq_len: int) -> tuple[PreTrainedConfig,
     return config, {"rope_parameters": rope, "max_position_embeddings": max(seq_len, context)}
 
 
-def load_tokenizer(model: ModelFields) -> Any:
+def load_tokenizer(model: "ModelFields") -> Any:
     """The base model's tokenizer."""
     with one_line_errors("tokenizer cannot be loaded", model.model):
         return AutoTokenizer.from_pretrained(model_location(model.model), revision=model.revision)
@@ -115,38 +121,165 @@ def load_saved_model(name: str, sparse: bool = False) -> tuple[Any, Any]:
     """
     with one_line_errors("model cannot be loaded", name):
         location = model_location(name)
-        adapter = _file(location, "adapter_config.json")
+        adapter = find_file(location, ADAPTER_CONFIG)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         dtype = torch.float32 if device is None else "auto"
-        model = _load_adapter(location, adapter, sparse, dtype) if adapter else _load_whole(location, sparse, dtype)
-        source = location if _file(location, "tokenizer_config.json") else model.config.name_or_path
+        model = _load_adapter(location, sparse, dtype) if adapter else _load_whole(location, sparse, dtype)
+        source = location if find_file(location, "tokenizer_config.json") else model.config.name_or_path
         return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(source)
 
 
-def _file(location: str, name: str) -> str | None:
-    # Of a folder or of a Hub repository; None where it has no such file.
+def find_file(location: str, name: str, **where: Any) -> str | None:
+    """Path of a file of a folder or of a Hub repository; `None` where it has no such file.
+
+    Args:
+        location: Folder or Hub id.
+        name: The file.
+        **where: As for `from_pretrained`: revision, token, cache_dir and the like.
+    """
+    where = {argument: value for argument, value in where.items() if argument != "trust_remote_code"}
     found: str | None = cached_file(
-        location, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        location, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **where
     )
     return found
 
 
-def _load_adapter(location: str, adapter_config: str, sparse: bool, dtype: torch.dtype | str) -> Any:
-    from peft import PeftConfig, PeftModel
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What the folder of a PEFT adapter says, LeMo's files beside it included.
 
-    base = model_location(PeftConfig.from_pretrained(str(Path(adapter_config).parent)).base_model_name_or_path)
-    found = _file(location, CONFIG_FILE)
-    if found is None and sparse:
+    Args:
+        location: The folder or Hub id, as PEFT takes it.
+        folder: Where its files lie: the folder itself, or a snapshot in the cache.
+        base: Folder or Hub id of the base model.
+        base_revision: Branch, tag or commit of the base model.
+        lemo: The lemo block; `None` for an adapter without LeMo's files.
+        base_config: Config fields to load the base model with.
+        has_predictors: Whether the predictors lie there too.
+    """
+
+    location: str
+    folder: Path
+    base: str
+    base_revision: str | None
+    lemo: LemoConfig | None
+    base_config: dict[str, Any]
+    has_predictors: bool
+
+    def block_for(self, lemo: LemoConfig | None) -> LemoConfig:
+        """The settings in `lemo` with the thresholds and predictor sizes of this adapter; its own block for `None`.
+
+        Raises:
+            LemoError: If training under `lemo` reads predictors and there are none.
+        """
+        if self.lemo is None:
+            return lemo or LemoConfig()
+        block = self.lemo if lemo is None else lemo
+        if block.needs_predictors and not self.has_predictors:
+            raise LemoError(
+                f"selection={block.selection!r} reads predictors, the adapter has no {PREDICTORS_FILE}; {self.location!r}; "
+                "copy it from the adapter's run, or train new ones: lemo train RECIPE --adapter FOLDER --predictor_documents 64"
+            )
+        found = {name: getattr(self.lemo, name) for name in FOUND_FIELDS}
+        if block.thresholds is not None:
+            found["thresholds"] = block.thresholds
+        return replace(block, **(found if self.has_predictors else {"thresholds": found["thresholds"]}))
+
+
+def read_adapter(name: str, base: str | None = None, **where: Any) -> SavedAdapter:
+    """Reads the small files of an adapter's folder and, from the Hub, fetches the others.
+
+    Args:
+        name: Folder or Hub id of the adapter.
+        base: Its base model, where it is not to be the one that the adapter names.
+        **where: As for `from_pretrained`: revision, token, cache_dir and the like.
+
+    Raises:
+        LemoError: If it is no adapter, or its files are damaged.
+    """
+    from peft import PeftConfig
+
+    with one_line_errors("adapter cannot be read", name):
+        location = model_location(name)
+        found = find_file(location, ADAPTER_CONFIG, **where)
+        if found is None:
+            raise LemoError(
+                f"folder holds no adapter; {name!r} has no {ADAPTER_CONFIG}; name the output folder of a run, or a checkpoint in it"
+            )
+        folder = Path(found).parent
+        config = PeftConfig.from_pretrained(str(folder))
+        has_block = find_file(location, CONFIG_FILE, **where) is not None
+        if find_file(location, ADAPTER_WEIGHTS, **where) is None:
+            raise LemoError(
+                f"adapter has no {ADAPTER_WEIGHTS}; {name!r}; copy it from its run, saved as safetensors: others are not read"
+            )
+        block, base_config = read_lemo_files(folder) if has_block else (None, {})
+        has_predictors = find_file(location, PREDICTORS_FILE, **where) is not None
+    if not (base or config.base_model_name_or_path):
+        raise LemoError(f"adapter does not name its base model; {str(found)!r}; add base_model_name_or_path to that file")
+    revision = None if base else config.revision
+    return SavedAdapter(
+        location, folder, base or config.base_model_name_or_path, revision, block, base_config, has_block and has_predictors
+    )
+
+
+def load_adapter(
+    name: str, lemo: LemoConfig | None = None, is_trainable: bool = False, base: str | None = None, **kwargs: Any
+) -> Any:
+    """An adapter on its base as a LeMo model: with the predictors, the thresholds and the positions of the run that saved it.
+
+    Args:
+        name: Folder or Hub id of the adapter.
+        lemo: How to eliminate tokens from here on; thresholds and predictors stay the adapter's. `None` is its run's own block.
+        is_trainable: Whether the adapter is to be trained further, as in `PeftModel.from_pretrained`.
+        base: Its base model, where it is not to be the one that the adapter names.
+        **kwargs: As for `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        A `PeftModel` over the LeMo model, in evaluation mode.
+
+    Raises:
+        LemoError: If a file is missing or damaged, or adapter, predictors and base do not fit each other.
+    """
+    where = {argument: kwargs.pop(argument) for argument in ("revision", "subfolder") if argument in kwargs}
+    shared = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
+    saved = read_adapter(name, base, **where, **shared)
+    block = saved.block_for(lemo)
+    with one_line_errors("base model cannot be loaded", saved.base):
+        model: Any = AutoLemoModelForCausalLM.from_pretrained(
+            model_location(saved.base), lemo=block, revision=saved.base_revision, **{**saved.base_config, **kwargs}
+        )
+    if saved.has_predictors:
+        load_predictors(sparse_backbone(model), saved.folder)
+    return put_adapter_on(model, saved, is_trainable)
+
+
+def put_adapter_on(model: Any, saved: SavedAdapter, is_trainable: bool = False, **kwargs: Any) -> Any:
+    """`PeftModel.from_pretrained`, with an error where an adapter that does not fit the model would only draw a warning.
+
+    Raises:
+        LemoError: If the adapter's weights are missing, damaged, or do not fit the model.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings(), without_peft_deprecation(), one_line_errors("adapter cannot be loaded", saved.location):
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        try:
+            return PeftModel.from_pretrained(model, str(saved.folder), is_trainable=is_trainable, **kwargs)
+        except (RuntimeError, UserWarning) as error:
+            raise ValueError(f"it does not fit the base model {saved.base!r}: {error}") from error
+
+
+def _load_adapter(location: str, sparse: bool, dtype: torch.dtype | str) -> Any:
+    if sparse and find_file(location, CONFIG_FILE) is None:
         raise LemoError(f"the sparse forward needs LeMo's files; {location!r} has no {CONFIG_FILE}; leave out --sparse")
-    block, base_config = read_lemo_files(Path(found).parent) if found else (None, {})
-    if sparse and found:
-        _file(location, PREDICTORS_FILE)  # a Hub repository's lands in the same folder
-        model: Any = AutoLemoModelForCausalLM.from_pretrained(base, lemo=block, dtype=dtype, **base_config)
-        load_lemo_files(model, Path(found).parent)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **base_config)
-    with without_peft_deprecation():
-        return PeftModel.from_pretrained(model, location)
+    if sparse:
+        return load_adapter(location, dtype=dtype)
+    saved = read_adapter(location)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_location(saved.base), dtype=dtype, revision=saved.base_revision, **saved.base_config
+    )
+    return put_adapter_on(model, saved)
 
 
 def _load_whole(location: str, sparse: bool, dtype: torch.dtype | str) -> Any:

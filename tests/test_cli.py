@@ -8,74 +8,20 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny_recipe import write_source
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lemo_hf import cli
-from lemo_hf.base_model.data import train_tokenizer
 from lemo_hf.evaluation.perplexity_metric import PerplexityMetric
 from lemo_hf.hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, read_lemo_files
 from lemo_hf.hub.model_card import RunResults
-from lemo_hf.text_data import PackedDocuments, TextDocument, spread_samples
-
-TEXT = "the model keeps some blocks and leaves other blocks out of each layer in every step of the run"
-WORDS = TEXT.split()
-RECIPE = """
-model: {folder}/base
-dtype: float32
-rope_type: linear
-data_files: [{folder}/train.jsonl]
-held_out_files: [{folder}/held_out.jsonl]
-seq_len: 128
-layout: packed
-block_size: 16
-lora_r: 4
-max_steps: 3
-per_device_train_batch_size: 1
-learning_rate: 1e-2
-logging_steps: 1
-save_steps: 2
-use_cpu: true
-disable_tqdm: true
-dataloader_pin_memory: false
-output_dir: {folder}/out
-"""
-
-
-def document(seed, words=60):
-    generator = torch.Generator().manual_seed(seed)
-    return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=generator))
-
-
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+from lemo_hf.text_data import PackedDocuments, spread_samples
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A folder with a tiny base model of context 64, its tokenizer, text and a recipe."""
-    folder = tmp_path_factory.mktemp("source")
-    tokenizer = train_tokenizer([TextDocument("words", TEXT)], 300, 64)
-    tokenizer.save_pretrained(folder / "base")
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_dropout=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder / "base")
-    write_jsonl(folder / "train.jsonl", [document(seed) for seed in range(20)])
-    write_jsonl(folder / "held_out.jsonl", [document(seed) for seed in range(100, 106)])
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
-    return folder
+    return write_source(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +245,7 @@ def test_bad_input_of_eval_ends_in_one_line(bad_inputs, trained, tmp_path, refus
     (cut / PREDICTORS_FILE).write_bytes(b"\x00" * 30)
     assert "corrupt or truncated" in refused("eval", cut, *data, "--sparse")
     (cut / "adapter_model.safetensors").write_bytes(b"\x00" * 30)
-    assert "model cannot be loaded" in refused("eval", cut, *data)
+    assert "adapter cannot be loaded" in refused("eval", cut, *data)
 
 
 def test_fewer_samples_still_come_from_the_whole_text():

@@ -3,14 +3,16 @@
 What is eliminated (block size, keep ratio, selection, form) belongs to the model and stands in `LemoConfig`.
 """
 
+import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from ..errors import LemoError
 
 
-@dataclass
+@dataclass(repr=False)  # the stock repr names a token by its kind; a generated one would show it
 class LemoTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the phases of a LeMo run.
 
@@ -80,6 +82,20 @@ class LemoTrainingArguments(TrainingArguments):
         self._require("recall_floor", 0 <= self.recall_floor <= 1, "a share in [0, 1]", "set it to 0 to never refit")
         self._require("prune_share", 0 < self.prune_share <= 1, "a share in (0, 1]", "leave it out for the default")
         self._require("dense_tail_share", 0 <= self.dense_tail_share < 1, "a share in [0, 1)", "0.05 is a short tail")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments beside every checkpoint, and pushes them.
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self) -> "LemoTrainingArguments":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LemoTrainingArguments":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _require(self, name: str, holds: bool, domain: str, fix: str) -> None:
         if not holds:

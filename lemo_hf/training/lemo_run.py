@@ -16,6 +16,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..errors import LemoError
 from ..hub.lemo_files import (
+    FOUND_FIELDS,
     load_predictors,
     predictor_tensors,
     read_json,
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "lemo_state.json"
 PROGRESS_FILE = "lemo_phases.safetensors"
-# Found by the phases or brought by shipped predictors: they may differ between the start of a run and its continuation.
-_FOUND_FIELDS = ("thresholds", "predictor_sizes", "predictor_rank", "predictor_features")
 _PHASE_ARGUMENTS = (
     "predictors",
     "predictor_documents",
@@ -106,7 +105,8 @@ class LemoRun:
         self.shows_progress = self.writes and not args.disable_tqdm
         self.lemo.validate_for(len(self.backbone.layers))
         phase_arguments = {name: getattr(self.args, name) for name in _PHASE_ARGUMENTS}
-        block = {name: value for name, value in self.lemo.to_dict().items() if name not in _FOUND_FIELDS}
+        # What the phases find, or shipped predictors bring, may differ between the start of a run and its continuation.
+        block = {name: value for name, value in self.lemo.to_dict().items() if name not in FOUND_FIELDS}
         self._settings = json.loads(json.dumps({**block, **phase_arguments, "phase_seed": seed}))
         self.finished, self.refits, self.metrics, self.fitted_now = [], 0, {}, False
         if state.global_step > 0:

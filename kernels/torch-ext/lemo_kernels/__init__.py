@@ -30,6 +30,11 @@ _HOMES = {
     "apply_rotary": "rotary",
     "gated_activation": "gated_activation",
     "block_features": "pattern_predictor",
+    "attend": "document_attention",
+    "with_kept_row_gradient": "document_attention",
+    "block_scores": "token_informativeness",
+    "informativeness_by_document": "token_informativeness",
+    "cross_entropy_in_place": "segmented_loss",
 }
 
 __all__ = ["INTERFACE", *sorted(_HOMES)]

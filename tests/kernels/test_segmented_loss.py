@@ -1,0 +1,113 @@
+"""The in-place cross-entropy against PyTorch's, and within the segmented loss of lemo_hf/models."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lemo_kernels.host import KernelInputError
+from lemo_kernels.segmented_loss import _cross_entropy_in_place, cross_entropy_in_place
+
+# One rounding of the gradient to its dtype, relative to the largest entry, which is near 1.
+LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4}
+
+
+def logits_and_labels(rows, vocabulary, dtype=torch.float32, seed=0, spread=4.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, vocabulary, generator=generator) * spread).to(dtype)
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels[1::3] = -100
+    return logits, labels
+
+
+def by_torch(logits, labels, softcap=None):
+    wide = logits.double().requires_grad_()
+    capped = wide if softcap is None else softcap * torch.tanh(wide / softcap)
+    losses = F.cross_entropy(capped, labels, reduction="none")
+    return losses.detach(), torch.autograd.grad(losses.sum(), wide)[0]
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (1, 63), (65, 65), (7, 2000), (3, 40000)])
+def test_losses_and_gradients_equal_torch(rows, vocabulary, softcap, dtype):
+    logits, labels = logits_and_labels(rows, vocabulary, dtype)
+    wanted, wanted_grad = by_torch(logits, labels, softcap)
+    losses = cross_entropy_in_place(logits, labels, softcap)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), wanted, rtol=2e-6, atol=2e-6)
+    assert torch.isfinite(logits).all()
+    assert (logits.double() - wanted_grad).abs().max() <= LIMITS[dtype]
+
+
+def test_large_logits_and_masked_ones():
+    logits = torch.full((3, 20000), -torch.inf)
+    logits[0, 19999] = 3e4  # behind a first strip of nothing but minus infinity
+    logits[1, 5], logits[1, 17000] = 80.0, 90.0
+    logits[2] = 1e4
+    labels = torch.tensor([19999, 5, 77])
+    wanted, wanted_grad = by_torch(logits, labels)
+    losses = cross_entropy_in_place(logits, labels)
+    torch.testing.assert_close(losses.double(), wanted, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(logits.double(), wanted_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_no_row_has_no_loss_and_an_ignored_row_no_gradient():
+    assert cross_entropy_in_place(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    logits, labels = logits_and_labels(4, 50)
+    labels[:] = -100
+    assert torch.equal(cross_entropy_in_place(logits, labels), torch.zeros(4))
+    assert torch.equal(logits, torch.zeros(4, 50))
+
+
+def test_rows_with_a_stride_are_written_where_they_lie():
+    wide = torch.full((6, 100), 7.0)
+    logits, labels = logits_and_labels(6, 40)
+    wide[:, 30:70] = logits
+    _, wanted = by_torch(logits, labels)
+    cross_entropy_in_place(wide[:, 30:70], labels)
+    torch.testing.assert_close(wide[:, 30:70], wanted.float(), rtol=1e-5, atol=1e-6)
+    wide[:, 30:70] = 7.0
+    assert torch.equal(wide, torch.full((6, 100), 7.0)), "nothing else was touched"
+
+
+def test_the_same_bits_twice():
+    first, labels = logits_and_labels(20, 3000, torch.float16)
+    second = first.clone()
+    assert torch.equal(cross_entropy_in_place(first, labels), cross_entropy_in_place(second, labels))
+    assert torch.equal(first, second)
+
+
+def test_autograd_knows_that_the_logits_changed():
+    weight = torch.randn(8, 30, requires_grad=True)
+    labels = torch.randint(0, 30, (5,))
+    plain = torch.randn(5, 8) @ weight
+    cross_entropy_in_place(plain.detach(), labels)
+    plain.backward(plain.detach())  # a product does not read its own result
+    saved = (torch.randn(5, 8) @ weight).tanh()
+    cross_entropy_in_place(saved.detach(), labels)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward(saved.detach())
+
+
+def test_the_operator_is_registered_as_torch_expects():
+    logits, labels = logits_and_labels(5, 40)
+    torch.library.opcheck(_cross_entropy_in_place, (logits, labels, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 3, 4)}, r"\(2, 3, 4\)"),
+        ({"logits": torch.zeros(4, 9, dtype=torch.float64)}, "float64"),
+        ({"logits": torch.zeros(9, 4).T}, r"strides \(1, 4\)"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, r"\(3,\)"),
+        ({"targets": torch.zeros(4, dtype=torch.int32)}, "int32"),
+        ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, "meta"),
+        ({"targets": torch.tensor([0, 8, 9, -100])}, r"got \[9\]"),
+        ({"targets": torch.tensor([0, 8, -1, -100])}, r"got \[-1\]"),
+        ({"softcap": 0.0}, "softcap"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_on_the_host(change, message):
+    with pytest.raises(KernelInputError, match=message):
+        cross_entropy_in_place(**{"logits": torch.zeros(4, 9), "targets": torch.zeros(4, dtype=torch.int64), **change})

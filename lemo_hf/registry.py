@@ -1,19 +1,33 @@
 """Stock model types and their LeMo classes; registration with AutoConfig and AutoModelForCausalLM; loading stock checkpoints."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .errors import LemoError
-from .models.configuration_lemo_llama import LemoLlamaConfig
 from .models.lemo_config import LemoConfig
-from .models.modeling_lemo_llama import LemoLlamaForCausalLM
 
-# stock model_type -> (LeMo config class, LeMo model class). A new architecture is one line here.
-ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "llama": (LemoLlamaConfig, LemoLlamaForCausalLM),
+# Stock model_type -> how its classes are called. A new architecture is one line here: `models/configuration_lemo_<type>.py` and
+# `models/modeling_lemo_<type>.py` hold its `Lemo<name>Config` and `Lemo<name>ForCausalLM`.
+_CLASS_NAMES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "opt": "OPT",
+    "qwen2": "Qwen2",
 }
+
+
+def _classes(stock_type: str, name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    configuration, modeling = (
+        import_module(f".models.{stem}_lemo_{stock_type}", __package__) for stem in ("configuration", "modeling")
+    )
+    return getattr(configuration, f"Lemo{name}Config"), getattr(modeling, f"Lemo{name}ForCausalLM")
+
+
+# stock model_type -> (LeMo config class, LeMo model class).
+ARCHITECTURES = {stock_type: _classes(stock_type, name) for stock_type, name in _CLASS_NAMES.items()}
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 

@@ -1,0 +1,383 @@
+"""What must hold for every architecture: each test runs for every row of references/tiny_models.ARCHITECTURES."""
+
+import functools
+import inspect
+
+import pytest
+import torch
+from references.decoder_layer import lemo_layer
+from references.saved_rows import saved_tensors
+from references.tiny_models import (
+    ARCHITECTURES,
+    add_lora,
+    assert_same_gradients,
+    batches_of,
+    chosen_blocks,
+    lemo_model,
+    loss_and_gradients,
+    place,
+    random_tokens,
+    stock_model,
+    trainable_gradients,
+    with_varied_vectors,
+)
+from transformers import AutoModelForCausalLM
+
+from lemo_hf import AutoLemoModelForCausalLM, registry
+from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone
+from lemo_hf.models.token_elimination import find_documents, selection_of_blocks
+
+FORMS = ["sparse", "exact"]
+CHECKPOINTS = ["none", "kept_rows"]
+LAYOUTS = ["left", "right", "left_positions", "packed_positions", "packed_seq_idx", "packed_cu"]
+pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def stock_of(architecture, **changes):
+    return with_varied_vectors(stock_model(architecture=architecture, **changes))
+
+
+def text(rows=2, length=50):
+    return torch.stack([random_tokens(length, row) for row in range(rows)])
+
+
+def assert_close_gradients(got, wanted, rtol=1e-4, share=1e-5):
+    """Equal up to `share` of the largest entry of all, below which cancellation leaves rounding only."""
+    largest = max(grad.abs().max().item() for grad in wanted.values())
+    assert_same_gradients(got, wanted, rtol=rtol, atol=share * largest)
+
+
+def test_the_registry_names_it_and_its_model_type_is_lemo_s(architecture):
+    assert set(registry.ARCHITECTURES) == set(ARCHITECTURES)
+    config_class, model_class = registry.ARCHITECTURES[architecture]
+    assert config_class.model_type == f"lemo_{architecture}"
+    assert issubclass(model_class, ARCHITECTURES[architecture][0])
+    assert model_class.config_class is config_class
+
+
+# --- The stock model, wherever LeMo is not training ---
+
+
+def test_the_forward_signature_is_the_stock_one(architecture):
+    """Trainer drops columns that it does not name, generate leaves out options that it does not name."""
+    stock = inspect.signature(ARCHITECTURES[architecture][0].forward).parameters
+    mine = inspect.signature(registry.ARCHITECTURES[architecture][1].forward).parameters
+    assert list(mine) == list(stock)
+    assert [p.default for p in mine.values()] == [p.default for p in stock.values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["eval", "disabled"])
+@pytest.mark.parametrize("layout", ["left", "right", "packed_positions"])
+def test_without_training_logits_are_the_stock_ones_bit_for_bit(architecture, case, layout, dtype):
+    stock = stock_of(architecture).to(dtype)
+    model = lemo_model(stock, enabled=case == "eval")
+    model.train(case == "disabled")
+    batch = place([random_tokens(length, length) for length in (40, 7, 23)], layout).batch
+    got, wanted = model(**batch), stock(**batch)
+    assert torch.equal(got.logits, wanted.logits)
+    assert torch.equal(got.loss, wanted.loss)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.8}], ids=str
+)
+def test_generation_with_a_cache_is_the_stock_one(architecture, training, options):
+    """Left padding too; and in training mode, since a cache means inference."""
+    stock = stock_of(architecture)
+    model = lemo_model(stock, keep_ratio=0.1, attention_forward="sparse").train(training)
+    batch = place([random_tokens(30, 1), random_tokens(11, 2)], "left").batch
+    results = []
+    for each in (model, stock):
+        torch.manual_seed(0)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        results.append(each.generate(**inputs, max_new_tokens=8, return_dict_in_generate=True, output_logits=True, **options))
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    assert all(torch.equal(a, b) for a, b in zip(results[0].logits, results[1].logits, strict=True))
+    assert sparse_backbone(model).lemo_draw == 0
+
+
+def test_arguments_by_place_and_results_as_a_tuple(architecture):
+    stock = stock_of(architecture)
+    batch = place([random_tokens(30, 1), random_tokens(11, 2)], "left").batch
+    arguments = batch["input_ids"], batch["attention_mask"]
+    model = lemo_model(stock)
+    assert torch.equal(model.eval()(*arguments).logits, stock(*arguments).logits)
+    wanted = model.train()(**batch).loss
+    names = list(inspect.signature(model.forward).parameters)
+    by_place = [batch.get(name) for name in names[: names.index("labels") + 1]]
+    sparse_backbone(model).lemo_draw = 0
+    (loss,) = model(*by_place, return_dict=False)
+    assert torch.equal(loss, wanted)
+    loss, logits, *_ = model.eval()(*by_place, return_dict=False)
+    assert torch.equal(loss, stock(**batch).loss)
+    assert logits.shape[:2] == batch["input_ids"].shape
+
+
+# --- Training that keeps everything, and the exact form ---
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("layout", ["right", "left"])
+@pytest.mark.parametrize("form", FORMS)
+def test_keeping_every_block_equals_stock_training(architecture, form, layout, checkpoint):
+    stock = stock_of(architecture)
+    model = lemo_model(stock, keep_ratio=1.0, attention_forward=form, segment_size=7, checkpoint=checkpoint)
+    batch = place([random_tokens(length, length) for length in (40, 7, 23)], layout).batch
+    loss, got = loss_and_gradients(model, batch)
+    wanted_loss, wanted = loss_and_gradients(stock.train(), batch, use_cache=False)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-6)
+    assert_close_gradients(got, wanted)
+
+
+@pytest.mark.parametrize("layout", ["packed_positions", "packed_seq_idx", "packed_cu"])
+def test_keeping_every_block_of_packed_documents_equals_stock_training_on_each(architecture, layout):
+    stock = stock_of(architecture)
+    documents = [random_tokens(length, length) for length in (40, 7, 23)]
+    loss, got = loss_and_gradients(lemo_model(stock, keep_ratio=1.0), place(documents, layout).batch, num_items_in_batch=1)
+    alone = [loss_and_gradients(stock.train(), place([each], "right").batch, num_items_in_batch=1) for each in documents]
+    torch.testing.assert_close(loss, sum(each for each, _ in alone), rtol=1e-5, atol=1e-5)
+    assert_close_gradients(got, {name: sum(grads[name] for _, grads in alone) for name in got})
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("selection", ["sampled", "ratio"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_exact_forward_is_the_dense_one_bit_for_bit(architecture, dtype, selection, checkpoint):
+    stock = stock_of(architecture).to(dtype)
+    model = lemo_model(stock, attention_forward="exact", keep_ratio=0.4, selection=selection, checkpoint=checkpoint)
+    output, wanted = model(text(), labels=text()), stock(text(), labels=text())
+    assert output.logits is None
+    assert torch.equal(model(text()).logits, wanted.logits)
+    torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-5, atol=1e-6)
+    output.loss.backward()
+    wanted.loss.backward()
+    mine, dense = (trainable_gradients(each)[name] for each in (model, stock) for name in first_query_weight(stock))
+    assert not torch.allclose(mine, dense, rtol=1e-2), "the gradient must be a restricted one"
+
+
+def first_query_weight(model):
+    return [name for name, _ in model.named_parameters() if name.endswith("layers.0.self_attn.q_proj.weight")]
+
+
+def test_gradients_in_bfloat16_are_as_good_as_the_stock_model_s(architecture):
+    """Rounding differs in places, so both are held against float32."""
+    wide, narrow = stock_of(architecture), stock_of(architecture).bfloat16()
+    batch = place([random_tokens(length, length) for length in (40, 7, 23)], "right").batch
+    _, wanted = loss_and_gradients(wide.train(), batch)
+    _, stock = loss_and_gradients(narrow.train(), batch)
+    _, got = loss_and_gradients(lemo_model(narrow, keep_ratio=1.0), batch)
+    mine, theirs = (torch.stack([(grads[name] - wanted[name]).norm() for name in wanted]).norm() for grads in (got, stock))
+    assert 0 < mine < 1.3 * theirs
+
+
+# --- One layer against the slow reference ---
+
+
+def layer_under_test(architecture, lora, form, checkpoint, lengths=(17, 1, 31, 8)):
+    """The last layer in float64, its input and a fixed selection over left-padded documents; the last row is padding only."""
+    stock = stock_of(architecture)
+    model = lemo_model(stock, lora, attention_forward=form, checkpoint=checkpoint, block_size=4).double()
+    backbone = sparse_backbone(model)
+    rows, width = len(lengths) + 1, max(lengths) + 2
+    mask = torch.zeros(rows, width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, width - length :] = 1
+    documents = find_documents(rows, width, 4, torch.device("cpu"), attention_mask=mask)
+    generator = torch.Generator().manual_seed(3)
+    marks = torch.rand(sum(documents.block_counts), generator=generator) < 0.5
+    for part in documents.split_blocks(marks):
+        part[0] = part[-1] = True
+    assert 0 < marks.sum() < len(marks)
+    hidden = torch.randn(rows, width, 32, generator=generator, dtype=torch.float64, requires_grad=True)
+    rotary = ()
+    if hasattr(backbone, "rotary_emb"):
+        rotary = backbone.rotary_emb(hidden, position_ids=torch.arange(width)[None])
+    batch = SparseBatch(documents, backbone.config.lemo, 2, 0, selections={1: selection_of_blocks(marks, documents)})
+    return backbone.layers[1], hidden, rotary, batch
+
+
+def slowly(layer, hidden, rotary, batch, form, window):
+    """The layer document by document with the slow reference; rows of no document pass unchanged."""
+    flat = hidden.flatten(0, 1)
+    rotary = [part.expand(hidden.shape[0], -1, -1).flatten(0, 1) for part in rotary]
+    kept = torch.zeros(flat.shape[0], dtype=torch.bool)
+    kept[batch.selections[1].kept_rows] = True
+    output = flat
+    for start, length in zip(batch.documents.starts, batch.documents.lengths, strict=True):
+        span = torch.arange(start, start + length)
+        result = lemo_layer(layer, flat[span], tuple(part[span] for part in rotary), kept[span], form, window)
+        output = output.index_copy(0, span, result)
+    return output.view_as(hidden)
+
+
+@pytest.mark.parametrize("lora", [None, {}, {"targets": ["q_proj", "up_proj", "fc1"]}], ids=["full", "all-linear", "some"])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_equals_the_slow_reference_with_all_its_gradients(architecture, form, checkpoint, lora):
+    layer, hidden, rotary, batch = layer_under_test(architecture, lora, form, checkpoint)
+    weights = {name: weight for name, weight in layer.named_parameters() if weight.requires_grad}
+    upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    # From the row, not from the layer: the layer's own reading of its window is under test too.
+    wanted = slowly(layer, hidden, rotary, batch, form, ARCHITECTURES[architecture][1].get("sliding_window"))
+    wanted_grads = torch.autograd.grad(wanted, [hidden, *weights.values()], upstream)
+    got = layer.sparse_forward(hidden, rotary, batch)
+    got_grads = torch.autograd.grad(got, [hidden, *weights.values()], upstream)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
+    for name, mine, reference in zip(["input", *weights], got_grads, wanted_grads, strict=True):
+        # The softmax does not see what every key adds alike.
+        assert reference.abs().max() > 1e-3 or name == "self_attn.k_proj.bias", name
+        torch.testing.assert_close(mine, reference, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_saves_kept_rows_and_nothing_of_the_whole_stream(architecture, form, checkpoint, dtype):
+    stock = stock_of(architecture).to(dtype)
+    model = lemo_model(stock, {}, attention_forward=form, checkpoint=checkpoint, keep_ratio=0.5)
+    backbone = sparse_backbone(model)
+    documents = find_documents(2, 61, 8, torch.device("cpu"))
+    batch = SparseBatch(documents, backbone.config.lemo, 2, 0)
+    hidden = torch.randn(2, 61, 32).to(dtype).requires_grad_()
+    rotary = backbone.rotary_emb(hidden, position_ids=torch.arange(61)[None]) if hasattr(backbone, "rotary_emb") else ()
+    # The result is held: what it saved must live for as long as the storages are looked at.
+    result, saved = saved_tensors(lambda: backbone.layers[1].sparse_forward(hidden, rotary, batch), model.parameters())
+    kept = batch.selections[1].kept_rows.numel()
+    assert result.requires_grad
+    assert saved
+    assert kept < 0.6 * 2 * 61
+    for tensor in saved:
+        assert tensor.shape[0] == kept, tuple(tensor.shape)
+        # Not a view of something longer either.
+        assert tensor.untyped_storage().nbytes() <= tensor.nbytes, tuple(tensor.shape)
+
+
+# --- A document, wherever it lies ---
+
+# Longer and shorter than a block of 4, one token, equal lengths, ragged ends.
+DOCUMENTS = [random_tokens(length, seed) for seed, length in enumerate((21, 3, 40, 8, 1, 17, 8))]
+SELECTIONS = {
+    "uniform": {},
+    "true_scores": {"selection": "ratio", "score_source": "true"},
+    "predicted": {"selection": "ratio"},
+}
+
+
+@functools.cache
+def model_for(architecture, selection, form):
+    return lemo_model(stock_of(architecture), {}, attention_forward=form, block_size=4, keep_ratio=0.4, **SELECTIONS[selection])
+
+
+def run(model, batch):
+    sparse_backbone(model).lemo_draw = 5
+    with batches_of(model) as batches:
+        loss, grads = loss_and_gradients(model, batch, num_items_in_batch=1)
+    return loss, grads, chosen_blocks(batches[0])
+
+
+@functools.cache
+def each_alone(architecture, selection, form):
+    return [run(model_for(architecture, selection, form), place([each], "packed_positions").batch) for each in DOCUMENTS]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "selection", ["true_scores", *(pytest.param(s, marks=pytest.mark.slow) for s in ("uniform", "predicted"))]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_document_is_trained_the_same_wherever_it_lies(architecture, form, selection, layout):
+    alone = each_alone(architecture, selection, form)
+    loss, grads, chosen = run(model_for(architecture, selection, form), place(DOCUMENTS, layout, extra=3).batch)
+    shares = [block for layer in chosen for document in layer for block in document[1:-1]]
+    assert 0 < sum(shares) < len(shares), "a selection of all or nothing proves nothing"
+    for index, (_, _, chosen_alone) in enumerate(alone):
+        assert [layer[index] for layer in chosen] == [layer[0] for layer in chosen_alone]
+    torch.testing.assert_close(loss, sum(result[0] for result in alone), rtol=1e-4, atol=1e-4)
+    wanted = {name: sum(result[1].get(name, torch.zeros(())) for result in alone) for name in grads}
+    assert_close_gradients(grads, wanted, rtol=1e-3, share=1e-4)
+
+
+# --- Weights ---
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_and_tied_heads_get_the_stock_gradient(architecture, tied):
+    stock = stock_of(architecture, tie_word_embeddings=tied)
+    model = lemo_model(stock, keep_ratio=1.0, segment_size=9)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    _, got = loss_and_gradients(model, {"input_ids": text(), "labels": text()})
+    _, wanted = loss_and_gradients(stock.train(), {"input_ids": text(), "labels": text()})
+    assert ("lm_head.weight" in got) != tied
+    assert_close_gradients(got, wanted)
+
+
+LORA = {
+    "attention": {"targets": "attention"},
+    "all-linear": {"targets": "all-linear"},
+    "embeddings_and_head": {"targets": ["q_proj", "embed_tokens", "lm_head"]},
+    "saved_embeddings_and_head": {"targets": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("lora", LORA)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_adapters_get_the_stock_gradient_and_the_same_evaluation(architecture, lora, checkpoint):
+    stock = stock_of(architecture)
+    model = lemo_model(stock, LORA[lora], keep_ratio=1.0, segment_size=9, checkpoint=checkpoint)
+    stock = add_lora(stock, **LORA[lora])
+    _, got = loss_and_gradients(model, {"input_ids": text(), "labels": text()})
+    _, wanted = loss_and_gradients(stock.train(), {"input_ids": text(), "labels": text()})
+    assert not any("lemo" in name for name in got)
+    assert_close_gradients(got, wanted)
+    assert torch.equal(model.eval()(text()).logits, stock.eval()(text()).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_loads_through_auto_and_as_stock(architecture, tied, tmp_path):
+    stock = stock_of(architecture, tie_word_embeddings=tied)
+    model = lemo_model(stock, keep_ratio=0.3, selection="ratio").eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    assert again.config.lemo == model.config.lemo
+    assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in model.named_parameters())
+    for each in (again, AutoLemoModelForCausalLM.from_pretrained(tmp_path), type(stock).from_pretrained(tmp_path)):
+        assert torch.equal(each(text()).logits, stock(text()).logits)
+    assert torch.equal(again.train()(text(), labels=text()).loss, model.train()(text(), labels=text()).loss)
+
+
+def test_a_stock_checkpoint_loads_with_its_weights_under_their_names(architecture, tmp_path):
+    stock = stock_of(architecture)
+    stock.save_pretrained(tmp_path)
+    model = AutoLemoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(model) is registry.ARCHITECTURES[architecture][1]
+    assert {name for name in model.state_dict() if "lemo_predictor" not in name} == set(stock.state_dict())
+    assert torch.equal(model(text()).logits, stock(text()).logits)
+
+
+# --- Checkpointing ---
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_way_of_checkpointing_changes_a_gradient(architecture, form, dropout):
+    stock = stock_of(architecture)
+    if hasattr(stock.config, "dropout"):
+        stock.config.dropout = dropout
+    batch = place([random_tokens(length, length) for length in (37, 50, 9)], "right").batch
+    results = []
+    for checkpoint, stock_checkpointing in (("none", None), ("kept_rows", None), ("none", False), ("kept_rows", True)):
+        lora = {"lora_dropout": dropout}
+        model = lemo_model(stock, lora, attention_forward=form, checkpoint=checkpoint, keep_ratio=0.4)
+        if stock_checkpointing is not None:
+            model.activation_checkpointing_enable({"use_reentrant": stock_checkpointing})
+            model.enable_input_require_grads()
+        torch.manual_seed(13)
+        results.append(loss_and_gradients(model, batch))
+    (loss, wanted), *others = results
+    for got_loss, got in others:
+        assert torch.equal(got_loss, loss)
+        # Dropout drawn anew, or a selection made anew, would be off by far more than rounding.
+        assert_close_gradients(got, wanted, rtol=1e-5, share=1e-6)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SECRET_FIELDS = ("hub_token",)
 # Say where things lie on one machine: nobody else's business, and no part of what was trained.
 LOCAL_FIELDS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name")
-PATH_FIELDS = ("model", "data_files", "held_out_files", "dataset", "predictors")
+PATH_FIELDS = ("model", "data_files", "held_out_files", "dataset", "adapter", "predictors")
 
 
 @dataclass
@@ -40,6 +40,7 @@ class ModelFields:
         rope_type: How positions beyond the base model's context are reached; "checkpoint" leaves them as they are.
         rope_factor: How many times the context grows; null is seq_len divided by the base model's context.
         rope_theta: Base of the rotary frequencies; null is the checkpoint's own.
+        license: The licence of what is tuned, for the model card: a code of the Hub's, such as llama3.1.
     """
 
     model: str
@@ -48,6 +49,7 @@ class ModelFields:
     rope_type: Literal["checkpoint", "linear", "yarn"] = "checkpoint"
     rope_factor: float | None = None
     rope_theta: float | None = None
+    license: str | None = None
 
 
 @dataclass
@@ -69,6 +71,7 @@ class DataFields:
         held_out_share: Share of the documents held out for evaluation, in [0, 1), chosen by their names.
         max_train_samples: Training samples at most, taken evenly from the whole text.
         max_eval_samples: Held-out samples at most, likewise.
+        language: Languages of the text, for the model card: ISO 639 codes; "code" for Python sources if not given.
     """
 
     seq_len: int
@@ -85,6 +88,7 @@ class DataFields:
     held_out_share: float = 0.05
     max_train_samples: int | None = None
     max_eval_samples: int | None = 32
+    language: list[str] | None = None
 
     def __post_init__(self) -> None:
         sources = [name for name in ("data_files", "dataset", "python_packages") if getattr(self, name)]
@@ -107,11 +111,26 @@ class DataFields:
             return "local files " + ", ".join(Path(name).name for name in self.data_files)
         if self.dataset:
             return (
-                f"data set {self.dataset}"
+                f"data set {_without_folders(self.dataset)}"
                 + (f" ({self.dataset_config})" if self.dataset_config else "")
                 + f", {self.dataset_split}"
             )
         return "Python sources of " + ", ".join(self.python_packages or [])
+
+    @property
+    def held_out_source(self) -> str:
+        """Where held-out text of its own comes from, in words; empty where it is a part of `source`."""
+        return "local files " + ", ".join(Path(name).name for name in self.held_out_files) if self.held_out_files else ""
+
+    @property
+    def hub_datasets(self) -> list[str]:
+        """Hub ids of the data sets read."""
+        return [self.dataset] if self.dataset and _without_folders(self.dataset) == self.dataset else []
+
+    @property
+    def languages(self) -> list[str]:
+        """The text's languages as far as they are known."""
+        return self.language or (["code"] if self.python_packages else [])
 
 
 @dataclass
@@ -119,6 +138,8 @@ class LoraFields:
     """The adapter.
 
     Args:
+        adapter: Folder or Hub id of a PEFT adapter to go on from, with its predictors, thresholds and positions where a LeMo run
+            saved it; the lora_ fields are the adapter's own then.
         lora_r: Rank.
         lora_alpha: Scale; the adapter's output is multiplied by lora_alpha / lora_r.
         lora_dropout: Dropout on the adapter's input.
@@ -127,6 +148,7 @@ class LoraFields:
         lora_dtype: Float type of the adapter: "float32" (PEFT's default) or the "model"'s.
     """
 
+    adapter: str | None = None
     lora_r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
@@ -230,14 +252,25 @@ class Recipe:
         hidden = (*SECRET_FIELDS, *LOCAL_FIELDS) if public else SECRET_FIELDS
         values = {name: value for name, value in self.values.items() if name not in hidden}
         if public:
-            values |= {name: _without_folders(values[name]) for name in PATH_FIELDS if name in values}
+            values = {name: _without_folders(value, may_be_relative=name in PATH_FIELDS) for name, value in values.items()}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=130)
 
 
-def _without_folders(value: Any) -> Any:
+def _without_folders(value: Any, may_be_relative: bool = True) -> Any:
+    """Local paths cut down to their names, in lists and mappings too.
+
+    Args:
+        value: A recipe's value.
+        may_be_relative: Text that names a file or folder from here counts as well as an absolute path.
+    """
     if isinstance(value, list):
-        return [_without_folders(each) for each in value]
-    return Path(value).name if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()) else value
+        return [_without_folders(each, may_be_relative) for each in value]
+    if isinstance(value, dict):
+        return {name: _without_folders(each, may_be_relative) for name, each in value.items()}
+    if not isinstance(value, str):
+        return value
+    local = value.startswith("~") or Path(value).is_absolute() or (may_be_relative and Path(value).exists())
+    return Path(value).name if local else value
 
 
 def read_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:

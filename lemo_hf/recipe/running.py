@@ -1,22 +1,34 @@
 """From a checked recipe to a trained adapter: base model, text, `LemoTrainer`, results and card."""
 
+import dataclasses
+import logging
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import LemoError
 from ..evaluation.perplexity import dense_perplexity
-from ..hub.lemo_files import PREDICTORS_FILE, atomic_path, check_predictor_shapes, read_lemo_files, write_json
-from ..hub.model_card import CARD_FILE, Interval, RunResults, values_by_layer, write_model_card
-from ..loading import extended_config, load_tokenizer, model_location, one_line_errors, without_peft_deprecation
+from ..hub.card_metadata import public_name
+from ..hub.lemo_files import PREDICTORS_FILE, atomic_path, check_predictor_shapes, read_lemo_files
+from ..hub.model_card import Interval, RunResults
+from ..hub.push import required_token
+from ..loading import (
+    SavedAdapter,
+    extended_config,
+    load_tokenizer,
+    model_location,
+    one_line_errors,
+    put_adapter_on,
+    read_adapter,
+    without_peft_deprecation,
+)
 from ..models.lemo_config import LemoConfigError
-from ..models.sparse_decoder import sparse_backbone
 from ..registry import AutoLemoModelForCausalLM
 from ..text_data import (
     PackedDocuments,
@@ -28,12 +40,15 @@ from ..text_data import (
     spread_samples,
     text_file_documents,
 )
+from ..training.arguments import LemoTrainingArguments
 from ..training.lemo_run import has_progress
+from ..training.run_card import results_of
 from ..training.trainer import LemoTrainer
 from .reading import DataFields, Recipe
 
+logger = logging.getLogger(__name__)
+
 RECIPE_FILE = "recipe.yaml"
-RESULTS_FILE = "results.json"
 # What the value of `resume_from_checkpoint` means "the newest checkpoint of output_dir".
 LAST = "last"
 
@@ -74,12 +89,35 @@ def load_samples(data: DataFields, tokenizer: Any, block_size: int) -> tuple[Pac
     return train, spread_samples(evaluation, data.max_eval_samples)
 
 
-def load_model(recipe: Recipe, overrides: dict[str, Any]) -> Any:
-    """The LeMo model with a fresh adapter, seeded by the recipe.
+def go_on_from(saved: SavedAdapter, recipe: Recipe, arguments: LemoTrainingArguments) -> None:
+    """Has the run take up an adapter's predictors and thresholds, as far as the recipe does not say otherwise.
+
+    Args:
+        saved: The adapter.
+        recipe: Its `lemo` block gets the thresholds.
+        arguments: Name the predictors afterwards, which are not fitted again before the first step.
+
+    Raises:
+        LemoError: If the run would read predictors that the adapter's run has not handed on.
+    """
+    if Path(saved.base).name != Path(recipe.model.model).name:
+        logger.warning(
+            "adapter names another base model than the recipe; %r, %r; %s", saved.base, recipe.model.model, saved.location
+        )
+    if saved.lemo is None or arguments.predictors or arguments.predictor_documents:
+        return
+    recipe.lemo.update(thresholds=saved.block_for(recipe.lemo).thresholds)
+    if saved.has_predictors:
+        arguments.predictors, arguments.predictor_documents = str(saved.folder), 0
+
+
+def load_model(recipe: Recipe, overrides: dict[str, Any], saved: SavedAdapter | None = None) -> Any:
+    """The LeMo model with its adapter, a fresh one seeded by the recipe or the one that training goes on from.
 
     Args:
         recipe: The recipe.
         overrides: Config fields to load the base with, from [`extended_config`].
+        saved: What training goes on from.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -89,6 +127,8 @@ def load_model(recipe: Recipe, overrides: dict[str, Any]) -> Any:
             model_location(fields.model), lemo=recipe.lemo, revision=fields.revision, dtype=fields.dtype, **overrides
         )
     set_seed(recipe.seed)
+    if saved is not None:
+        return put_adapter_on(model, saved, is_trainable=True, autocast_adapter_dtype=lora.lora_dtype == "float32")
     adapter = LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
@@ -98,7 +138,9 @@ def load_model(recipe: Recipe, overrides: dict[str, Any]) -> Any:
         task_type="CAUSAL_LM",
     )
     with one_line_errors("adapter cannot be added", str(lora.lora_target_modules)), without_peft_deprecation():
-        return get_peft_model(model, adapter, autocast_adapter_dtype=lora.lora_dtype == "float32")
+        # The revision goes into the adapter's config, so that it is loaded onto the base that it was trained on.
+        float32 = lora.lora_dtype == "float32"
+        return get_peft_model(model, adapter, autocast_adapter_dtype=float32, revision=fields.revision)
 
 
 def resume_checkpoint(recipe: Recipe, resume: str | None) -> str | bool | None:
@@ -143,14 +185,19 @@ def run_recipe(recipe: Recipe) -> RunResults:
     """
     arguments = recipe.training_arguments()
     checkpoint = resume_checkpoint(recipe, arguments.resume_from_checkpoint)
-    config, overrides = extended_config(recipe.model, recipe.data.seq_len)
+    if arguments.push_to_hub:
+        required_token(arguments.hub_token)
+    saved = read_adapter(recipe.lora.adapter) if recipe.lora.adapter else None
+    if saved is not None:
+        go_on_from(saved, recipe, arguments)
+    config, overrides = extended_config(recipe.model, recipe.data.seq_len, saved)
     recipe.lemo.validate_for(config.num_hidden_layers)
     if arguments.predictors:
         block, _ = read_lemo_files(arguments.predictors)
         check_predictor_shapes(Path(arguments.predictors) / PREDICTORS_FILE, block, config.num_hidden_layers, config.hidden_size)
     tokenizer = load_tokenizer(recipe.model)
     train_samples, held_out = load_samples(recipe.data, tokenizer, recipe.lemo.block_size)
-    model = load_model(recipe, overrides)
+    model = load_model(recipe, overrides, saved)
 
     new_folder = not recipe.output_dir.exists()
     try:
@@ -163,30 +210,33 @@ def run_recipe(recipe: Recipe) -> RunResults:
             data_collator=default_data_collator,
         )
         before = _perplexity(model, held_out, "perplexity before")  # after the trainer has put the model on its device
+        if on_gpu := torch.cuda.is_available() and not arguments.use_cpu:
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        train_seconds = time.perf_counter() - began
+        peak_gpu_bytes = float(torch.cuda.max_memory_allocated()) if on_gpu else None
     except (LemoError, LemoConfigError):
         folder = recipe.output_dir
         if new_folder and folder.is_dir() and get_last_checkpoint(str(folder)) is None and not has_progress(folder):
             shutil.rmtree(folder)
         raise
-    history = trainer.state.log_history
-    layers = config.num_hidden_layers
-    results = RunResults(
-        base_model=recipe.model.model,
+    measured = results_of(trainer.lemo_run, model, train_samples, trainer.state.log_history, outcome.global_step)
+    results = dataclasses.replace(
+        measured,
+        base_model=public_name(recipe.model.model),
         data=recipe.data.source,
         seq_len=recipe.data.seq_len,
-        lemo=sparse_backbone(model).config.lemo.to_dict(),  # with what the phases found
         base_config=overrides,
-        datasets=[recipe.data.dataset] if recipe.data.dataset and not Path(recipe.data.dataset).exists() else [],
+        datasets=recipe.data.hub_datasets,
         recipe=recipe.to_yaml(public=True),
-        steps=outcome.global_step,
-        train_seconds=time.perf_counter() - began,
-        kept_share=values_by_layer(history, "kept_share", layers, statistics.fmean),
-        recall=values_by_layer(history, "recall", layers, lambda probes: probes[-1]),
-        recall_chance=next((logs["recall_of_chance"] for logs in reversed(history) if "recall_of_chance" in logs), None),
+        train_seconds=train_seconds,
+        peak_gpu_bytes=peak_gpu_bytes,
         perplexity_before=before,
         perplexity_after=_perplexity(model, held_out, "perplexity after"),
+        evaluation_data=recipe.data.held_out_source,
+        language=recipe.data.languages,
+        license=recipe.model.license,
     )
     save_run(trainer, recipe, results)
     return results
@@ -194,14 +244,13 @@ def run_recipe(recipe: Recipe) -> RunResults:
 
 def save_run(trainer: Any, recipe: Recipe, results: RunResults) -> None:
     """Writes the files of a finished run into the recipe's output folder; the card's hand-written parts survive."""
-    folder = recipe.output_dir
-    card = folder / CARD_FILE
-    existing = card.read_text(encoding="utf-8") if card.is_file() else None
-    trainer.save_model(str(folder))
-    with atomic_path(folder / RECIPE_FILE) as partial:
-        partial.write_text(recipe.to_yaml(), encoding="utf-8")
-    write_json(folder / RESULTS_FILE, results.to_dict())
-    write_model_card(results, folder, recipe.name, existing=existing)
+    trainer.results, trainer.title = results, recipe.name
+    trainer.save_model(_internal_call=True)  # any other call would push before the recipe lies there
+    # What is pushed holds no paths of this machine.
+    with atomic_path(recipe.output_dir / RECIPE_FILE) as partial:
+        partial.write_text(recipe.to_yaml(public=trainer.args.push_to_hub), encoding="utf-8")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def _perplexity(model: Any, samples: PackedDocuments | None, description: str) -> Interval | None:

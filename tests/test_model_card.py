@@ -1,53 +1,34 @@
+import builtins
+import json
+import logging
 import re
+import sys
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import update_model_cards
+from card_results import ROPE, STOCK, results
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lemo_hf.errors import LemoError
 from lemo_hf.evaluation.perplexity import Perplexity
 from lemo_hf.hub.lemo_files import write_json
-from lemo_hf.hub.model_card import BEGIN, END, Interval, RunResults, render_card, write_model_card
+from lemo_hf.hub.model_card import (
+    BEGIN,
+    END,
+    PLOT_FILE,
+    Interval,
+    RunResults,
+    render_card,
+    write_model_card,
+)
 from lemo_hf.models.lemo_config import LemoConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT reads it
 
-ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-
-
-def results(**changes):
-    values = {
-        "base_model": "some-org/some-model",
-        "data": "data set some-org/books, train",
-        "seq_len": 4096,
-        "lemo": LemoConfig().to_dict(),
-        "base_config": {"rope_parameters": ROPE, "max_position_embeddings": 4096},
-        "datasets": ["some-org/books"],
-        "recipe": "model: some-org/some-model\n",
-        "steps": 25,
-        "train_seconds": 61.7,
-        "kept_share": [0.512, 0.498],
-        "recall": [0.961, None],
-        "recall_chance": 0.487,
-        "perplexity_before": Interval(88.217, 86.1, 90.4, 12345),
-        "perplexity_after": Interval(72.209, 70.5, 74.0, 12345),
-        "provenance": {
-            "commit": None,
-            "versions": {"torch": "2.99"},
-            "machine": {"python": "3.99", "processor": "CPU X", "threads": 2},
-        },
-    }
-    return RunResults(**(values | changes))
-
-
-def test_metadata_lets_the_hub_file_the_adapter():
-    data = ModelCard(render_card(results(), "mine")).data
-    assert data.library_name == "peft"
-    assert data.base_model == "some-org/some-model"
-    assert data.datasets == ["some-org/books"]
-    assert {"lemo", "lora", "long-context"} <= set(data.tags)
+KINDS = ("adapter", "merged", "remote-code")
 
 
 def test_numbers_are_those_of_the_results():
@@ -98,9 +79,26 @@ def test_rendering_again_keeps_what_a_person_added():
     assert render_card(results(steps=50), "mine", again) == again
 
 
+def test_metadata_that_cannot_be_read_stays_as_text(caplog):
+    broken = render_card(results(), "mine").replace("library_name: peft", "license: [mit\nlibrary_name: peft")
+    with caplog.at_level(logging.WARNING):
+        text = render_card(results(), "mine", broken)
+    assert "metadata is not YAML" in caplog.text
+    assert ModelCard(text).data.library_name == "peft"
+    assert "license: [mit" in text[text.index(END) :]
+    assert render_card(results(), "mine", text) == text
+
+
 def test_a_hand_written_card_without_markers_is_kept_whole():
     text = render_card(results(), "mine", "---\nlicense: mit\n---\n\nMy own card.\n")
     assert text.index(END) < text.index("My own card.")
+
+
+def test_peft_default_card_is_kept_once_a_person_has_filled_in_a_line():
+    default = ModelCard.from_template(ModelCardData()).text
+    assert "[More Information Needed]" not in render_card(results(), "mine", default)
+    filled = default.replace("[More Information Needed]", "Trained on my notes.", 1)
+    assert "Trained on my notes." in render_card(results(), "mine", filled)
 
 
 def test_cards_that_tools_write_do_not_pile_up(tiny_llama, tmp_path):
@@ -143,6 +141,106 @@ def test_the_loading_example_runs_and_gives_the_models_logits(tiny_llama, tmp_pa
         assert torch.equal(names["model"](ids).logits, model.eval()(ids).logits)
 
 
+def example_code(text, heading):
+    return re.search(r"```python\n(.*?)```", text[text.index(heading) :], re.DOTALL)[1]
+
+
+def test_loading_examples_of_whole_models_name_them_alone(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path)
+    for kind, trusted in (("merged", False), ("remote-code", True)):
+        text = render_card(results(), "mine", adapter=str(tmp_path), kind=kind)
+        code = example_code(text, "## How to load it")
+        assert ("trust_remote_code=True" in code) == trusted
+        assert "peft" not in code
+        names = {}
+        exec("\n".join(line for line in code.splitlines() if "AutoTokenizer.from" not in line), names)
+        assert names["model"].num_parameters() == tiny_llama.num_parameters()
+
+
+def test_a_remote_code_card_says_what_is_run_and_how_to_train_on():
+    text = render_card(results(), "mine", kind="remote-code")
+    assert "runs the Python files of this repository" in text
+    compile(example_code(text, "### Training it further"), "card", "exec")
+    assert "LemoTrainer" in text
+    dense = render_card(results(lemo=LemoConfig(enabled=False).to_dict()), "mine", kind="remote-code")
+    assert "Training it further" not in dense
+    assert "leaves tokens out" not in dense
+
+
+def test_citation_and_precision():
+    text = render_card(
+        results(
+            adapter="AdaLoRA r=4 on q_proj",
+            precision="bfloat16 base",
+            provenance={**results().provenance, "versions": {"lemo-hf": "9.9"}},
+        ),
+        "mine",
+    )
+    assert "eprint        = {2501.09767}" in text
+    assert "version = {9.9}," in text
+    assert "An AdaLoRA adapter of [some-org/some-model]" in text
+    assert "| Adapter | AdaLoRA r=4 on q_proj |" in text
+    assert "| Precision | bfloat16 base |" in text
+    whole = render_card(results(adapter=""), "mine", kind="remote-code")
+    assert "all of its weights fine-tuned" in whole
+    assert "| Adapter |" not in whole
+
+
+def test_the_plot_lies_beside_the_card_and_tells_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "lemo_hf.profiling.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it would change the windows of a person's notebook
+    write_model_card(results(), tmp_path, "mine")
+    assert f"computed on in training: 0.50 to 0.51, mean 0.51]({PLOT_FILE})" in (tmp_path / "README.md").read_text()
+    before = (tmp_path / PLOT_FILE).read_bytes()
+    assert before.startswith(b"\x89PNG")
+    assert update_model_cards.description(tmp_path / PLOT_FILE).endswith("0.50 to 0.51, mean 0.51")
+    write_model_card(results(kept_share=[1.0, 0.25], recall=None), tmp_path, "mine")
+    assert (tmp_path / PLOT_FILE).read_bytes() != before
+    write_model_card(results(kept_share=None, recall=None), tmp_path, "mine")
+    assert PLOT_FILE not in (tmp_path / "README.md").read_text()
+
+
+def test_without_matplotlib_the_card_shows_numbers_and_says_why(tmp_path, monkeypatch, caplog):
+    load = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("matplotlib") or name.endswith("profiling.plots"):
+            raise ImportError("No module named 'matplotlib'")
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with caplog.at_level(logging.WARNING):
+        write_model_card(results(), tmp_path, "mine")
+    text = (tmp_path / "README.md").read_text()
+    assert "pip install matplotlib" in caplog.text
+    assert PLOT_FILE not in text
+    assert "<details><summary>The same" not in text
+    assert "| 0 | 0.512 | 0.961 |" in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_card_moves_from_one_kind_of_folder_to_another(kind):
+    """An export starts from the run's own card."""
+    edited = render_card(results(), "mine", plot=PLOT_FILE).replace(END, f"{END}\n\n## My notes\n\nKept.")
+    text = render_card(results(), "theirs", edited, adapter="me/model", kind=kind)
+    assert text.count("## My notes") == 1
+    assert text.count("# theirs") == 1
+    assert "# mine" not in text
+    assert PLOT_FILE not in text
+    assert ModelCard(text).data.model_name == "theirs"
+    assert '"me/model"' in text
+
+
+def test_no_local_path_reaches_a_card(tmp_path):
+    (tmp_path / "base").mkdir()
+    run = results(base_model=str(tmp_path / "base"), datasets=[])
+    text = render_card(run, "mine")
+    assert str(tmp_path) not in text
+    assert "path/to/base" in text
+    gone = render_card(results(base_model="/home/somebody/models/base"), "mine")
+    assert "somebody" not in gone
+
+
 def test_intervals_come_from_the_documents():
     measured = Interval.of(Perplexity((20.0, 25.0, 24.0), (10, 10, 10)))
     assert measured.low < measured.value < measured.high
@@ -153,8 +251,10 @@ def test_intervals_come_from_the_documents():
 
 
 def test_results_file_comes_back(tmp_path):
-    write_json(tmp_path / "results.json", results().to_dict())
-    assert RunResults.read(tmp_path / "results.json") == results()
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(LemoError, match="cannot be read"):
-        RunResults.read(tmp_path / "results.json")
+    for run in (results(), results(stock=STOCK, batch=2, saved_bytes=1.5, license="mit")):
+        write_json(tmp_path / "results.json", run.to_dict())
+        assert RunResults.read(tmp_path / "results.json") == run
+    for damaged in ("{}", json.dumps({**results().to_dict(), "stock": {}})):
+        (tmp_path / "results.json").write_text(damaged)
+        with pytest.raises(LemoError, match="cannot be read"):
+            RunResults.read(tmp_path / "results.json")

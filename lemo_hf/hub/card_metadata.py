@@ -76,12 +76,12 @@ def _evaluation(results: "RunResults") -> EvalResult:
         dataset_type=results.datasets[0] if len(results.datasets) == 1 else "held-out-text",
         dataset_name=words,
         metric_type="perplexity",
-        metric_name=f"{_METRIC} at {results.seq_len} tokens",
+        metric_name=f"{_METRIC} at {results.seq_len} tokens" if results.seq_len else _METRIC,
         metric_value=round(results.perplexity_after.value, 4),
     )
 
 
-def merged_metadata(before: dict[str, Any], ours: dict[str, Any], was_ours: bool) -> dict[str, Any]:
+def merged_metadata(before: dict[str, Any], ours: dict[str, Any], kind: "Kind", was_ours: bool) -> dict[str, Any]:
     """`ours` with what a person had added to the card that was there.
 
     Fields that the run fills are written anew, except that a stated licence or language stays. Lists are joined, and results in
@@ -90,6 +90,7 @@ def merged_metadata(before: dict[str, Any], ours: dict[str, Any], was_ours: bool
     Args:
         before: Metadata of that card.
         ours: What follows from the run.
+        kind: What lies beside the card.
         was_ours: It was one of our cards before, so what we never write there is a person's and not another tool's.
     """
     merged = {**before, **ours}
@@ -100,6 +101,8 @@ def merged_metadata(before: dict[str, Any], ours: dict[str, Any], was_ours: bool
         # PEFT puts a local folder there, which the Hub refuses.
         merged.pop("base_model", None)
         merged.pop("base_model_relation", None)
+    elif "base_model" in merged:
+        merged["base_model_relation"] = _RELATIONS[kind]
     for name in ("tags", "datasets", "metrics"):
         ours_first = [*ours.get(name, []), *_as_list(before.get(name))]
         # The Hub derives "base_model:..." tags itself; PEFT's copy of them may name a local folder.

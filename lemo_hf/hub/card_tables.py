@@ -1,6 +1,7 @@
 """The tables and sentences of a model card, from a run's results; a row whose value was not measured is not there."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..models.lemo_config import LemoConfig
 
@@ -19,21 +20,22 @@ def introduction(results: "RunResults", kind: "Kind", base: str) -> str:
         kind: What lies beside the card.
         base: The base model as Markdown.
     """
-    method = results.adapter.partition(" ")[0]
+    method, lemo = results.adapter.partition(" ")[0], LemoConfig.from_dict(results.lemo)
     if kind == "adapter":
         article = "An" if method[:1] in "AEIO" else "A"
         what = f"{article} {method} adapter of {base}, fine-tuned"
     else:
         what = f"{base}, fine-tuned by {method}" if method else f"{base}, all of its weights fine-tuned"
     how = f"which leaves tokens out of each layer's computation during training ({_PAPER})"
-    how = f"lemo_hf, {how}." if results.lemo["enabled"] else "lemo_hf as a dense baseline."
-    sentences = [f"{what} at a context of {results.seq_len} tokens with {how}"]
+    how = f"lemo_hf, {how}." if lemo.enabled else "lemo_hf as a dense baseline."
+    where = f"at a context of {results.seq_len} tokens " if results.seq_len else ""
+    sentences = [f"{what} {where}with {how}"]
     if kind != "adapter" and method:
         sentences.append("The adapter is merged into the weights.")
     if kind == "remote-code":
         sentences.append("The repository carries its own code: it loads without lemo_hf, and evaluates and generates")
         sentences[-1] += " exactly as the stock model does, with ordinary dense attention."
-        if results.lemo["enabled"]:
+        if lemo.enabled:
             sentences.append("Trained further, it leaves tokens out again.")
     else:
         plain = "plain PEFT adapter" if kind == "adapter" else "stock checkpoint"
@@ -46,7 +48,9 @@ def training_rows(results: "RunResults", base: str) -> list[Row]:
     machine = results.provenance["machine"]
     threads = machine["threads"]
     where = f"{machine.get('gpu') or machine['processor']}, {threads} thread{'s' if threads != 1 else ''}"
-    rows = [("Base model", base), ("Text", results.data), ("Context", f"{results.seq_len} tokens")]
+    rows = [("Base model", base), ("Text", results.data)]
+    if results.seq_len:
+        rows.append(("Context", f"{results.seq_len} tokens"))
     if results.adapter:
         rows.append(("Adapter", results.adapter))
     if results.precision:
@@ -87,43 +91,38 @@ def selection_rows(lemo: LemoConfig) -> list[Row]:
     return rows
 
 
-def cost_rows(results: "RunResults") -> list[Row]:
-    """Memory and time of the run."""
-    rows = []
-    if results.saved_bytes is not None:
-        batch = f" of {results.batch} × {results.seq_len} tokens" if results.batch else ""
-        rows.append((f"Saved for the backward pass by one forward pass{batch}", size(results.saved_bytes)))
-    if results.peak_gpu_bytes is not None:
-        rows.append(("Peak GPU memory while training, weights included", size(results.peak_gpu_bytes)))
-    if results.step_flops is not None:
-        rows.append(("FLOPs of one forward and backward pass", f"{results.step_flops / 1e9:.0f} G"))
-    if results.step_seconds is not None:
-        rows.append(("Time of one forward and backward pass, median", f"{results.step_seconds:.2f} s"))
-    if results.train_seconds is not None:
-        rows.append(("Training, with all phases before the first step", duration(results.train_seconds)))
+def cost_rows(results: "RunResults") -> list[tuple[str, ...]]:
+    """Memory and time: what they are, this run's and, where it has stock LoRA beside it, that one's and their ratio."""
+    batch = f" of {results.batch} × {results.seq_len} tokens" if results.batch and results.seq_len else ""
+    measures: list[tuple[str, str, Callable[[float], str]]] = [
+        (f"Saved for the backward pass by one forward pass{batch}", "saved_bytes", size),
+        ("FLOPs of a forward and backward pass", "step_flops", flops),
+        ("Time of a forward and backward pass, median", "step_seconds", "{:.2f} s".format),
+        ("Peak GPU memory while training, weights included", "peak_gpu_bytes", size),
+    ]
+    rows: list[tuple[str, ...]] = []
+    for label, name, shown in measures:
+        own, stock = getattr(results, name), getattr(results.stock, name, None)
+        if own is not None:
+            beside = (shown(stock), f"{own / stock:.2f} of stock") if stock else ("", "") if results.stock else ()
+            rows.append((label, shown(own), *beside))
     return rows
 
 
-def stock_rows(results: "RunResults") -> list[tuple[str, str, str, str]]:
-    """The run, stock LoRA beside it, and the one against the other."""
-    stock = results.stock
-    if stock is None:
-        return []
-    rows = []
-    for each in stock.comparisons:
+def comparison_rows(results: "RunResults") -> list[tuple[str, ...]]:
+    """Perplexity: this run's, stock LoRA's and their difference."""
+    rows: list[tuple[str, ...]] = []
+    for each in results.stock.comparisons if results.stock else []:
         where = f"{each.steps} steps each" if each.equal == "steps" else f"{each.steps} steps against {each.stock_steps}"
         difference = f"{each.percent:+.2f} % ({each.low:+.2f} to {each.high:+.2f})"
-        label = f"Perplexity at equal {each.equal} ({where}); difference with its 95 % interval"
+        label = f"Perplexity at equal {each.equal}, {where} (difference with its 95 % interval)"
         rows.append((label, decimals(each.perplexity), decimals(each.stock_perplexity), difference))
-    pairs: list[tuple[str, float | None, float | None, Any]] = [
-        ("Saved for the backward pass", results.saved_bytes, stock.saved_bytes, size),
-        ("FLOPs of a forward and backward pass", results.step_flops, stock.step_flops, lambda count: f"{count / 1e9:.0f} G"),
-        ("Time of a forward and backward pass, median", results.step_seconds, stock.step_seconds, "{:.2f} s".format),
-    ]
-    for label, own, other, shown in pairs:
-        if own is not None and other:
-            rows.append((label, shown(own), shown(other), f"{own / other:.2f} of it"))
     return rows
+
+
+def flops(count: float) -> str:
+    """Floating-point operations for people."""
+    return f"{count / 1e9:.0f} G" if count < 1e13 else f"{count / 1e12:.0f} T"
 
 
 def size(count: float) -> str:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, StrictUndefined
 
 from ..errors import LemoError
@@ -22,7 +21,7 @@ from ..evaluation.perplexity import Perplexity, paired_difference
 from ..models.lemo_config import LemoConfig
 from ..profiling.provenance import provenance
 from .card_metadata import card_metadata, is_hub_id, merged_metadata, public_name
-from .card_tables import cell, cost_rows, decimals, introduction, stock_rows, training_rows
+from .card_tables import cell, comparison_rows, cost_rows, decimals, introduction, training_rows
 from .lemo_files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -30,6 +29,7 @@ logger = logging.getLogger(__name__)
 BEGIN = "<!-- lemo_hf:begin (rewritten at each save; what stands above or below stays) -->"
 END = "<!-- lemo_hf:end -->"
 CARD_FILE = "README.md"
+RESULTS_FILE = "results.json"
 PLOT_FILE = "kept_share.png"
 _TEMPLATE = "card_template.md"
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -114,7 +114,7 @@ class RunResults:
     Args:
         base_model: Hub id or folder of the base model.
         data: The training text, in words.
-        seq_len: Tokens of a sample.
+        seq_len: Tokens of a sample; 0 if not known.
         lemo: The `lemo` block, as `LemoConfig.to_dict` gives it.
         base_config: Config fields that whoever loads the base model for this adapter has to pass.
         datasets: Hub ids of the data sets read.
@@ -268,22 +268,22 @@ def render_card(
         perplexities=perplexities,
         has_interval=any(found.low is not None or found.tokens is not None for _, found in perplexities),
         has_tokens=any(found.tokens is not None for _, found in perplexities),
-        beside_stock=stock_rows(results),
+        comparisons=comparison_rows(results),
         costs=cost_rows(results),
         layers=layers,
         plot=plot,
         plot_description=plot_description(results),
         has_recall=bool(known),
         recall_mean=sum(known) / len(known) if known else None,
-        reads_predictors=LemoConfig.from_dict(results.lemo).needs_predictors,
+        lemo=LemoConfig.from_dict(results.lemo),
     )
     metadata = card_metadata(results, title, kind)
     if existing:
         before, body = _parsed(existing)
-        metadata = merged_metadata(before, metadata, BEGIN in body)
+        metadata = merged_metadata(before, metadata, kind, BEGIN in body)
         text = _around(body, text)
     ModelCardData(**metadata)  # raises where the Hub would refuse the card
-    return f"---\n{yaml_dump(metadata, sort_keys=False).strip()}\n---\n\n{text.strip()}\n"
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000).strip()}\n---\n\n{text.strip()}\n"
 
 
 def plot_description(results: RunResults) -> str:
@@ -291,8 +291,9 @@ def plot_description(results: RunResults) -> str:
     shares = [share for share in results.kept_share or [] if share is not None]
     if not shares:
         return ""
-    mean = sum(shares) / len(shares)
-    return f"Share of tokens computed on, by layer: {min(shares):.2f} to {max(shares):.2f}, mean {mean:.2f}"
+    low, high, mean = min(shares), max(shares), sum(shares) / len(shares)
+    values = f"{mean:.2f} in every layer" if high - low < 0.005 else f"{low:.2f} to {high:.2f}, mean {mean:.2f}"
+    return f"Share of tokens that each of the {len(shares)} layers computed on in training: {values}"
 
 
 def _parsed(card: str) -> tuple[dict[str, Any], str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -36,12 +37,13 @@ from transformers.utils import logging as transformers_logging
 from .. import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer, LemoTrainingArguments
 from ..evaluation.block_recall import measure_recall
 from ..evaluation.perplexity import Perplexity, dense_perplexity, paired_difference
+from ..hub.model_card import Interval
 from ..loading import without_peft_deprecation
 from ..models.sparse_decoder import sparse_backbone
 from ..profiling.activation_memory import ActivationMemory
 from ..profiling.flops import FlopCounter
 from ..text_data import pack_documents, python_sources, spread_samples
-from .report import Arm, Measured, draw_plots, table, write_card, write_results
+from .report import Arm, Measured, draw_plots, table, write_results
 
 BASE = Path(__file__).parents[1] / "assets" / "python-llama-4m"
 SEQ_LEN = 4096
@@ -194,6 +196,7 @@ def train(
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which the stock Trainer writes
     measured.perplexity = {when: score.perplexity for when, score in scores.items()}
+    measured.intervals = {when: asdict(Interval.of(score)) for when, score in scores.items()}
     return model, measured, scores
 
 
@@ -269,12 +272,10 @@ def main(arguments_given: list[str] | None = None) -> None:
     text = table(before, measured, seconds)
     print(f"\n{text}\n")
     draw_plots(measured, models["sparse"], evaluation[0], args.out)
-    text_of = f"Python sources of {', '.join(TRAIN_PACKAGES)}; evaluated on {', '.join(EVALUATION_PACKAGES)}"
-    for arm in ARMS:
-        # The adapter on disk is that of the last step.
-        after = list(scores[arm.name].values())[-1]
-        write_card(arm, measured[arm.name], BASE.name, text_of, context(), before, after, args.out / arm.name)
     config = {
+        "base": BASE.name,
+        "license": ModelCard.load(BASE / "README.md").data.license,
+        "base_config": context(),
         "tokens": SEQ_LEN,
         "batch": 1,
         "steps": args.steps,

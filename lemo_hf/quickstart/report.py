@@ -1,6 +1,7 @@
 """What the quickstart shows: the table, the plots, a model card per arm and results.json."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from transformers import default_data_collator
 
 from ..evaluation.layer_scores import LayerScores, visit_layers
 from ..evaluation.perplexity import Perplexity
-from ..hub.model_card import Interval, RunResults, write_model_card
+from ..hub.model_card import Interval, PerplexityComparison, RunResults, StockRun, write_model_card
 from ..models.lemo_config import LemoConfig
 from ..models.pattern_predictor import predicted_block_scores
 from ..models.sparse_decoder import sparse_backbone
@@ -44,6 +45,7 @@ class Measured:
     chance: float | None = None
     steps_at_equal_time: int = 0
     perplexity: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, dict[str, Any]] = field(default_factory=dict)
     versus_stock: dict[str, Any] = field(default_factory=dict)
     kept_share: list[dict[str, float]] = field(default_factory=list)
 
@@ -111,43 +113,69 @@ def draw_plots(measured: dict[str, Measured], model: Any, sample: dict[str, torc
     plot_block_scores(true, predicted, layers, folder / "block_scores.png")
 
 
-def write_card(
-    arm: Arm,
-    found: Measured,
-    base: str,
-    data: str,
-    base_config: dict[str, Any],
-    before: Perplexity,
-    after: Perplexity,
-    folder: Path,
-) -> None:
-    """Writes the model card of one arm's adapter.
+def arm_results(results: dict[str, Any], name: str) -> RunResults:
+    """One arm's content of results.json as a model card takes it.
 
     Args:
-        arm: The arm.
-        found: What it showed.
-        base: Name of the base model.
-        data: The training text, in words.
-        base_config: Config fields that the base was loaded with.
-        before, after: Dense perplexity without the adapter and with it, as it is saved.
-        folder: The adapter's folder.
+        results: What `write_results` wrote.
+        name: Name of the arm.
     """
-    layers = [name for name in found.kept_share[0] if name != "step"] if found.kept_share else []
-    results = RunResults(
-        base_model=base,
-        data=data,
-        seq_len=base_config["max_position_embeddings"],
-        lemo=(arm.lemo or LemoConfig(enabled=False)).to_dict(),
-        base_config=base_config,
-        steps=len(found.step_seconds),
-        train_seconds=sum(found.step_seconds) + found.phase_seconds,
-        kept_share=[statistics.fmean(entry[name] for entry in found.kept_share) for name in layers] or None,
-        recall=list(found.recall) if found.recall else None,
-        recall_chance=found.chance,
-        perplexity_before=Interval.of(before),
-        perplexity_after=Interval.of(after),
+    config, arm, stock = results["config"], results["arms"][name], results["arms"]["stock"]
+    lemo, seconds = config["arms"][name], results["step_seconds_in_turns"]
+    layers = [key for key in arm["kept_share"][0] if key != "step"] if arm["kept_share"] else []
+    last = list(arm["perplexity"])[-1]  # the adapter on disk is that of the last step
+    recall = [None if math.isnan(value) else value for value in arm["recall"] or []]
+    return RunResults(
+        base_model=config["base"],
+        data=f"Python sources of {', '.join(config['train'])}",
+        seq_len=config["tokens"],
+        lemo=lemo or LemoConfig(enabled=False).to_dict(),
+        base_config=config["base_config"],
+        adapter=f"LoRA {config['lora']}",
+        precision=config["dtype"],
+        steps=len(arm["step_seconds"]),
+        train_seconds=sum(arm["step_seconds"]) + arm["phase_seconds"],
+        batch=config["batch"],
+        saved_bytes=sum(arm["saved_bytes"].values()),
+        step_flops=arm["flops"],
+        step_seconds=seconds[name],
+        kept_share=[statistics.fmean(entry[key] for entry in arm["kept_share"]) for key in layers] or None,
+        recall=recall or None,
+        recall_chance=arm["chance"],
+        perplexity_before=_interval(results["perplexity_before"], results.get("perplexity_before_interval")),
+        perplexity_after=_interval(arm["perplexity"][last], arm.get("intervals", {}).get(last)),
+        evaluation_data=f"Python sources of {', '.join(config['evaluation'])}",
+        stock=None
+        if lemo is None
+        else StockRun(
+            comparisons=[_comparison(when, arm, stock) for when in arm["versus_stock"]],
+            saved_bytes=sum(stock["saved_bytes"].values()),
+            step_flops=stock["flops"],
+            step_seconds=seconds["stock"],
+        ),
+        language=["code"],
+        license=config["license"],
+        provenance={part: results[part] for part in ("commit", "versions", "machine")},
     )
-    write_model_card(results, folder, f"Quickstart: {arm.title}")
+
+
+def _interval(value: float, interval: dict[str, Any] | None) -> Interval:
+    # Result files of before 2026-11-21 hold the value alone.
+    return Interval(**interval) if interval else Interval(value, None, None, None)
+
+
+def _comparison(when: str, arm: dict[str, Any], stock: dict[str, Any]) -> PerplexityComparison:
+    found, steps = arm["versus_stock"][when], len(stock["step_seconds"])
+    return PerplexityComparison(
+        equal="steps" if when == "equal_steps" else "time",
+        steps=steps if when == "equal_steps" else arm["steps_at_equal_time"],
+        stock_steps=steps,
+        perplexity=arm["perplexity"][when],
+        stock_perplexity=stock["perplexity"]["equal_steps"],
+        percent=found["percent"],
+        low=found["low"],
+        high=found["high"],
+    )
 
 
 def write_results(
@@ -158,13 +186,17 @@ def write_results(
     config: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Writes results.json: configuration, provenance and everything measured."""
+    """Writes results.json, configuration, provenance and everything measured, and from it each adapter's model card."""
     results = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         **provenance(),
         "config": {**config, "arms": {arm.name: arm.lemo.to_dict() if arm.lemo else None for arm in arms}},
         "perplexity_before": before.perplexity,
+        "perplexity_before_interval": asdict(Interval.of(before)),
         "step_seconds_in_turns": seconds,
         "arms": {name: asdict(found) for name, found in measured.items()},
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = json.dumps(results, indent=1)
+    (folder / "results.json").write_text(text + "\n")
+    for arm in arms:
+        write_model_card(arm_results(json.loads(text), arm.name), folder / arm.name, f"Quickstart: {arm.title}")

@@ -93,9 +93,18 @@ def test_keys_depend_on_the_tokens_and_their_order_alone():
     assert find({"input_ids": tokens[:9][None]}).keys != key
 
 
-@pytest.mark.parametrize("mask", [torch.ones(1, 1, 4, 4), torch.ones(4)])
-def test_other_masks_are_refused(mask):
-    with pytest.raises(LemoConfigError, match=r"got a mask of shape .*; pass the padding mask"):
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (torch.ones(1, 1, 4, 4), r"of shape \(1, 1, 4, 4\)"),
+        (torch.ones(4), r"of shape \(4,\)"),
+        (torch.ones(1, 5), r"of shape \(1, 5\)"),
+        ({"full_attention": None}, "dict"),
+    ],
+    ids=["4 dimensions", "1 dimension", "another length", "one per layer type"],
+)
+def test_other_masks_are_refused(mask, found):
+    with pytest.raises(LemoConfigError, match=f"got a mask {found}; pass the padding mask"):
         find({"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": mask})
 
 

@@ -80,7 +80,7 @@ def find_documents(
     block_size: int,
     device: torch.device,
     input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     position_ids: Tensor | None = None,
     seq_idx: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
@@ -104,11 +104,12 @@ def find_documents(
         `Documents`; there may be none if every token is padding.
 
     Raises:
-        LemoConfigError: If the attention mask is not two-dimensional, or has padding within a document.
+        LemoConfigError: If the attention mask is no padding mask of this batch, or has padding within a document.
     """
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch_size, seq_len)):
+        found = f"of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise LemoConfigError(
-            f"LeMo trains on causal attention with a (batch, seq_len) padding mask; got a mask of shape {tuple(attention_mask.shape)}; "
+            f"LeMo trains on causal attention with a padding mask of shape {(batch_size, seq_len)}, (batch, seq_len); got a mask {found}; "
             "pass the padding mask, or train with enabled=False"
         )
     if attention_mask is None and position_ids is None and seq_idx is None and cu_seq_lens is None:
@@ -283,7 +284,10 @@ def _uniform(key: Tensor, counters: tuple[int, ...], index: Tensor) -> Tensor:
     """
     state = key
     for counter in (*counters, index):
-        state = _mix(state ^ _mix(torch.as_tensor(counter, dtype=torch.int64, device=key.device)))
+        if not torch.is_tensor(counter):
+            # Written by the device itself: a number that is copied there makes the host wait.
+            counter = torch.full((), counter, dtype=torch.int64, device=key.device)
+        state = _mix(state ^ _mix(counter))
     return ((state >> 11) & (2**53 - 1)).double().add_(0.5) * 2.0**-53
 
 

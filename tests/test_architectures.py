@@ -5,8 +5,7 @@ import inspect
 
 import pytest
 import torch
-from references.decoder_layer import lemo_layer
-from references.saved_rows import saved_tensors
+from references.one_layer import layer_under_test, run_layer, slowly
 from references.tiny_models import (
     ARCHITECTURES,
     add_lora,
@@ -24,8 +23,7 @@ from references.tiny_models import (
 from transformers import AutoModelForCausalLM
 
 from lemo_hf import AutoLemoModelForCausalLM, registry
-from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone
-from lemo_hf.models.token_elimination import find_documents, selection_of_blocks
+from lemo_hf.models.sparse_decoder import sparse_backbone
 
 FORMS = ["sparse", "exact"]
 CHECKPOINTS = ["none", "kept_rows"]
@@ -157,6 +155,13 @@ def test_the_exact_forward_is_the_dense_one_bit_for_bit(architecture, dtype, sel
     assert not torch.allclose(mine, dense, rtol=1e-2), "the gradient must be a restricted one"
 
 
+def test_under_autocast_the_exact_forward_is_still_the_dense_one(architecture):
+    stock = stock_of(architecture)
+    model = lemo_model(stock, attention_forward="exact", keep_ratio=0.4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(text()).logits, stock(text()).logits)
+
+
 def first_query_weight(model):
     return [name for name, _ in model.named_parameters() if name.endswith("layers.0.self_attn.q_proj.weight")]
 
@@ -175,48 +180,11 @@ def test_gradients_in_bfloat16_are_as_good_as_the_stock_model_s(architecture):
 # --- One layer against the slow reference ---
 
 
-def layer_under_test(architecture, lora, form, checkpoint, lengths=(17, 1, 31, 8)):
-    """The last layer in float64, its input and a fixed selection over left-padded documents; the last row is padding only."""
-    stock = stock_of(architecture)
-    model = lemo_model(stock, lora, attention_forward=form, checkpoint=checkpoint, block_size=4).double()
-    backbone = sparse_backbone(model)
-    rows, width = len(lengths) + 1, max(lengths) + 2
-    mask = torch.zeros(rows, width, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        mask[row, width - length :] = 1
-    documents = find_documents(rows, width, 4, torch.device("cpu"), attention_mask=mask)
-    generator = torch.Generator().manual_seed(3)
-    marks = torch.rand(sum(documents.block_counts), generator=generator) < 0.5
-    for part in documents.split_blocks(marks):
-        part[0] = part[-1] = True
-    assert 0 < marks.sum() < len(marks)
-    hidden = torch.randn(rows, width, 32, generator=generator, dtype=torch.float64, requires_grad=True)
-    rotary = ()
-    if hasattr(backbone, "rotary_emb"):
-        rotary = backbone.rotary_emb(hidden, position_ids=torch.arange(width)[None])
-    batch = SparseBatch(documents, backbone.config.lemo, 2, 0, selections={1: selection_of_blocks(marks, documents)})
-    return backbone.layers[1], hidden, rotary, batch
-
-
-def slowly(layer, hidden, rotary, batch, form, window):
-    """The layer document by document with the slow reference; rows of no document pass unchanged."""
-    flat = hidden.flatten(0, 1)
-    rotary = [part.expand(hidden.shape[0], -1, -1).flatten(0, 1) for part in rotary]
-    kept = torch.zeros(flat.shape[0], dtype=torch.bool)
-    kept[batch.selections[1].kept_rows] = True
-    output = flat
-    for start, length in zip(batch.documents.starts, batch.documents.lengths, strict=True):
-        span = torch.arange(start, start + length)
-        result = lemo_layer(layer, flat[span], tuple(part[span] for part in rotary), kept[span], form, window)
-        output = output.index_copy(0, span, result)
-    return output.view_as(hidden)
-
-
 @pytest.mark.parametrize("lora", [None, {}, {"targets": ["q_proj", "up_proj", "fc1"]}], ids=["full", "all-linear", "some"])
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_layer_equals_the_slow_reference_with_all_its_gradients(architecture, form, checkpoint, lora):
-    layer, hidden, rotary, batch = layer_under_test(architecture, lora, form, checkpoint)
+    layer, hidden, rotary, batch = layer_under_test(lora, form, checkpoint, architecture)
     weights = {name: weight for name, weight in layer.named_parameters() if weight.requires_grad}
     upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     # From the row, not from the layer: the layer's own reading of its window is under test too.
@@ -235,16 +203,7 @@ def test_a_layer_equals_the_slow_reference_with_all_its_gradients(architecture, 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_layer_saves_kept_rows_and_nothing_of_the_whole_stream(architecture, form, checkpoint, dtype):
-    stock = stock_of(architecture).to(dtype)
-    model = lemo_model(stock, {}, attention_forward=form, checkpoint=checkpoint, keep_ratio=0.5)
-    backbone = sparse_backbone(model)
-    documents = find_documents(2, 61, 8, torch.device("cpu"))
-    batch = SparseBatch(documents, backbone.config.lemo, 2, 0)
-    hidden = torch.randn(2, 61, 32).to(dtype).requires_grad_()
-    rotary = backbone.rotary_emb(hidden, position_ids=torch.arange(61)[None]) if hasattr(backbone, "rotary_emb") else ()
-    # The result is held: what it saved must live for as long as the storages are looked at.
-    result, saved = saved_tensors(lambda: backbone.layers[1].sparse_forward(hidden, rotary, batch), model.parameters())
-    kept = batch.selections[1].kept_rows.numel()
+    result, saved, _, kept = run_layer(form, checkpoint, 0.5, architecture, dtype)
     assert result.requires_grad
     assert saved
     assert kept < 0.6 * 2 * 61

@@ -1,11 +1,9 @@
 import functools
-import inspect
 
 import pytest
 import torch
 from references.tiny_models import (
     VOCABULARY,
-    add_lora,
     assert_same_gradients,
     batches_of,
     chosen_blocks,
@@ -14,8 +12,8 @@ from references.tiny_models import (
     place,
     random_tokens,
     stock_model,
+    with_varied_vectors,
 )
-from transformers import LlamaForCausalLM
 
 from lemo_hf.models.lemo_config import LemoConfig
 from lemo_hf.models.modeling_lemo_llama import LemoLlamaForCausalLM
@@ -33,52 +31,6 @@ def text(rows=2, length=50, seed=0):
 # --- The stock model, wherever LeMo is not training ---
 
 
-def test_the_forward_signature_is_the_stock_one():
-    """Trainer drops columns that it does not name, generate leaves out options that it does not name."""
-    stock = inspect.signature(LlamaForCausalLM.forward).parameters
-    mine = inspect.signature(LemoLlamaForCausalLM.forward).parameters
-    assert list(mine) == list(stock)
-    assert [p.default for p in mine.values()] == [p.default for p in stock.values()]
-
-
-@pytest.mark.parametrize("case", ["eval", "disabled"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_training_logits_are_the_stock_ones_bit_for_bit(case, layout):
-    stock = stock_model()
-    model = lemo_model(stock, enabled=case == "eval")
-    model.train(case == "disabled")
-    batch = place([random_tokens(length, length) for length in (40, 7, 23)], layout).batch
-    got, wanted = model(**batch), stock(**batch)
-    assert torch.equal(got.logits, wanted.logits)
-    assert torch.equal(got.loss, wanted.loss)
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.8}], ids=str)
-def test_generation_with_a_cache_is_the_stock_one(training, options):
-    """Left padding too; and in training mode, since a cache means inference."""
-    stock = stock_model()
-    model = lemo_model(stock, keep_ratio=0.1, attention_forward="sparse").train(training)
-    batch = place([random_tokens(30, 1), random_tokens(11, 2)], "left").batch
-    results = []
-    for each in (model, stock):
-        torch.manual_seed(0)
-        results.append(
-            each.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                max_new_tokens=12,
-                return_dict_in_generate=True,
-                output_logits=True,
-                **options,
-            )
-        )
-    assert torch.equal(results[0].sequences, results[1].sequences)
-    assert all(torch.equal(a, b) for a, b in zip(results[0].logits, results[1].logits, strict=True))
-    if training:
-        assert sparse_backbone(model).lemo_draw == 0
-
-
 def test_eval_after_training_steps_is_stock_again():
     stock = stock_model()
     model = lemo_model(stock)
@@ -87,74 +39,57 @@ def test_eval_after_training_steps_is_stock_again():
     assert torch.equal(model(text()).logits, stock(text()).logits)
 
 
-def test_arguments_by_place():
-    stock = stock_model()
-    batch = place([random_tokens(30, 1), random_tokens(11, 2)], "left").batch
-    arguments = batch["input_ids"], batch["attention_mask"]
-    model = lemo_model(stock)
-    assert torch.equal(model.eval()(*arguments).logits, stock(*arguments).logits)
-    wanted = model.train()(**batch).loss
-    sparse_backbone(model).lemo_draw = 0
-    assert torch.equal(model(*arguments, None, None, None, batch["labels"]).loss, wanted)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_return_dict_false_gives_a_tuple(training):
-    model = lemo_model(stock_model()).train(training)
-    output = model(text(), labels=text(), return_dict=False)
-    assert isinstance(output, tuple)
-    assert output[0].shape == ()
-
-
 def test_keeping_everything_needs_no_labels_and_gives_logits():
     stock = stock_model()
     model = lemo_model(stock, keep_ratio=1.0)
     torch.testing.assert_close(model(text()).logits, stock(text()).logits, rtol=1e-4, atol=1e-5)
 
 
-# --- Training that keeps everything, and the exact form ---
+# --- Positions and shapes that checkpoints of Llama 1 to 3 have ---
+
+ROPE = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "longrope": {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0], "factor": 4.0}
+    | {"original_max_position_embeddings": 32},
+}
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
-@pytest.mark.parametrize("lora", [None, {}], ids=["full", "lora"])
-@pytest.mark.parametrize("layout", ["right", "left", "packed_positions"])
-@pytest.mark.parametrize("form", FORMS)
-def test_keeping_every_block_equals_stock_training(form, layout, lora, checkpoint):
-    stock = stock_model(tie_word_embeddings=lora is None)
-    model = lemo_model(stock, lora, keep_ratio=1.0, attention_forward=form, segment_size=7, checkpoint=checkpoint)
-    stock = stock if lora is None else add_lora(stock)
-    batch = place([random_tokens(length, length) for length in (40, 7, 23)], layout).batch
-    loss, got = loss_and_gradients(model, batch)
-    # With the default cache the stock model overlooks packed documents.
-    wanted_loss, wanted = loss_and_gradients(stock.train(), batch, use_cache=False)
-    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_scaled_positions_are_the_stock_ones_in_every_forward(rope_type):
+    """Samples beyond the original context and then within it: some scalings change with the length that they see."""
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, **ROPE[rope_type]}
+    stock = stock_model(rope_parameters=rope, max_position_embeddings=32)
+    plain = stock_model()
+    exact = lemo_model(stock, keep_ratio=0.4)
+    dense = lemo_model(stock, keep_ratio=1.0, attention_forward="sparse")
+    for tokens in (text(length=50), text(length=20)):
+        batch = {"input_ids": tokens, "labels": tokens}
+        wanted = stock.eval()(tokens).logits
+        assert torch.equal(exact(tokens).logits, wanted)
+        assert torch.equal(exact.eval()(tokens).logits, wanted)
+        exact.train()
+        with batches_of(dense) as batches:
+            _, got = loss_and_gradients(dense, batch)
+        cos, sin = stock.model.rotary_emb(torch.zeros(()), torch.arange(tokens.shape[1])[None])
+        assert torch.equal(batches[0].rotary[0], cos[0].repeat(2, 1))
+        assert torch.equal(batches[0].rotary[1], sin[0].repeat(2, 1))
+        _, gradients = loss_and_gradients(stock.train(), batch)
+        largest = max(grad.abs().max().item() for grad in gradients.values())
+        assert_same_gradients(got, gradients, rtol=1e-3, atol=1e-5 * largest)
+    assert not torch.allclose(stock(text()).logits, plain(text()).logits, atol=1e-2)
+
+
+def test_other_head_sizes_and_biases():
+    stock = with_varied_vectors(stock_model(head_dim=16, attention_bias=True, mlp_bias=True))
+    model = lemo_model(stock, keep_ratio=1.0)
+    assert torch.equal(model.eval()(text()).logits, stock(text()).logits)
+    _, got = loss_and_gradients(model.train(), {"input_ids": text(), "labels": text()})
+    _, wanted = loss_and_gradients(stock.train(), {"input_ids": text(), "labels": text()})
     largest = max(grad.abs().max().item() for grad in wanted.values())
-    assert_same_gradients(got, wanted, rtol=1e-4, atol=1e-5 * largest)
-
-
-@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
-@pytest.mark.parametrize("selection", ["sampled", "ratio"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_exact_forward_is_the_dense_one_bit_for_bit(dtype, selection, checkpoint):
-    stock = stock_model().to(dtype)
-    model = lemo_model(stock, attention_forward="exact", keep_ratio=0.4, selection=selection, checkpoint=checkpoint)
-    output = model(text(), labels=text(), output_hidden_states=True)
-    wanted = stock(text(), labels=text(), output_hidden_states=True)
-    assert all(share < 0.6 for share in sparse_backbone(model).lemo_kept_shares)
-    assert all(torch.equal(a, b) for a, b in zip(output.hidden_states, wanted.hidden_states, strict=True))
-    assert torch.equal(model(text()).logits, wanted.logits)
-    torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-5, atol=1e-6)
-    output.loss.backward()
-    wanted.loss.backward()
-    mine, dense = model.model.layers[0].self_attn.q_proj.weight.grad, stock.model.layers[0].self_attn.q_proj.weight.grad
-    assert not torch.allclose(mine, dense, rtol=1e-2), "the gradient must be a restricted one"
-
-
-def test_under_autocast_the_exact_forward_is_still_the_dense_one():
-    stock = stock_model()
-    model = lemo_model(stock, attention_forward="exact", keep_ratio=0.4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(model(text()).logits, stock(text()).logits)
+    assert_same_gradients(got, wanted, rtol=1e-3, atol=1e-5 * largest)
 
 
 # --- A document, wherever it lies ---
@@ -334,17 +269,6 @@ def test_four_accumulated_micro_batches_equal_one_batch_of_four():
 # --- Weights and settings ---
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_trained_and_tied_heads_get_the_stock_gradient(tied):
-    stock = stock_model(tie_word_embeddings=tied)
-    model = lemo_model(stock, keep_ratio=1.0, segment_size=9)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    _, got = loss_and_gradients(model, {"input_ids": text(), "labels": text()})
-    _, wanted = loss_and_gradients(stock.train(), {"input_ids": text(), "labels": text()})
-    assert ("lm_head.weight" in got) != tied
-    assert_same_gradients(got, wanted, rtol=1e-3, atol=1e-5)
-
-
 def test_changed_settings_take_effect_at_the_next_step():
     model = lemo_model(stock_model(), block_size=8, keep_ratio=0.9)
     model(text(), labels=text())
@@ -362,22 +286,6 @@ def test_a_model_built_from_its_config_has_initialised_predictors():
             assert not weight.any(), name
         elif "lemo_predictor" in name:
             assert weight.std().item() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.3), name
-
-
-def test_other_head_sizes_biases_and_rope_scaling():
-    changes = {
-        "head_dim": 16,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-    }
-    stock = stock_model(**changes)
-    model = lemo_model(stock, keep_ratio=1.0)
-    assert torch.equal(model(text()).logits, stock(text()).logits)
-    _, got = loss_and_gradients(model, {"input_ids": text(), "labels": text()})
-    _, wanted = loss_and_gradients(stock.train(), {"input_ids": text(), "labels": text()})
-    largest = max(grad.abs().max().item() for grad in wanted.values())
-    assert_same_gradients(got, wanted, rtol=1e-3, atol=1e-5 * largest)
 
 
 def test_a_few_steps_learn():

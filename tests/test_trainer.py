@@ -165,7 +165,7 @@ def test_a_finished_adapter_has_our_card_and_a_persons_text_stays(tmp_path):
     assert card.read_text().count("# final") == 1
 
 
-def test_whole_and_untrained_models_are_saved_without_a_card(tmp_path):
+def test_a_whole_model_has_a_card_of_its_own_and_an_untrained_one_none(tmp_path):
     untrained = tiny_trainer(tmp_path / "run", SAMPLED)
     untrained.save_model(str(tmp_path / "untrained"))
     whole = LemoTrainer(
@@ -175,7 +175,7 @@ def test_whole_and_untrained_models_are_saved_without_a_card(tmp_path):
     whole.save_model(str(tmp_path / "whole"))
     assert (tmp_path / "whole" / "lemo_predictors.safetensors").is_file()
     assert BEGIN not in (tmp_path / "untrained" / "README.md").read_text()
-    assert not (tmp_path / "whole" / "README.md").exists()
+    assert "trust_remote_code=True" in (tmp_path / "whole" / "README.md").read_text()
 
 
 def test_full_model_resumes_after_pruning(tmp_path):

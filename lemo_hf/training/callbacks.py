@@ -84,6 +84,8 @@ class PredictorPhase(LemoCallback):
             run.predictors_fitted = True
         if documents:
             self._fit(documents * own.predictor_passes, documents, taken)
+        elif run.lemo.needs_predictors and run.predictors_fitted:
+            logger.info("predictor phase skipped (predictor_documents=0): those of %s stay", own.predictors or "the run")
         elif run.lemo.needs_predictors:
             logger.warning("predictor phase skipped (predictor_documents=0): selection reads the predictors as they are")
         else:
@@ -238,6 +240,16 @@ class SparsePhase(LemoCallback):
         if not self.run.trainer_saves:
             self.run.save_files(self.run.folder / f"checkpoint-{state.global_step}", with_state=True)
         self.run.forget_progress()
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Trainer is about to upload its output folder, and perhaps the checkpoint that it has just written.
+        if not self.run.is_attached:
+            return
+        self.run.save_files(self.run.folder, with_state=False)
+        checkpoint = self.run.folder / f"checkpoint-{state.global_step}"
+        if checkpoint.is_dir():
+            self.run.save_files(checkpoint, with_state=True)
+            self.run.forget_progress()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.run.forget_progress()

@@ -86,6 +86,11 @@ class LemoRun:
         self._attached_to: TrainerState | None = None
 
     @property
+    def is_attached(self) -> bool:
+        """Whether training has begun."""
+        return self._attached_to is not None
+
+    @property
     def lemo(self) -> LemoConfig:
         """The model's lemo block."""
         block: LemoConfig = self.backbone.config.lemo

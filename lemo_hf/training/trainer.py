@@ -1,18 +1,21 @@
 """`Trainer` with the phases of a LeMo run installed: the same loop, the same arguments, one import to swap."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, get_token
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINING_ARGS_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, TrainOutput, get_last_checkpoint
 
 from ..errors import LemoError
-from ..hub.lemo_files import CONFIG_FILE, load_lemo_files, load_predictors
-from ..hub.model_card import CARD_FILE, write_model_card
+from ..hub.lemo_files import CONFIG_FILE, load_lemo_files, load_predictors, write_json
+from ..hub.model_card import CARD_FILE, RESULTS_FILE, Kind, RunResults, write_model_card
+from ..hub.push import hub_error, one_line_hub_errors, required_token
 from ..models.segmented_loss import IGNORE_INDEX, shift_labels
 from ..models.sparse_decoder import sparse_backbone
 from .arguments import LemoTrainingArguments
@@ -24,14 +27,16 @@ logger = logging.getLogger(__name__)
 
 # Files that only a run leaves in its output folder.
 _RUN_FILES = (CONFIG_FILE, "adapter_model.safetensors", "model.safetensors", "trainer_state.json")
+_PUSH_AGAIN = "the run is whole on disk: call push_to_hub again, or `lemo export` with --push"
 
 
 class LemoTrainer(Trainer):
     """A `transformers.Trainer` that trains a LeMo model through its phases, predictor -> calibrate -> sparse -> dense tail.
 
     It installs the callbacks of `lemo_callbacks`, merges their metrics into every log, so that each reporter receives them, and
-    writes `lemo_predictors.safetensors` and `lemo_config.json` wherever it saves the model, and beside a finished adapter a model
-    card. A finished model's folder holds no pickle.
+    writes `lemo_predictors.safetensors` and `lemo_config.json` wherever it saves the model, and beside a finished one a model card
+    and the run's `results.json`. A finished model's folder holds no pickle. With `push_to_hub=True` predictors, settings and card
+    go to the Hub at every push.
 
     Args:
         model: A model of `AutoLemoModelForCausalLM`, usually wrapped by PEFT.
@@ -61,6 +66,9 @@ class LemoTrainer(Trainer):
         self.lemo_run = LemoRun(args)
         self._has_trained = False
         self._said_no_label = False
+        # What the card is rendered from, and its heading: set by who knows more of the run than the trainer does.
+        self.results: RunResults | None = None
+        self.title: str | None = None
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), *callbacks_of(self.lemo_run)], **kwargs)
         self.lemo_run.send, self.lemo_run.trainer_saves = self.log, True
         for shown in self.callback_handler.callbacks:
@@ -140,29 +148,99 @@ class LemoTrainer(Trainer):
         self.lemo_run.model = self.model
         self.lemo_run.writes = self.args.should_save
         self.lemo_run.save_files(folder, with_state=is_checkpoint)
-        if not is_checkpoint and self.args.should_save:
-            # A pickle, which may hold a token; nothing reads it.
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.args.should_save and (not is_checkpoint or self._pushes_checkpoints):
             self._write_card(folder, card)
+        if self.args.should_save and not is_checkpoint:
+            # A pickle, which nothing reads.
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if self._has_trained:
+                write_json(folder / RESULTS_FILE, self._results().to_dict())
+
+    @property
+    def _pushes_checkpoints(self) -> bool:
+        whole = HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS
+        return self.args.push_to_hub and self.args.hub_strategy in whole
+
+    def _results(self) -> RunResults:
+        state = self.state
+        return self.results or results_of(self.lemo_run, self.model, self.train_dataset, state.log_history, state.global_step)
+
+    def _write_card(self, folder: Path, existing: str | None, **known: Any) -> None:
+        # Over the one that PEFT writes with every adapter.
+        if self._has_trained:
+            title = self.title or (self.hub_model_id or folder.resolve().name).split("/")[-1]
+            kind: Kind = "adapter" if isinstance(self.model, PeftModel) else "remote-code"
+            write_model_card(replace(self._results(), **known), folder, title, existing, self.hub_model_id, kind)
+
+    # The Hub.
+
+    def init_hf_repo(self, token: str | None = None, *args: Any, **kwargs: Any) -> None:
+        token = required_token(token or self.args.hub_token)
+        with one_line_hub_errors(self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name, token):
+            super().init_hf_repo(token, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        folder = Path(str(self.args.output_dir))
-        card = _card_in(folder)
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            self._write_card(folder, card)
+        if not self._has_trained:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            known: dict[str, Any] = {"license": kwargs.get("license")} if kwargs.get("license") else {}
+            for ours, theirs in (("language", "language"), ("datasets", "dataset")):
+                if kwargs.get(theirs):
+                    known[ours] = _as_list(kwargs[theirs])
+            self._write_card(folder, _with_tags(_card_in(folder), _as_list(kwargs.get("tags") or [])), **known)
 
-    def _write_card(self, folder: Path, existing: str | None) -> None:
-        # Over the one that PEFT writes with every adapter; a whole model has none.
-        if self._has_trained and isinstance(self.model, PeftModel):
-            state = self.state
-            results = results_of(self.lemo_run, self.model, self.train_dataset, state.log_history, state.global_step)
-            write_model_card(results, folder, folder.resolve().name, existing)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`.
+
+        Raises:
+            LemoError: If it cannot be done; what the run saved is whole on disk, and pushing again goes on from what has arrived.
+        """
+        token = kwargs.get("token") or self.args.hub_token or None
+        with one_line_hub_errors(str(self.hub_model_id or self.args.hub_model_id), required_token(token), _PUSH_AGAIN):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._say_failed_pushes()
+        if self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            self._write_card(folder, _card_in(folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._say_failed_pushes()
+
+    def _say_failed_pushes(self) -> None:
+        # Uploads of checkpoints run in the background, where Trainer lets their errors pass unseen.
+        push = getattr(self, "push_in_progress", None)
+        if push is None:
+            return
+        failed = [job for job in push.jobs if job.done() and not job.cancelled() and job.exception() is not None]
+        push.jobs = [job for job in push.jobs if job not in failed]
+        for job in failed:
+            token = self.args.hub_token or get_token()
+            logger.warning(
+                hub_error(job.exception(), str(self.hub_model_id), token, "training goes on, the next push sends it too")
+            )
 
 
 def _card_in(folder: Path) -> str | None:
     path = folder / CARD_FILE
     return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _with_tags(card: str | None, tags: list[str]) -> str | None:
+    """A card with more tags, which rendering keeps."""
+    if not tags:
+        return card
+    found = ModelCard(card or "---\n{}\n---\n", ignore_metadata_errors=True)
+    found.data["tags"] = list(dict.fromkeys([*(found.data.get("tags") or []), *tags]))
+    return str(found)
 
 
 def _show_means_only(terminal: Any) -> None:

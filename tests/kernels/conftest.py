@@ -1,11 +1,7 @@
-"""Kernels run on the GPU where there is one, in triton's interpreter on the CPU otherwise (tests/conftest.py sets that up)."""
+"""Memory that kernels are given is poisoned."""
 
 import pytest
 import torch
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# tl.dot on bfloat16 is wrong in the interpreter.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ _HOMES = {
     "row_slots": "token_movement",
     "gather_norm": "row_norm",
     "add_norm": "row_norm",
+    "rest_norm": "row_norm",
     "output_determines_input": "row_norm",
     "apply_rotary": "rotary",
     "gated_activation": "gated_activation",

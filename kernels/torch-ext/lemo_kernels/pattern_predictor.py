@@ -1,0 +1,232 @@
+"""Block features of the pattern predictor, straight from raw residual rows (LeMo paper, section 4.2).
+
+    F_n = pool over tokens t of block n of relu(relu(norm(x_t) W1) W2) W3,   half of F by mean, half by maximum
+
+for the query and the key network at once. The norm's row scale comes last: norm(x) W1 = (x * w) W1 / rms(x), so one pass over
+a row gathers both its sum of squares and its products; LayerNorm's mean and bias enter by the columns' sums of w * W1 and
+b * W1, and rows are shifted by their first entry, so that a mean large against the deviation cancels nothing.
+
+Bytes that must move: read the N rows once, write blocks * 2 p float32. The separate steps (norm, float32 copy, two products)
+move 9 times that for 16-bit rows. Multiply-adds: N * (2 hidden * h1 + ...), by tensor cores in three tf32 terms, which keep
+float32's precision; below the memory time for h1 up to 32. No gradient: predictors are frozen in fine-tuning, and their own training
+runs on stored inputs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .host import launch_on, operator, optional, require, require_device, require_index, require_rows, require_vector, unit_stride
+
+# Wider networks do not fit a program's registers.
+MAX_WIDTH = 128
+
+
+@triton.jit
+def _matrix(pointer, height, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.arange(0, HEIGHT)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    return tl.load(pointer + row * width + column, mask=(row < height) & (column < width), other=0.0)
+
+
+@triton.jit
+def _pooled(
+    products, alive, second, third, h1, h2, features, total, largest,
+    H1: tl.constexpr, H2: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    inner = tl.maximum(products, 0.0)
+    outer = tl.maximum(tl.dot(inner, _matrix(second, h1, h2, H1, H2), input_precision="tf32x3"), 0.0)
+    token_features = tl.dot(outer, _matrix(third, h2, features, H2, FEATURES), input_precision="tf32x3")
+    total += tl.sum(tl.where(alive, token_features, 0.0), 0)
+    largest = tl.maximum(largest, tl.max(tl.where(alive, token_features, float("-inf")), 0))
+    return total, largest
+
+
+@triton.jit
+def _block_features_kernel(
+    stream, first_rows, lengths, weight, bias, q1, q2, q3, k1, k2, k3, query_out, key_out,
+    num_rows, hidden, stream_stride, epsilon, qh1, qh2, kh1, kh2, features, block_size,
+    CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    QH1: tl.constexpr, QH2: tl.constexpr, KH1: tl.constexpr, KH2: tl.constexpr, FEATURES: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    first = tl.load(first_rows + block)
+    length = tl.load(lengths + block)
+    query_sum = tl.zeros((FEATURES,), tl.float32)
+    key_sum = tl.zeros((FEATURES,), tl.float32)
+    query_max = tl.full((FEATURES,), float("-inf"), tl.float32)
+    key_max = tl.full((FEATURES,), float("-inf"), tl.float32)
+    for start in range(0, block_size, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        alive = token < length
+        row = first + token
+        readable = alive & (row >= 0) & (row < num_rows)
+        here = stream + row * stream_stride
+        shift = tl.zeros((TOKENS,), tl.float32)
+        if CENTRED:
+            shift = tl.load(here, mask=readable, other=0.0).to(tl.float32)
+        query = tl.zeros((TOKENS, QH1), tl.float32)
+        key = tl.zeros((TOKENS, KH1), tl.float32)
+        sums = tl.zeros((TOKENS,), tl.float32)
+        squares = tl.zeros((TOKENS,), tl.float32)
+        query_columns = tl.zeros((QH1,), tl.float32)
+        key_columns = tl.zeros((KH1,), tl.float32)
+        query_bias = tl.zeros((QH1,), tl.float32)
+        key_bias = tl.zeros((KH1,), tl.float32)
+        for at in range(0, hidden, COLUMNS):
+            column = at + tl.arange(0, COLUMNS)
+            in_row = column < hidden
+            mask = readable[:, None] & in_row[None, :]
+            x = tl.load(here[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            if CENTRED:
+                x = tl.where(mask, x - shift[:, None], 0.0)
+                sums += tl.sum(x, 1)
+            squares += tl.sum(x * x, 1)
+            w = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
+            query_first = tl.load(
+                q1 + column[:, None] * qh1 + tl.arange(0, QH1)[None, :],
+                mask=in_row[:, None] & (tl.arange(0, QH1) < qh1)[None, :],
+                other=0.0,
+            )
+            key_first = tl.load(
+                k1 + column[:, None] * kh1 + tl.arange(0, KH1)[None, :],
+                mask=in_row[:, None] & (tl.arange(0, KH1) < kh1)[None, :],
+                other=0.0,
+            )
+            x = x * w[None, :]
+            query = tl.dot(x, query_first, query, input_precision="tf32x3")
+            key = tl.dot(x, key_first, key, input_precision="tf32x3")
+            if CENTRED:
+                query_columns += tl.sum(w[:, None] * query_first, 0)
+                key_columns += tl.sum(w[:, None] * key_first, 0)
+            if HAS_BIAS:
+                b = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)
+                query_bias += tl.sum(b[:, None] * query_first, 0)
+                key_bias += tl.sum(b[:, None] * key_first, 0)
+        variance = squares / hidden
+        if CENTRED:
+            centre = sums / hidden
+            variance = tl.maximum(variance - centre * centre, 0.0)
+            query -= centre[:, None] * query_columns[None, :]
+            key -= centre[:, None] * key_columns[None, :]
+        scale = (1.0 / tl.sqrt(variance + epsilon))[:, None]
+        # A row that is not there makes its block NaN.
+        scale = tl.where((alive & ~readable)[:, None], float("nan"), scale)
+        query = query * scale + query_bias[None, :]
+        key = key * scale + key_bias[None, :]
+        query_sum, query_max = _pooled(
+            query, alive[:, None], q2, q3, qh1, qh2, features, query_sum, query_max, QH1, QH2, FEATURES
+        )  # fmt: skip
+        key_sum, key_max = _pooled(key, alive[:, None], k2, k3, kh1, kh2, features, key_sum, key_max, KH1, KH2, FEATURES)
+    feature = tl.arange(0, FEATURES)
+    by_mean = feature < features // 2
+    out = block * features + feature
+    tl.store(query_out + out, tl.where(by_mean, query_sum / length, query_max), mask=feature < features)
+    tl.store(key_out + out, tl.where(by_mean, key_sum / length, key_max), mask=feature < features)
+
+
+@operator("block_features")
+def block_features_operator(
+    stream: Tensor,
+    first_rows: Tensor,
+    lengths: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    centred: bool,
+    query_matrices: list[Tensor],
+    key_matrices: list[Tensor],
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Query and key features of all blocks, `(blocks, p)` float32 each; arguments as in `block_features`."""
+    stream = unit_stride(stream)
+    blocks, features = first_rows.shape[0], query_matrices[2].shape[1]
+    query = torch.empty(blocks, features, dtype=torch.float32, device=stream.device)
+    key = torch.empty(blocks, features, dtype=torch.float32, device=stream.device)
+    if blocks:
+        matrices = [matrix.contiguous() for matrix in (*query_matrices, *key_matrices)]
+        widths = [matrix.shape[0] for matrix in (matrices[1], matrices[2], matrices[4], matrices[5])]
+        padded = [max(16, triton.next_power_of_2(width)) for width in (*widths, features)]
+        # Small tiles for wide networks: two accumulators and two strips of W1 have to stay on the chip.
+        wide = max(padded) > 64
+        tokens = min(32 if wide else 64, max(16, triton.next_power_of_2(block_size)))
+        columns = 32 if wide else 64
+        with launch_on(stream):
+            _block_features_kernel[(blocks,)](
+                stream, first_rows.contiguous(), lengths.contiguous(), weight.contiguous(), optional(bias, weight).contiguous(),
+                *matrices, query, key, stream.shape[0], stream.shape[1], stream.stride(0), epsilon, *widths, features, block_size,
+                CENTRED=centred, HAS_BIAS=bias is not None,
+                QH1=padded[0], QH2=padded[1], KH1=padded[2], KH2=padded[3], FEATURES=padded[4],
+                TOKENS=tokens, COLUMNS=columns, num_warps=4,
+            )  # fmt: skip
+    return query, key
+
+
+@block_features_operator.register_fake
+def _(stream, first_rows, lengths, weight, bias, epsilon, centred, query_matrices, key_matrices, block_size):
+    shape = first_rows.shape[0], query_matrices[2].shape[1]
+    return stream.new_empty(shape, dtype=torch.float32), stream.new_empty(shape, dtype=torch.float32)
+
+
+@torch.no_grad()
+def block_features(
+    stream: Tensor,
+    first_rows: Tensor,
+    lengths: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    query_matrices: list[Tensor],
+    key_matrices: list[Tensor],
+    *,
+    block_size: int,
+    epsilon: float,
+    centred: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Query and key features of all blocks, from residual rows that nothing has normalised yet. Without autograd.
+
+    Args:
+        stream: Residual stream, `(num_rows, hidden)`, padding included.
+        first_rows: First row of each block, `(blocks,)` int64.
+        lengths: Tokens of each block, `(blocks,)` int32, 1 to `block_size`.
+        weight, bias, epsilon, centred: The norm before the attention, as in `gather_norm`.
+        query_matrices, key_matrices: `[W1, W2, W3]` of each network, float32: (hidden, h1), (h1, h2), (h2, p).
+        block_size: Tokens of a full block.
+
+    Returns:
+        Q and K, `(blocks, p)` float32 each.
+
+    Raises:
+        KernelInputError: If shapes, dtypes, devices or (on the CPU) row numbers do not fit.
+    """
+    require_rows("stream", stream)
+    require_vector("weight", weight, stream.shape[1], stream)
+    if bias is not None:
+        require_vector("bias", bias, stream.shape[1], stream)
+    require(centred or bias is None, "a bias belongs to the centred norm", "centred=False with a bias", "set centred=True")
+    require_index("first_rows", first_rows, stream.shape[0], stream)
+    require_index("lengths", lengths, block_size + 1, stream, torch.int32)
+    same = lengths.shape == first_rows.shape
+    require(same, "first_rows and lengths must name the same blocks", f"{len(first_rows)} and {len(lengths)}", "pass one each")
+    for name, matrices in (("query_matrices", query_matrices), ("key_matrices", key_matrices)):
+        require(len(matrices) == 3, f"{name} must be three matrices", len(matrices), "pass W1, W2 and W3")
+        width = stream.shape[1]
+        for matrix in matrices:
+            fits = matrix.dim() == 2 and matrix.shape[0] == width and matrix.dtype == torch.float32
+            require(
+                fits,
+                f"{name} must be float32 and begin with {width} rows",
+                f"{tuple(matrix.shape)} {matrix.dtype}",
+                "pass them in order",
+            )
+            require_device(name, matrix, stream)
+            width = matrix.shape[1]
+            require(
+                width <= MAX_WIDTH, f"a predictor's layers must be at most {MAX_WIDTH} wide", width, "use the PyTorch reference"
+            )
+    alike = query_matrices[2].shape[1] == key_matrices[2].shape[1]
+    require(alike, "both networks must have the same number of features", "two numbers", "pass one layer's predictor")
+    return block_features_operator(
+        stream, first_rows, lengths, weight, bias, epsilon, centred, list(query_matrices), list(key_matrices), block_size
+    )

@@ -1,8 +1,7 @@
 """OPT with LeMo: learned positions, LayerNorm with bias, an MLP of two matrices with ReLU, and dropout after each sublayer.
 
 Saved per kept row in rows of H, adapters on q, k, v and o: norms 2, shared input of q, k, v 1, attention 4, MLP I / H (the ReLU's
-output, by which its backward knows where it was zero and which the second matrix reads), and with dropout two masks of a byte
-per entry.
+output, by which its backward knows where it was zero and which the second matrix reads), and with dropout two masks.
 """
 
 from typing import Any

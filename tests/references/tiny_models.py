@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from lemo_hf import registry
 from lemo_hf.models.lemo_config import LemoConfig
@@ -41,6 +48,7 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], dict]] = {
     "mistral": (MistralForCausalLM, {**_ROTARY, "sliding_window": 11}),
     "opt": (OPTForCausalLM, {"ffn_dim": 80, "max_position_embeddings": 512, "init_std": 0.2, "dropout": 0.0}),
     "qwen2": (Qwen2ForCausalLM, {**_ROTARY, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}),
+    "qwen3": (Qwen3ForCausalLM, {**_ROTARY, "head_dim": 16}),
 }
 
 

@@ -16,6 +16,7 @@ _CLASS_NAMES = {
     "mistral": "Mistral",
     "opt": "OPT",
     "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
 }
 
 

@@ -177,6 +177,23 @@ def test_public_recipe_names_no_local_folder(recipe_file, tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("text")
     whole = f"model: {tmp_path}\nseq_len: 256\ndata_files: [{corpus}]\noutput_dir: {tmp_path}/out\n"
+    whole += f"fsdp_config: {tmp_path}/fsdp.json\ntrackio_space_id: ~/space\nlr_scheduler_kwargs: {{table: {tmp_path}/rates}}\n"
     text = read_recipe(recipe_file(whole=whole)).to_yaml(public=True)
     assert str(tmp_path.parent) not in text
-    assert "corpus.txt" in text
+    for kept in ("corpus.txt", "fsdp.json", "trackio_space_id: space", "rates"):
+        assert kept in text
+
+
+def test_data_are_named_without_their_folders(tmp_path):
+    local = DataFields(seq_len=256, dataset=str(tmp_path), held_out_files=[str(tmp_path / "held_out.txt")])
+    assert local.source == f"data set {tmp_path.name}, train"
+    assert local.hub_datasets == []
+    assert local.held_out_source == "local files held_out.txt"
+    hub = DataFields(seq_len=256, dataset="org/books", dataset_config="long")
+    assert (hub.source, hub.hub_datasets, hub.held_out_source) == ("data set org/books (long), train", ["org/books"], "")
+
+
+def test_languages_are_those_given_or_known():
+    assert DataFields(seq_len=256, python_packages=["stdlib"]).languages == ["code"]
+    assert DataFields(seq_len=256, dataset="org/books", language=["en"]).languages == ["en"]
+    assert DataFields(seq_len=256, dataset="org/books").languages == []

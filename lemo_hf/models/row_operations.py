@@ -84,6 +84,8 @@ class _GatedActivation(torch.autograd.Function):
 
 def gated_activation(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """`activation(gate) * up`, saving gate and up only; the activation is run again in backward."""
+    if torch.compiler.is_compiling():
+        return activation(gate) * up  # the compiler decides itself what to run again, and cannot trace autograd within a backward
     return _GatedActivation.apply(gate, up, activation)
 
 

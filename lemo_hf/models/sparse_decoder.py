@@ -58,6 +58,13 @@ class SparseBatch:
     selections: dict[int, Selection] = field(default_factory=dict)
     rotary: tuple[Tensor, ...] = ()
 
+    def __post_init__(self) -> None:
+        # The documents' index tensors are made at their first use. That is here and in no layer: their copies to the device
+        # are then behind us, and torch.compile (which cannot trace how they are remembered) breaks no layer's graph for them.
+        documents = self.documents
+        if documents.lengths:
+            _ = documents.rows, documents.block_of_row, documents.place_of_row
+
     def flat_rotary(self, rotary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Position tensors by flat row, laid out once for all layers; from `(batch or 1, seq_len, dim)` each."""
         if not self.rotary:
@@ -175,7 +182,11 @@ def _rows_of(rotary: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Split:
-    """One layer's run: kept rows under autograd, rest rows without."""
+    """One layer's run: kept rows under autograd, rest rows without.
+
+    Its methods turn autograd off by blocks, not by decorators: torch.compile cannot trace a decorated method of an object
+    that is made within the graph.
+    """
 
     def __init__(
         self, layer: SparseDecoderLayer, selection: Selection, documents: Documents, rotary: tuple[Tensor, ...], exact: bool
@@ -190,15 +201,16 @@ class _Split:
         self._rest_heads: tuple[Tensor, ...] = ()
         self._rest_attended: Tensor | None = None
 
-    @torch.no_grad()
     def project_rest(self, residual: Tensor) -> None:
         """Projects the rest rows, where the exact form needs them.
 
         Before the kept rows' pass, not within it: an adapter's dropout then draws the kept rows' numbers in one stretch,
         which a second run can repeat without the rest rows.
         """
-        if self.exact and self.selection.rest_rows.numel():
-            self._rest_heads = self._heads(gather_rows(residual, self.selection.rest_rows), self.selection.rest_rows)
+        rows = self.selection.rest_rows
+        if self.exact and rows.numel():
+            with torch.no_grad():
+                self._rest_heads = self._heads(gather_rows(residual, rows), rows)
 
     def _heads(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.layer.project_heads(self.layer.attention_norm(hidden), _rows_of(self.rotary, rows))
@@ -225,10 +237,10 @@ class _Split:
         scope = self._scope(self.selection.kept_lengths, self.selection.real_kept)
         query, key, value = self._heads(kept, self.selection.kept_rows)
         if finished is None:
-            attended = self._attend_all(query, key, value) if self.exact else attend(query, key, value, scope)
+            with torch.no_grad():
+                finished = self._attend_all(query, key, value) if self.exact else attend(query, key, value, scope)
             if self.exact:
-                self.finished = attended  # for kept-row checkpointing to store; the sparse form runs its attention again
-            finished = attended
+                self.finished = finished  # for kept-row checkpointing to store; the sparse form runs its attention again
         output = with_kept_row_gradient(query, key, value, *finished, scope)
         middle = kept + self.layer.project_output(output)
         return middle + self.layer.feed_forward(middle)
@@ -241,7 +253,6 @@ class _Split:
         positions = self.documents.place_of_row
         return AttentionScope(lengths, scale, window, positions if real_rows is None else positions[real_rows])
 
-    @torch.no_grad()
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The dense attention of all real rows: kept rows' output and log-sum-exp; the rest rows' output is put by."""
         kept_at, rest_at = self.selection.real_kept, self.selection.real_rest
@@ -254,16 +265,16 @@ class _Split:
         self._rest_attended = output.index_select(0, rest_at)
         return output.index_select(0, kept_at), lse.index_select(0, kept_at)
 
-    @torch.no_grad()
     def rest_forward(self, residual: Tensor) -> Tensor | None:
-        """New values of the rest rows, `(rest, hidden)`, after `kept_forward`; `None` if there are none."""
+        """New values of the rest rows, `(rest, hidden)`, without autograd, after `kept_forward`; `None` if there are none."""
         if not self.selection.rest_rows.numel():
             return None
-        rest = gather_rows(residual, self.selection.rest_rows)
-        if self._rest_attended is not None:
-            rest = rest + self.layer.project_output(self._rest_attended)
-            self._rest_attended = None
-        return rest + self.layer.feed_forward(rest)
+        with torch.no_grad():
+            rest = gather_rows(residual, self.selection.rest_rows)
+            if self._rest_attended is not None:
+                rest = rest + self.layer.project_output(self._rest_attended)
+                self._rest_attended = None
+            return rest + self.layer.feed_forward(rest)
 
 
 def _interleave(kept: Tensor, rest: Tensor, kept_at: Tensor, rest_at: Tensor) -> Tensor:

@@ -283,11 +283,10 @@ def _uniform(key: Tensor, counters: tuple[int, ...], index: Tensor) -> Tensor:
     recomputed and in a resumed step, without a generator's state. SplitMix64's finaliser over the chained counters.
     """
     state = key
-    for counter in (*counters, index):
-        if not torch.is_tensor(counter):
-            # Written by the device itself: a number that is copied there makes the host wait.
-            counter = torch.full((), counter, dtype=torch.int64, device=key.device)
-        state = _mix(state ^ _mix(counter))
+    # Written by the device itself: a number that is copied there makes the host wait.
+    numbers = [torch.full((), counter, dtype=torch.int64, device=key.device) for counter in counters]
+    for number in (*numbers, index):
+        state = _mix(state ^ _mix(number))
     return ((state >> 11) & (2**53 - 1)).double().add_(0.5) * 2.0**-53
 
 

@@ -33,7 +33,7 @@ def test_every_selection_has_its_words():
         (LemoConfig(), "sampled: drawn anew at each step, uniformly |"),
         (LemoConfig(sampling_temperature=0.5), "by informativeness, temperature 0.5, as the pattern predictors see it"),
         (LemoConfig(selection="ratio", score_source="true"), "the most informative ones, by the layer's own queries and keys"),
-        (LemoConfig(selection="threshold", keep_ratio=[0.25, 0.75]), "0.25 to 0.75, by layer"),
+        (LemoConfig(selection="threshold", keep_ratio=[0.25, 0.75]), "| Budget of the thresholds | 0.25 to 0.75, by layer of"),
         (LemoConfig(dense_layers=[0, -1]), "| Layers that keep every token | 0, -1 |"),
         (LemoConfig(attention_forward="sparse"), "sparse: kept tokens attend to kept tokens"),
         (LemoConfig(checkpoint="kept_rows"), "stores its kept rows and recomputes"),

@@ -79,7 +79,8 @@ def selection_rows(lemo: LemoConfig) -> list[Row]:
     rows = [("Block selection", chosen)]
     ratio = lemo.keep_ratio
     kept = f"{ratio:g}" if isinstance(ratio, int | float) else f"{min(ratio):g} to {max(ratio):g}, by layer"
-    rows.append(("Blocks kept", f"{kept} of a document's, {lemo.block_size} tokens each"))
+    label = "Budget of the thresholds" if lemo.selection == "threshold" else "Blocks kept"
+    rows.append((label, f"{kept} of a document's blocks, {lemo.block_size} tokens each"))
     if lemo.dense_layers:
         rows.append(("Layers that keep every token", ", ".join(str(layer) for layer in lemo.dense_layers)))
     if lemo.attention_forward == "exact":

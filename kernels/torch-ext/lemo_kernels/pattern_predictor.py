@@ -35,8 +35,9 @@ def _pooled(
     products, alive, second, third, h1, h2, features, total, largest,
     H1: tl.constexpr, H2: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    inner = tl.maximum(products, 0.0)
-    outer = tl.maximum(tl.dot(inner, _matrix(second, h1, h2, H1, H2), input_precision="tf32x3"), 0.0)
+    inner = tl.where(products < 0.0, 0.0, products)  # unlike tl.maximum it passes NaN on
+    outer = tl.dot(inner, _matrix(second, h1, h2, H1, H2), input_precision="tf32x3")
+    outer = tl.where(outer < 0.0, 0.0, outer)
     token_features = tl.dot(outer, _matrix(third, h2, features, H2, FEATURES), input_precision="tf32x3")
     total += tl.sum(tl.where(alive, token_features, 0.0), 0)
     largest = tl.maximum(largest, tl.max(tl.where(alive, token_features, float("-inf")), 0))
@@ -58,11 +59,13 @@ def _block_features_kernel(
     key_sum = tl.zeros((FEATURES,), tl.float32)
     query_max = tl.full((FEATURES,), float("-inf"), tl.float32)
     key_max = tl.full((FEATURES,), float("-inf"), tl.float32)
+    missing = tl.zeros((TOKENS,), tl.int32)
     for start in range(0, block_size, TOKENS):
         token = start + tl.arange(0, TOKENS)
         alive = token < length
         row = first + token
         readable = alive & (row >= 0) & (row < num_rows)
+        missing += (alive & ~readable).to(tl.int32)
         here = stream + row * stream_stride
         shift = tl.zeros((TOKENS,), tl.float32)
         if CENTRED:
@@ -112,8 +115,6 @@ def _block_features_kernel(
             query -= centre[:, None] * query_columns[None, :]
             key -= centre[:, None] * key_columns[None, :]
         scale = (1.0 / tl.sqrt(variance + epsilon))[:, None]
-        # A row that is not there makes its block NaN.
-        scale = tl.where((alive & ~readable)[:, None], float("nan"), scale)
         query = query * scale + query_bias[None, :]
         key = key * scale + key_bias[None, :]
         query_sum, query_max = _pooled(
@@ -123,8 +124,12 @@ def _block_features_kernel(
     feature = tl.arange(0, FEATURES)
     by_mean = feature < features // 2
     out = block * features + feature
-    tl.store(query_out + out, tl.where(by_mean, query_sum / length, query_max), mask=feature < features)
-    tl.store(key_out + out, tl.where(by_mean, key_sum / length, key_max), mask=feature < features)
+    # A row that is not there makes its block NaN.
+    absent = tl.sum(missing, 0) > 0
+    query_features = tl.where(absent, float("nan"), tl.where(by_mean, query_sum / length, query_max))
+    key_features = tl.where(absent, float("nan"), tl.where(by_mean, key_sum / length, key_max))
+    tl.store(query_out + out, query_features, mask=feature < features)
+    tl.store(key_out + out, key_features, mask=feature < features)
 
 
 @operator("block_features")

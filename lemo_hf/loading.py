@@ -76,7 +76,13 @@ def extended_config(model: "ModelFields", seq_len: int) -> tuple[PreTrainedConfi
         config = AutoConfig.from_pretrained(model_location(model.model), revision=model.revision)
         lemo_config_from(config)
     context = config.max_position_embeddings
-    if model.rope_type == "checkpoint" and model.rope_theta is None:
+    scaled = model.rope_type != "checkpoint" or model.rope_theta is not None
+    if not hasattr(config, "rope_parameters") and (scaled or seq_len > context):
+        raise LemoError(
+            f"the model has learned positions, which end at {context}; seq_len {seq_len}, rope_type {model.rope_type!r}; "
+            f"set seq_len to {context} at most and leave out the rope_ fields"
+        )
+    if not scaled:
         if model.rope_factor is not None:
             raise LemoError(f"rope_factor needs a rope_type; rope_factor={model.rope_factor}; add rope_type: linear or yarn")
         if seq_len > context:

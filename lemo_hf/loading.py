@@ -1,5 +1,6 @@
 """From a name to a model: base models with their context extended, and whatever a run saved; errors are one line."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,21 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.utils.hub import cached_file
 
 from .errors import LemoError
 from .hub.lemo_files import CONFIG_FILE, FOUND_FIELDS, PREDICTORS_FILE, load_predictors, read_lemo_files
+from .hub.weight_files import find_file, require_safe_weights
 from .models.lemo_config import LemoConfig, LemoConfigError
 from .models.sparse_decoder import sparse_backbone
-from .registry import HUB_ARGUMENTS, AutoLemoModelForCausalLM, lemo_config_from
+from .registry import HUB_ARGUMENTS, AutoLemoModelForCausalLM, read_config
 
 if TYPE_CHECKING:
     from .recipe import ModelFields
+
+logger = logging.getLogger(__name__)
 
 _ASSETS = Path(__file__).with_name("assets")
 
@@ -60,21 +61,33 @@ def one_line_errors(fact: str, name: str) -> Iterator[None]:
         yield
     except (LemoError, LemoConfigError):
         raise
-    except (OSError, ValueError, SafetensorError, HfHubHTTPError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # Of any kind: what a damaged or hostile file makes of upstream's code is a KeyError as often as a ValueError.
         reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"
         raise LemoError(f"{fact} ({reason}); {name!r}; check the name or path, and that its files are whole") from error
 
 
-def extended_config(model: "ModelFields", seq_len: int) -> tuple[PreTrainedConfig, dict[str, Any]]:
+def extended_config(
+    model: "ModelFields", seq_len: int, adapter: "SavedAdapter | None" = None
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The base model's config, and the fields to load it with so that it takes samples of `seq_len` tokens.
+
+    Args:
+        model: The base model, and how its context is extended.
+        seq_len: Tokens of a sample.
+        adapter: What training goes on from; its positions hold where `model` leaves the context as it is.
 
     Raises:
         LemoError: If the model cannot be found, its architecture is not supported, or its context is too short for
             `seq_len` and the recipe does not extend it.
     """
     with one_line_errors("base model cannot be loaded", model.model):
-        config = AutoConfig.from_pretrained(model_location(model.model), revision=model.revision)
-        lemo_config_from(config)
+        config, _ = read_config(model_location(model.model), revision=model.revision)
+    trained_under = adapter.base_config if adapter else {}
     context = config.max_position_embeddings
     scaled = model.rope_type != "checkpoint" or model.rope_theta is not None
     if not hasattr(config, "rope_parameters") and (scaled or seq_len > context):
@@ -83,6 +96,7 @@ def extended_config(model: "ModelFields", seq_len: int) -> tuple[PreTrainedConfi
             f"set seq_len to {context} at most and leave out the rope_ fields"
         )
     if not scaled:
+        context = trained_under.get("max_position_embeddings", context)
         if model.rope_factor is not None:
             raise LemoError(f"rope_factor needs a rope_type; rope_factor={model.rope_factor}; add rope_type: linear or yarn")
         if seq_len > context:
@@ -90,7 +104,7 @@ def extended_config(model: "ModelFields", seq_len: int) -> tuple[PreTrainedConfi
                 f"seq_len {seq_len} is longer than the model's context of {context}; {model.model!r}; "
                 "extend it with rope_type: linear or yarn, or lower seq_len"
             )
-        return config, {}
+        return config, trained_under
     rope = dict(config.rope_parameters)
     if model.rope_theta is not None:
         rope["rope_theta"] = model.rope_theta
@@ -103,13 +117,18 @@ def extended_config(model: "ModelFields", seq_len: int) -> tuple[PreTrainedConfi
         rope |= {"rope_type": model.rope_type, "factor": float(model.rope_factor or max(1.0, seq_len / context))}
         if model.rope_type == "yarn":
             rope["original_max_position_embeddings"] = context
+    if adapter and trained_under.get("rope_parameters", rope) != rope:
+        logger.warning(
+            "positions change: the adapter was trained under %s, the recipe says %s; %s; leave out the rope_ fields to keep them",
+            *(trained_under["rope_parameters"], rope, adapter.location),
+        )
     return config, {"rope_parameters": rope, "max_position_embeddings": max(seq_len, context)}
 
 
 def load_tokenizer(model: "ModelFields") -> Any:
     """The base model's tokenizer."""
     with one_line_errors("tokenizer cannot be loaded", model.model):
-        return AutoTokenizer.from_pretrained(model_location(model.model), revision=model.revision)
+        return AutoTokenizer.from_pretrained(model_location(model.model), revision=model.revision, trust_remote_code=False)
 
 
 def load_saved_model(name: str, sparse: bool = False) -> tuple[Any, Any]:
@@ -132,22 +151,7 @@ def load_saved_model(name: str, sparse: bool = False) -> tuple[Any, Any]:
         dtype = torch.float32 if device is None else "auto"
         model = _load_adapter(location, sparse, dtype) if adapter else _load_whole(location, sparse, dtype)
         source = location if find_file(location, "tokenizer_config.json") else model.config.name_or_path
-        return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(source)
-
-
-def find_file(location: str, name: str, **where: Any) -> str | None:
-    """Path of a file of a folder or of a Hub repository; `None` where it has no such file.
-
-    Args:
-        location: Folder or Hub id.
-        name: The file.
-        **where: As for `from_pretrained`: revision, token, cache_dir and the like.
-    """
-    where = {argument: value for argument, value in where.items() if argument != "trust_remote_code"}
-    found: str | None = cached_file(
-        location, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **where
-    )
-    return found
+        return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 @dataclass(frozen=True)
@@ -282,15 +286,22 @@ def _load_adapter(location: str, sparse: bool, dtype: torch.dtype | str) -> Any:
     if sparse:
         return load_adapter(location, dtype=dtype)
     saved = read_adapter(location)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        model_location(saved.base), dtype=dtype, revision=saved.base_revision, **saved.base_config
-    )
+    model = _load_stock(model_location(saved.base), dtype=dtype, revision=saved.base_revision, **saved.base_config)
     return put_adapter_on(model, saved)
 
 
+def _load_stock(location: str, **kwargs: Any) -> Any:
+    # Any architecture that transformers has; a repository's own code is not run and, at a terminal, not offered to be run.
+    revision = kwargs.get("revision")
+    require_safe_weights(
+        location, AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False), revision=revision
+    )
+    return AutoModelForCausalLM.from_pretrained(location, use_safetensors=True, trust_remote_code=False, **kwargs)
+
+
 def _load_whole(location: str, sparse: bool, dtype: torch.dtype | str) -> Any:
-    if sparse and getattr(AutoConfig.from_pretrained(location), "lemo", None) is None:
+    if sparse and getattr(AutoConfig.from_pretrained(location, trust_remote_code=False), "lemo", None) is None:
         raise LemoError(
             f"the sparse forward needs a LeMo model; {location!r} is a stock one; leave out --sparse or name an adapter"
         )
-    return AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+    return _load_stock(location, dtype=dtype)

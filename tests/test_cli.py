@@ -184,7 +184,7 @@ BAD_RUNS = {
     "context too long": (["--rope_type", "checkpoint"], "seq_len 128 is longer than the model's context of 64"),
     "missing model": (["--model", "{folder}/none"], "model folder does not exist"),
     "unsupported architecture": (["--model", "{folder}/gpt2"], "no LeMo classes for model type 'gpt2'; supported: llama"),
-    "truncated weights": (["--model", "{folder}/truncated"], "base model cannot be loaded"),
+    "truncated weights": (["--model", "{folder}/truncated"], "file is corrupt or truncated"),
     "missing predictors": (["--predictors", "{folder}/base"], "name a folder that a LeMo run saved"),
     "predictors that do not fit": (["--predictors", "{folder}/foreign"], "predictors do not fit the model"),
     "truncated predictors": (["--predictors", "{folder}/cut"], "file is corrupt or truncated"),
@@ -239,7 +239,7 @@ def test_bad_input_of_eval_ends_in_one_line(bad_inputs, trained, tmp_path, refus
     assert "model folder does not exist" in refused("eval", bad_inputs / "none", *data)
     assert "longer than the model's context of 128" in refused("eval", trained, *data, "--seq-len", "256")
     assert "is a stock one" in refused("eval", bad_inputs / "base", *data, "--sparse")
-    assert "model cannot be loaded" in refused("eval", bad_inputs / "truncated", *data)
+    assert "file is corrupt or truncated" in refused("eval", bad_inputs / "truncated", *data)
     cut = tmp_path / "cut"
     shutil.copytree(trained, cut, ignore=shutil.ignore_patterns("checkpoint-*"))
     (cut / PREDICTORS_FILE).write_bytes(b"\x00" * 30)

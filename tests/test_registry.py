@@ -71,6 +71,16 @@ def test_predictors_of_a_stock_checkpoint_are_initialised(stock_folder):
             assert weight.std().item() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.3), name
 
 
+def test_predictors_stay_frozen_whatever_they_are_loaded_from(stock_folder, tmp_path):
+    """Or full fine-tuning would count, shard and checkpoint them as trained weights."""
+    lemo_model(stock_model()).save_pretrained(tmp_path / "lemo")
+    for folder in (stock_folder, tmp_path / "lemo"):
+        model = AutoLemoModelForCausalLM.from_pretrained(folder)
+        assert {name for name, weight in model.named_parameters() if not weight.requires_grad} == {
+            name for name, _ in model.named_parameters() if "lemo_predictor" in name
+        }
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_initialisation_follows_the_global_seed(stock_folder, seed):
     results = []
@@ -209,7 +219,9 @@ def test_loaded_predictors_of_a_layer_survive_when_others_are_missing(tmp_path):
 
 def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path):
     GPT2Config(n_layer=1).save_pretrained(tmp_path)
-    with pytest.raises(LemoError, match=r"no LeMo classes for model type 'gpt2'; supported: llama, mistral, opt, .*; choose") as error:
+    with pytest.raises(
+        LemoError, match=r"no LeMo classes for model type 'gpt2'; supported: llama, mistral, opt, .*; choose"
+    ) as error:
         AutoLemoModelForCausalLM.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
 

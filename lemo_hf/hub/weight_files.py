@@ -9,6 +9,8 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers.utils.hub import cached_file
 
 from ..errors import LemoError
@@ -63,6 +65,9 @@ def require_safe_weights(location: str, config: Any, **where: Any) -> set[str] |
             f"transformers_weights may name a safetensors file of the checkpoint's own folder only; got {shown(explicit)}; "
             f"take that line out of the config.json of {location!r}"
         )
+    # An adapter beside a model's config is loaded onto the model.
+    if find_file(location, ADAPTER_CONFIG, **where) and not find_file(location, ADAPTER_WEIGHTS, **where):
+        raise LemoError(f"adapter's weights are missing or a pickle; {location!r} has no {ADAPTER_WEIGHTS}; {_CONVERT}")
     variant = where.get("variant")
     names = [explicit] if explicit else [_with_variant(name, variant) for name in (_WEIGHTS, _INDEX)]
     for name in names:

@@ -44,6 +44,10 @@ class PredictorParameters(nn.ParameterList):
         """Draws the parameters anew."""
         raise NotImplementedError
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # `from_pretrained` puts a new parameter in every place, and has it require a gradient.
+        super().register_parameter(name, None if param is None else param.requires_grad_(False))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PredictorParameters":
         # `model.to(torch.bfloat16)` moves them to the model's device at most.
         def moved(parameter: Tensor) -> Tensor:

@@ -75,6 +75,67 @@ def train(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Output folder of a run, or a checkpoint in it.", show_default=False)],
+    to: Annotated[
+        Literal["adapter", "merged", "remote-code"] | None,
+        typer.Option(help="What to make of it; see above.", show_default=False),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The new folder; RUN-TO beside the run if not given.")] = None,
+    push: Annotated[str | None, typer.Option(help="Upload it to the Hub as USER/NAME, private.", metavar="USER/NAME")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: let everybody see it.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="With --push: replace what lies there, by a commit.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the base model, if not the one that the adapter names.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Float type to merge in and save; auto is the base checkpoint's."),
+    ] = "auto",
+) -> None:
+    """Make something of a run that others can load, and upload it to the Hub.
+
+    \b
+    --to adapter       the PEFT adapter with LeMo's predictors and settings: small; loads in transformers + peft on its
+                       base model, and LeMo training goes on from it
+    --to merged        a stock checkpoint with the adapter added into the weights: needs nothing but transformers (or vLLM,
+                       llama.cpp, ...)
+    --to remote-code   the same weights as a LeMo model with its code and predictors: trains sparsely without lemo_hf, by
+                       AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True); evaluates as the stock model does
+
+    Each comes with tokenizer and model card, and appears whole or not at all. --push asks the Hub for permission before any work
+    is done; log in with `hf auth login`, or set HF_TOKEN. A folder whose upload failed is pushed again without --to.
+
+    \b
+    Examples:
+      lemo export outputs/r03 --to merged
+      lemo export outputs/r03/checkpoint-200 --to adapter --output adapters/r03-early
+      lemo export outputs/r03 --to remote-code --push me/llama-32k
+      lemo export outputs/r03-remote-code --push me/llama-32k      (again, after the connection was lost)
+    """  # noqa: D301
+    if to is None and push is None:
+        raise LemoError(f"nothing to do with the run; {str(run)!r}; add --to adapter, --to merged or --to remote-code")
+    for name, given in (("--public", public), ("--update", update)):
+        if given and push is None:
+            raise LemoError(f"{name} is about the Hub; nothing is pushed; add --push USER/NAME")
+
+    from .hub.export import export_run, exported_folder, local_base
+    from .hub.push import push_folder, writable_repository
+
+    repository = writable_repository(push, public, update) if push else None
+    if to is None:
+        folder = exported_folder(run)
+    else:
+        folder = export_run(run, to, output, base, dtype, repository.repo_id if repository else None)
+        typer.echo(f"{to} in {folder}")
+    if repository is not None:
+        local = local_base(folder)
+        if local is not None:
+            typer.echo(f"base model {local} is not on the Hub: nobody else can load the adapter; push it with --to merged too")
+        typer.echo(f"{push_folder(folder, repository)} ({'public' if repository.public else 'private'})")
+
+
+@app.command()
 def eval(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model or adapter.", show_default=False)],
     data: Annotated[list[str] | None, typer.Option(help="Text or .jsonl file, or a folder of them; may be repeated.")] = None,
@@ -160,6 +221,61 @@ def _figures(measured: "Perplexity") -> tuple[str, dict[str, Any]]:
     found = metric.compute()
     interval = dataclasses.replace(Interval.of(measured), value=found[name], tokens=found["tokens"])
     return str(interval), {**found, name: dataclasses.asdict(interval)}
+
+
+@app.command()
+def estimate(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A shape's name such as Llama-3-8B, a config.json, a folder with one, or a Hub id.", show_default=False
+        ),
+    ],
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sample.", min=1, show_default=False)],
+    method: Annotated[
+        str, typer.Option(help="stock, checkpointing, liger, liger+checkpointing or lemo; all of them side by side: all.")
+    ] = "lemo",
+    form: Annotated[Literal["exact", "sparse"], typer.Option(help="LeMo's attention form.")] = "exact",
+    keep: Annotated[str, typer.Option(help="LeMo's kept share of blocks, or auto: the largest that fits.")] = "0.5",
+    checkpoint: Annotated[Literal["none", "kept_rows"], typer.Option(help="LeMo's checkpointing.")] = "none",
+    selection: Annotated[Literal["sampled", "ratio"], typer.Option(help="LeMo's selection.")] = "sampled",
+    batch_size: Annotated[int, typer.Option(help="Samples of a step.", min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="Float type of the base model: bfloat16, float16 or float32.")] = "bfloat16",
+    adapter_dtype: Annotated[str, typer.Option(help="Float type of the adapters; float32 is PEFT's default.")] = "float32",
+    autocast: Annotated[bool, typer.Option("--autocast", help="The forward runs under bfloat16 autocast.")] = False,
+    lora_r: Annotated[int, typer.Option(help="Rank of the adapters.", min=1)] = 8,
+    targets: Annotated[
+        str, typer.Option(help="Adapted layers, with commas, or all-linear; attention's projections if empty.")
+    ] = "",
+    gpu: Annotated[str | None, typer.Option(help="Card to fit and to time, such as H100 or RTX-4090.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory to fit, such as 80GiB; the card's own if not given.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the estimate here as JSON too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw every method's memory by length here, as PNG.")] = None,
+) -> None:
+    """Memory, FLOPs and time of a training step, from a model's config alone: no weights, no GPU.
+
+    With --gpu or --gpu-memory also whether it fits, the longest sequence that does, and the kept share that makes it fit. Runs
+    the real code on fake tensors; docs/memory.md says what is exact and what is assumed.
+
+    \b
+    Examples:
+      lemo estimate --model Llama-3-8B --seq-len 65536 --gpu H100
+      lemo estimate --model Llama-3-8B --seq-len 65536 --checkpoint kept_rows --keep auto --gpu-memory 40GiB
+      lemo estimate --model Qwen3-8B --seq-len 32768 --method all --gpu A100 --plot memory.png
+    """  # noqa: D301
+    from .profiling.memory_command import run_estimate
+
+    lemo = {"attention_forward": form, "keep_ratio": keep, "checkpoint": checkpoint, "selection": selection}
+    step = {
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "adapter_dtype": adapter_dtype,
+        "autocast": autocast,
+        "lora_r": lora_r,
+        "targets": tuple(name.strip() for name in targets.split(",") if name.strip()),
+    }
+    typer.echo(run_estimate(model, method, lemo, step, gpu, gpu_memory, json, plot))
 
 
 def _overrides(arguments: list[str]) -> dict[str, str]:

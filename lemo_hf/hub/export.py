@@ -21,19 +21,19 @@ from typing import Any
 import torch
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
 from ..errors import LemoError
 from ..loading import SavedAdapter, load_adapter, model_location, one_line_errors, read_adapter
 from ..models.sparse_decoder import sparse_backbone
-from ..registry import ARCHITECTURES, AutoLemoModelForCausalLM
+from ..registry import ARCHITECTURES, AutoLemoModelForCausalLM, read_config
+from .card_metadata import is_hub_id, public_name
 from .lemo_files import CONFIG_FILE, PREDICTORS_FILE, context_config, read_json, read_tensors, write_json
-from .model_card import BEGIN, CARD_FILE, Kind, RunResults, write_model_card
+from .model_card import BEGIN, CARD_FILE, RESULTS_FILE, Kind, RunResults, write_model_card
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "results.json"
 # What a run's folder holds and an export does not.
 _RUN_FILES = ("recipe.yaml", "trainer_state.json", "lemo_state.json", RESULTS_FILE)
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -101,6 +101,14 @@ def exported_folder(folder: str | Path) -> Path:
     if not whole or any((folder / name).exists() for name in _RUN_FILES):
         raise LemoError(f"folder is none that lemo export wrote; {str(folder)!r}; say what to make of it with --to")
     return folder
+
+
+def local_base(folder: Path) -> str | None:
+    """The folder on this machine that an adapter names as its base model; `None` where it is a Hub id, or there is no adapter."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    base = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+    return None if is_hub_id(base) else base
 
 
 def as_stock(model: Any) -> Any:
@@ -179,7 +187,7 @@ def _merged_model(run: Path, saved: SavedAdapter | None, base: str | None, dtype
         sparse_backbone(model)
         return model
     with one_line_errors("base model cannot be loaded", saved.base):
-        config = AutoConfig.from_pretrained(model_location(saved.base), revision=saved.base_revision)
+        config, _ = read_config(model_location(saved.base), revision=saved.base_revision)
     if getattr(config, "quantization_config", None) is not None:
         raise LemoError(
             f"base model is quantised, an adapter cannot be merged into it; {saved.base!r}; name the model that it was quantised "
@@ -207,7 +215,7 @@ def _make_saveable(generation: Any) -> None:
 def _write_tokenizer(run: Path, fallback: str, folder: Path) -> None:
     source = str(run) if (run / "tokenizer_config.json").is_file() else model_location(fallback)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         logger.warning("no tokenizer is exported, none was found; %r; %s", source, " ".join(str(error).split())[:200])
         return
@@ -234,7 +242,7 @@ def _results(run: Path, saved: SavedAdapter | None, base_config: dict[str, Any])
             stock=None,
         )
     return RunResults(
-        base_model=saved.base if saved else run.resolve().name,
+        base_model=public_name(saved.base) if saved else run.resolve().name,
         data="not recorded",
         seq_len=0,
         lemo=saved.lemo.to_dict() if saved and saved.lemo else read_json(run / CONFIG_NAME).get("lemo", {}),

@@ -112,7 +112,8 @@ def push_folder(folder: str | Path, repository: Repository) -> str:
     """
     repo_id, token = repository.repo_id, required_token()
     api = HfApi(library_name="lemo_hf")
-    with one_line_hub_errors(repo_id, token, f"{str(folder)!r} is complete: go on with `lemo export {folder} --push {repo_id}`"):
+    again = f"lemo export {folder} --push {repo_id}{' --public' if repository.public else ''}"
+    with one_line_hub_errors(repo_id, token, f"{str(folder)!r} is complete: go on with `{again}`"):
         if not repository.exists:
             api.create_repo(repo_id, private=not repository.public, token=token)
         for attempt in range(_ATTEMPTS):
@@ -169,7 +170,7 @@ def hub_error(error: BaseException, name: str, token: str | None, fix: str) -> s
     elif _is_transport(error):
         fact = f"the Hub cannot be reached ({_reason(error)})"
     else:
-        fact = f"the upload failed ({_reason(error)})"
+        fact = f"it could not be pushed ({_reason(error)})"
     line = f"{fact}; {name!r}; {fix}"
     return line.replace(token, "<token>") if token else line
 

@@ -1,174 +1,144 @@
-"""The attention kernels against the reference in lemo_hf/models and, for windows, against dense matrices."""
+"""The attention kernels against the reference in lemo_hf/models, which has operators for the CPU."""
 
 import pytest
 import torch
 from lemo_kernels import document_attention
 from lemo_kernels.document_attention import _attend, _attend_backward, attend, with_kept_row_gradient
 from lemo_kernels.host import KernelInputError
+from references.kernel_inputs import ALLOWED, DEVICE, DTYPES, error_ratio, random, strided
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemo_hf.models import document_attention as reference
 
 SCALE = 0.31
-# Ratio of root-mean-square error to root-mean-square value.
-LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3}
-
-
-def error_ratio(got, wanted):
-    got, wanted = got.double(), wanted.double()
-    assert got.shape == wanted.shape
-    assert torch.isfinite(got).all(), "an output was not written, or overflowed"
-    return ((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp_min(1e-30)).item()
 
 
 def heads(rows, queries=4, keys=2, dim=16, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(rows, count, dim, generator=generator).to(dtype) for count in (queries, keys, keys))
+    return tuple(
+        random(rows, count, dim, dtype=dtype, seed=seed + 100 * place) for place, count in enumerate((queries, keys, keys))
+    )
+
+
+def backends(dtype, window):
+    """ATen's CUDA operators serve 16-bit rows without a window."""
+    return ["triton"] + (["flash"] if DEVICE.type == "cuda" and dtype != torch.float32 and window is None else [])
 
 
 def kept_of(lengths, share, seed):
-    """Some rows of each document, its first always; their numbers and how many of each."""
+    """Some rows of each document, its first always: their numbers, and how many of each."""
     kept = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed)) < share
     for part in kept.split(lengths):
         part[:1] = True
     return kept.nonzero().squeeze(1), [int(part.sum()) for part in kept.split(lengths)]
 
 
-def by_formula(query, key, value, lengths, window, positions, output=None, lse=None, grad=None):
-    """Dense matrices in float64: output and log-sum-exp, or the gradients for those given."""
-    query, key, value = (part.double() for part in (query, key, value))
-    group = query.shape[1] // key.shape[1]
-    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    distance = positions[:, None] - positions[None]
-    seen = (document[:, None] == document[None]) & (distance >= 0) & (distance < (window or 1 << 40))
-    scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(group, 1)) * SCALE
-    scores = scores.masked_fill(~seen, -torch.inf)
-    if grad is None:
-        mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value.repeat_interleave(group, 1))
-        return mixed, scores.logsumexp(-1).T[..., None]
-    grad, output, lse = grad.double(), output.double(), lse.double()
-    weights = (scores - lse.squeeze(-1).T[..., None]).exp()
-    normaliser = (grad * output).sum(-1).T[..., None]
-    grad_scores = weights * (torch.einsum("qhd,khd->hqk", grad, value.repeat_interleave(group, 1)) - normaliser)
-    grad_query = torch.einsum("hqk,khd->qhd", grad_scores, key.repeat_interleave(group, 1)) * SCALE
-    grad_key = torch.einsum("hqk,qhd->khd", grad_scores, query) * SCALE
-    grad_value = torch.einsum("hqk,qhd->khd", weights, grad)
-    return grad_query, *(part.unflatten(1, (-1, group)).sum(2) for part in (grad_key, grad_value))
+def places_of(lengths):
+    return torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.zeros(0, dtype=torch.int64)
 
 
-LENGTHS = [[1], [63], [65], [0, 4, 0, 70], [1, 1, 33], [130], []]
+def scope(lengths, window=None, places=None):
+    return reference.AttentionScope(lengths, SCALE, window, None if window is None else places)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def reference_attend(inputs, scope):
+    """The reference in float32 on the CPU."""
+    return reference.attend(*(part.detach().cpu().float() for part in inputs), scope)
+
+
+def reference_gradients(inputs, output, lse, upstream, scope):
+    leaves = [part.detach().cpu().float().requires_grad_() for part in inputs]
+    attached = reference.with_kept_row_gradient(*leaves, output.cpu().float(), lse.cpu(), scope)
+    return torch.autograd.grad(attached, leaves, upstream.cpu().float())
+
+
+def assert_near(got, wanted, dtype):
+    for mine, theirs in zip(got, wanted, strict=True):
+        # A row that sees itself alone has a softmax of one: its dq and dk are 0 but for rounding.
+        nothing = theirs.abs().max() < 1e-3
+        assert mine.abs().max() < 0.01 if nothing else error_ratio(mine.cpu(), theirs) <= ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[1], [63], [65], [0, 4, 0, 70], [1, 1, 33], [130], []], ids=str)
 def test_forward_and_gradients_equal_the_reference(lengths, dtype):
     inputs = [part.requires_grad_() for part in heads(sum(lengths), dtype=dtype)]
     upstream = heads(sum(lengths), seed=1, dtype=dtype)[0]
-    output, lse = attend(*inputs, lengths, SCALE)
-    if not sum(lengths):
-        assert output.shape == (0, 4, 16)
-        assert lse.shape == (0, 4, 1)
-        return
-    wide = [part.detach().float().requires_grad_() for part in inputs]
-    wanted, wanted_lse = reference.attend(*wide, reference.AttentionScope(lengths, SCALE))
-    assert output.dtype == dtype
-    assert lse.dtype == torch.float32
-    assert error_ratio(output, wanted) < LIMITS[dtype]
-    assert error_ratio(lse, wanted_lse) < LIMITS[dtype]
-    attached = with_kept_row_gradient(*inputs, output, lse, lengths, SCALE)
-    assert torch.equal(attached, output)
-    attached = with_kept_row_gradient(*inputs, wanted.to(dtype), wanted_lse, lengths, SCALE)
-    got = torch.autograd.grad(attached, inputs, upstream)
-    attached = reference.with_kept_row_gradient(*wide, wanted, wanted_lse, reference.AttentionScope(lengths, SCALE))
-    for mine, theirs in zip(got, torch.autograd.grad(attached, wide, upstream.float()), strict=True):
-        # One row alone has a softmax of one: dq and dk are 0 but for rounding.
-        assert error_ratio(mine, theirs) < LIMITS[dtype] or (len(inputs[0]) == 1 and mine.abs().max() < 0.01)
+    for backend in backends(dtype, None):
+        output, lse = attend(*inputs, lengths, SCALE, backend=backend)
+        assert (output.shape, output.dtype) == (inputs[0].shape, dtype)
+        assert (lse.shape, lse.dtype) == ((sum(lengths), 4, 1), torch.float32)
+        attached = with_kept_row_gradient(*inputs, output, lse, lengths, SCALE, backend=backend)
+        assert torch.equal(attached, output)
+        got = torch.autograd.grad(attached, inputs, upstream)
+        if not sum(lengths):
+            assert [grad.shape for grad in got] == [part.shape for part in inputs]
+            continue
+        assert_near((output, lse), reference_attend(inputs, scope(lengths)), dtype)
+        assert_near(got, reference_gradients(inputs, output, lse, upstream, scope(lengths)), dtype)
 
 
 @pytest.mark.parametrize(("queries", "keys", "dim"), [(1, 1, 8), (6, 2, 24), (4, 4, 64), (2, 1, 160), (2, 2, 256)])
 def test_head_counts_and_head_sizes(queries, keys, dim):
-    inputs = heads(70, queries, keys, dim)
-    output, lse = attend(*inputs, [30, 40], SCALE)
-    wanted, wanted_lse = reference.attend(*inputs, reference.AttentionScope([30, 40], SCALE))
-    assert error_ratio(output, wanted) < 2e-6
-    assert error_ratio(lse, wanted_lse) < 2e-6
-    upstream = heads(70, queries, keys, dim, seed=3)[0]
-    got = _attend_backward(upstream, *inputs, output, lse, [30, 40], SCALE, None, None, "triton")
-    exact = by_formula(*inputs, [30, 40], None, torch.arange(70), output, lse, upstream)
-    for mine, theirs in zip(got, exact, strict=True):
-        assert error_ratio(mine, theirs) < 5e-6
+    for dtype in DTYPES:
+        inputs = [part.requires_grad_() for part in heads(70, queries, keys, dim, dtype)]
+        upstream = random(70, queries, dim, dtype=dtype, seed=3)
+        for backend in backends(dtype, None):
+            output, lse = attend(*inputs, [30, 40], SCALE, backend=backend)
+            assert_near((output, lse), reference_attend(inputs, scope([30, 40])), dtype)
+            attached = with_kept_row_gradient(*inputs, output, lse, [30, 40], SCALE, backend=backend)
+            got = torch.autograd.grad(attached, inputs, upstream)
+            assert_near(got, reference_gradients(inputs, output, lse, upstream, scope([30, 40])), dtype)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 1, 7, 64, 100], ids=str)
 def test_the_exact_form_with_windows_by_original_distance(window, dtype):
     """Forward over all rows, backward on kept rows with the full output and log-sum-exp."""
     lengths = [150, 0, 5, 70]
-    query, key, value = heads(225, dtype=dtype, seed=4)
+    inputs = heads(225, dtype=dtype, seed=4)
     kept, kept_lengths = kept_of(lengths, 0.5, seed=5)
-    places = torch.cat([torch.arange(length) for length in lengths])
-    output, lse = attend(query, key, value, lengths, SCALE, window)
-    wanted, wanted_lse = by_formula(query, key, value, lengths, window, places)
-    assert error_ratio(output, wanted) < LIMITS[dtype]
-    assert error_ratio(lse, wanted_lse) < LIMITS[dtype]
-    scope = reference.AttentionScope(lengths, SCALE, window, places)
-    wanted, wanted_lse = reference.attend(query.float(), key.float(), value.float(), scope)
-    assert error_ratio(output, wanted) < LIMITS[dtype]
-    assert error_ratio(lse, wanted_lse) < LIMITS[dtype]
-
-    leaves = [part[kept].clone().requires_grad_() for part in (query, key, value)]
+    places = places_of(lengths)
     upstream = heads(len(kept), seed=6, dtype=dtype)[0]
-    finished = output[kept], lse[kept]
-    attached = with_kept_row_gradient(*leaves, *finished, kept_lengths, SCALE, window, places[kept])
-    got = torch.autograd.grad(attached, leaves, upstream)
-    exact = by_formula(*(leaf.detach() for leaf in leaves), kept_lengths, window, places[kept], *finished, upstream)
-    for mine, theirs in zip(got, exact, strict=True):
-        assert error_ratio(mine, theirs) < 2 * LIMITS[dtype] or theirs.abs().max() < 1e-3
-    wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
-    scope = reference.AttentionScope(kept_lengths, SCALE, window, places[kept])
-    attached = reference.with_kept_row_gradient(*wide, finished[0].float(), finished[1], scope)
-    for mine, theirs in zip(got, torch.autograd.grad(attached, wide, upstream.float()), strict=True):
-        assert error_ratio(mine, theirs) < 2 * LIMITS[dtype] or theirs.abs().max() < 1e-3
+    for backend in backends(dtype, window):
+        output, lse = attend(*inputs, lengths, SCALE, window, backend=backend)
+        assert_near((output, lse), reference_attend(inputs, scope(lengths, window, places)), dtype)
+        leaves = [part[kept.to(DEVICE)].requires_grad_() for part in inputs]
+        finished = output[kept.to(DEVICE)], lse[kept.to(DEVICE)]
+        arguments = (kept_lengths, SCALE, window, places[kept].to(DEVICE), backend)
+        got = torch.autograd.grad(with_kept_row_gradient(*leaves, *finished, *arguments), leaves, upstream)
+        wanted = reference_gradients(leaves, *finished, upstream, scope(kept_lengths, window, places[kept]))
+        assert_near(got, wanted, dtype)
 
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_the_sparse_form_counts_original_distance(window):
     lengths = [40, 90]
     kept, kept_lengths = kept_of(lengths, 0.4, seed=7)
-    places = torch.cat([torch.arange(length) for length in lengths])[kept]
-    query, key, value = heads(len(kept), seed=8)
-    output, lse = attend(query, key, value, kept_lengths, SCALE, window, places)
-    wanted, wanted_lse = by_formula(query, key, value, kept_lengths, window, places)
-    assert error_ratio(output, wanted) < 2e-6
-    assert error_ratio(lse, wanted_lse) < 2e-6
+    places = places_of(lengths)[kept]
+    inputs = heads(len(kept), seed=8)
+    got = attend(*inputs, kept_lengths, SCALE, window, places.to(DEVICE))
+    assert_near(got, reference_attend(inputs, scope(kept_lengths, window, places)), torch.float32)
 
 
 def test_one_kept_row_of_many():
-    query, key, value = heads(66, seed=9)
-    output, lse = attend(query, key, value, [66], SCALE)
-    leaves = [part[37:38].clone().requires_grad_() for part in (query, key, value)]
+    inputs = heads(66, seed=9)
+    output, lse = (part[37:38] for part in attend(*inputs, [66], SCALE))
+    leaves = [part[37:38].clone().requires_grad_() for part in inputs]
     upstream = heads(1, seed=10)[0]
-    attached = with_kept_row_gradient(*leaves, output[37:38], lse[37:38], [1], SCALE)
-    got = torch.autograd.grad(attached, leaves, upstream)
-    one = [leaf.detach() for leaf in leaves]
-    exact = by_formula(*one, [1], None, torch.zeros(1, dtype=torch.long), output[37:38], lse[37:38], upstream)
-    assert exact[0].abs().max() > 1e-3, "in the exact form one row alone still has a gradient"
-    for mine, theirs in zip(got, exact, strict=True):
-        assert error_ratio(mine, theirs) < 5e-6
+    got = torch.autograd.grad(with_kept_row_gradient(*leaves, output, lse, [1], SCALE), leaves, upstream)
+    wanted = reference_gradients(leaves, output, lse, upstream, scope([1]))
+    assert wanted[0].abs().max() > 1e-3, "in the exact form one row alone still has a gradient"
+    assert_near(got, wanted, torch.float32)
 
 
 def test_inputs_that_are_not_contiguous_are_read_as_they_are():
     plain = heads(70)
-    strided = []
-    for part in plain:
-        wide = torch.full((70, part.shape[1] + 1, 2 * part.shape[2]), torch.nan)
-        wide[:, :-1, : part.shape[2]] = part
-        strided.append(wide[:, :-1, : part.shape[2]])
+    strides = [strided(part) for part in plain]
     dims_first = [part.permute(2, 1, 0).contiguous().permute(2, 1, 0) for part in plain]
     wanted = attend(*plain, [70], SCALE)
     upstream = heads(70, seed=1)[0]
     grads = _attend_backward(upstream, *plain, *wanted, [70], SCALE, 11, None, "triton")
-    for inputs in (strided, dims_first):
+    for inputs in (strides, dims_first):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(attend(*inputs, [70], SCALE), wanted, strict=True))
         upstream_too = upstream.permute(2, 1, 0).contiguous().permute(2, 1, 0)
         again = _attend_backward(upstream_too, *inputs, *wanted, [70], SCALE, 11, None, "triton")
@@ -178,7 +148,7 @@ def test_inputs_that_are_not_contiguous_are_read_as_they_are():
 def test_the_same_bits_twice():
     inputs = [part.requires_grad_() for part in heads(140, dtype=torch.float16)]
     upstream = heads(140, seed=1, dtype=torch.float16)[0]
-    runs = []
+    runs = []  # of the kernels; ATen's dq has the same bits under deterministic algorithms only
     for _ in range(2):
         output, lse = attend(*inputs, [40, 100], SCALE, 50)
         attached = with_kept_row_gradient(*inputs, output, lse, [40, 100], SCALE, 50)
@@ -188,7 +158,7 @@ def test_the_same_bits_twice():
 
 def test_operators_are_registered_as_torch_expects():
     inputs = heads(20)
-    arguments = ([12, 8], SCALE, 5, torch.arange(20), "triton")
+    arguments = ([12, 8], SCALE, 5, torch.arange(20, device=DEVICE), "triton")
     torch.library.opcheck(_attend, (*inputs, *arguments))
     output, lse = attend(*inputs, *arguments[:-1])
     torch.library.opcheck(_attend_backward, (torch.ones_like(output), *inputs, output, lse, *arguments))
@@ -200,11 +170,11 @@ def test_operators_are_registered_as_torch_expects():
         ({"lengths": [10, 11]}, "20 rows; got \\[10, 11\\]"),
         ({"lengths": [21, -1]}, "add up"),
         ({"window": 0}, "window=0"),
-        ({"positions": torch.zeros(19, dtype=torch.long)}, r"shape \(19,\)"),
-        ({"positions": torch.zeros(20)}, "float32"),
-        ({"key": torch.zeros(20, 3, 16)}, r"\(20, 3, 16\)"),
-        ({"value": torch.zeros(20, 2, 8)}, r"\(20, 2, 8\)"),
-        ({"key": torch.zeros(20, 2, 16, dtype=torch.float16)}, "float16"),
+        ({"positions": torch.zeros(19, dtype=torch.long, device=DEVICE)}, r"shape \(19,\)"),
+        ({"positions": torch.zeros(20, device=DEVICE)}, "float32"),
+        ({"key": torch.zeros(20, 3, 16, device=DEVICE)}, r"\(20, 3, 16\)"),
+        ({"value": torch.zeros(20, 2, 8, device=DEVICE)}, r"\(20, 2, 8\)"),
+        ({"key": torch.zeros(20, 2, 16, dtype=torch.float16, device=DEVICE)}, "float16"),
         ({"value": torch.zeros(20, 2, 16, device="meta")}, "meta"),
     ],
     ids=str,

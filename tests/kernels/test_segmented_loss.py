@@ -5,15 +5,16 @@ import torch
 import torch.nn.functional as F
 from lemo_kernels.host import KernelInputError
 from lemo_kernels.segmented_loss import _cross_entropy_in_place, cross_entropy_in_place
+from references.kernel_inputs import DEVICE, DTYPES, random
 
-# One rounding of the gradient to its dtype, relative to the largest entry, which is near 1.
-LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4}
+# One rounding of the gradient to its dtype; the largest entry is near 1.
+LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 def logits_and_labels(rows, vocabulary, dtype=torch.float32, seed=0, spread=4.0):
     generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(rows, vocabulary, generator=generator) * spread).to(dtype)
-    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    logits = random(rows, vocabulary, dtype=dtype, seed=seed, scale=spread)
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator).to(DEVICE)
     labels[1::3] = -100
     return logits, labels
 
@@ -25,7 +26,7 @@ def by_torch(logits, labels, softcap=None):
     return losses.detach(), torch.autograd.grad(losses.sum(), wide)[0]
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (1, 63), (65, 65), (7, 2000), (3, 40000)])
 def test_losses_and_gradients_equal_torch(rows, vocabulary, softcap, dtype):
@@ -39,11 +40,11 @@ def test_losses_and_gradients_equal_torch(rows, vocabulary, softcap, dtype):
 
 
 def test_large_logits_and_masked_ones():
-    logits = torch.full((3, 20000), -torch.inf)
+    logits = torch.full((3, 20000), -torch.inf, device=DEVICE)
     logits[0, 19999] = 3e4  # behind a first strip of nothing but minus infinity
     logits[1, 5], logits[1, 17000] = 80.0, 90.0
     logits[2] = 1e4
-    labels = torch.tensor([19999, 5, 77])
+    labels = torch.tensor([19999, 5, 77], device=DEVICE)
     wanted, wanted_grad = by_torch(logits, labels)
     losses = cross_entropy_in_place(logits, labels)
     torch.testing.assert_close(losses.double(), wanted, rtol=1e-6, atol=1e-4)
@@ -51,22 +52,24 @@ def test_large_logits_and_masked_ones():
 
 
 def test_no_row_has_no_loss_and_an_ignored_row_no_gradient():
-    assert cross_entropy_in_place(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert cross_entropy_in_place(torch.zeros(0, 9, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)).shape == (
+        0,
+    )
     logits, labels = logits_and_labels(4, 50)
     labels[:] = -100
-    assert torch.equal(cross_entropy_in_place(logits, labels), torch.zeros(4))
-    assert torch.equal(logits, torch.zeros(4, 50))
+    assert torch.equal(cross_entropy_in_place(logits, labels), torch.zeros(4, device=DEVICE))
+    assert torch.equal(logits, torch.zeros(4, 50, device=DEVICE))
 
 
 def test_rows_with_a_stride_are_written_where_they_lie():
-    wide = torch.full((6, 100), 7.0)
+    wide = torch.full((6, 100), 7.0, device=DEVICE)
     logits, labels = logits_and_labels(6, 40)
     wide[:, 30:70] = logits
     _, wanted = by_torch(logits, labels)
     cross_entropy_in_place(wide[:, 30:70], labels)
     torch.testing.assert_close(wide[:, 30:70], wanted.float(), rtol=1e-5, atol=1e-6)
     wide[:, 30:70] = 7.0
-    assert torch.equal(wide, torch.full((6, 100), 7.0)), "nothing else was touched"
+    assert torch.equal(wide, torch.full((6, 100), 7.0, device=DEVICE)), "nothing else was touched"
 
 
 def test_the_same_bits_twice():
@@ -77,12 +80,12 @@ def test_the_same_bits_twice():
 
 
 def test_autograd_knows_that_the_logits_changed():
-    weight = torch.randn(8, 30, requires_grad=True)
-    labels = torch.randint(0, 30, (5,))
-    plain = torch.randn(5, 8) @ weight
+    weight = random(8, 30).requires_grad_()
+    labels = torch.arange(5, device=DEVICE)
+    plain = random(5, 8) @ weight
     cross_entropy_in_place(plain.detach(), labels)
     plain.backward(plain.detach())  # a product does not read its own result
-    saved = (torch.randn(5, 8) @ weight).tanh()
+    saved = (random(5, 8) @ weight).tanh()
     cross_entropy_in_place(saved.detach(), labels)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.backward(saved.detach())

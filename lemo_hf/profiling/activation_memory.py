@@ -68,7 +68,7 @@ class ActivationMemory:
 
     def __enter__(self) -> "ActivationMemory":
         residents = [*self._model.parameters(), *self._model.buffers()]
-        self._excluded = frozenset(storage_of(part)[0] for tensor in residents for part in _plain_tensors(tensor))
+        self._excluded = frozenset(storage_of(part)[0] for tensor in residents for part in plain_tensors(tensor))
         self._ledger = _Ledger()
         self._finished = None
         self._modules.__enter__()
@@ -93,7 +93,7 @@ class ActivationMemory:
     def _pack(self, tensor: Tensor) -> "_Saved":
         # Detached: an operator's saved result points to the operator's node, and the node to it.
         tensor = tensor.detach()
-        storages = {storage_of(part): part.dtype for part in _plain_tensors(tensor)}
+        storages = {storage_of(part): part.dtype for part in plain_tensors(tensor)}
         counted = {key: (size, dtype) for (key, size), dtype in storages.items() if key not in self._excluded}
         return _Saved(tensor, self._ledger, counted, self._modules.owner() if counted else None)
 
@@ -149,10 +149,10 @@ class _Saved:
             self._ledger.remove(key)
 
 
-def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
+def plain_tensors(tensor: Any) -> Iterator[Tensor]:
     """The tensors that hold a wrapper subclass's data (sharded or quantised tensors), or the tensor itself."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain_tensors(getattr(tensor, name))
+        yield from plain_tensors(getattr(tensor, name))

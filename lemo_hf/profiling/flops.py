@@ -79,6 +79,19 @@ def _attention_flops(operator: Any, products_by_key_size: int, products_by_value
     return count
 
 
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """By operator (overload packet) the function from a call's arguments, and `out_val`, to its FLOPs."""
+    formulas: dict[Any, Callable[..., int]] = dict(flop_registry)
+    formulas.update({operator: _attention_flops(operator, 1, 1) for operator in _ATTENTION_FORWARD})
+    formulas.update({operator: _attention_flops(operator, 3, 2) for operator in _ATTENTION_BACKWARD})
+    return formulas
+
+
+def is_attention(operator: Any) -> bool:
+    """Whether an operator (overload packet) is attention, forward or backward."""
+    return operator in _ATTENTION_FORWARD or operator in _ATTENTION_BACKWARD
+
+
 class _NoTracker(ModuleTracker):
     """Replaces the tracker of `FlopCounterMode`, whose gradient hooks forbid `torch.autograd.grad` within the forward."""
 
@@ -109,10 +122,7 @@ class FlopCounter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        formulas = dict(flop_registry)
-        formulas.update({operator: _attention_flops(operator, 1, 1) for operator in _ATTENTION_FORWARD})
-        formulas.update({operator: _attention_flops(operator, 3, 2) for operator in _ATTENTION_BACKWARD})
-        counting = {operator: self._counting(operator, formula) for operator, formula in formulas.items()}
+        counting = {operator: self._counting(operator, formula) for operator, formula in flop_formulas().items()}
         self._mode = FlopCounterMode(display=False, custom_mapping=counting)
         self._mode.mod_tracker = _NoTracker()
         self._modules = RunningModules(model, on_change=self._mark)
@@ -140,12 +150,11 @@ class FlopCounter:
 
     def _counting(self, operator: Any, formula: Callable[..., int]) -> Callable[..., int]:
         name = getattr(operator, "__name__", str(operator)).removeprefix("_")
-        is_attention = operator in _ATTENTION_FORWARD or operator in _ATTENTION_BACKWARD
 
         def counted(*args: Any, **kwargs: Any) -> int:
             flops = formula(*args, **kwargs)
             owner = self._owner()
-            part = "attention" if is_attention else owner.part
+            part = "attention" if is_attention(operator) else owner.part
             phase = "backward" if torch._C._current_graph_task_id() != -1 else "forward"
             self._amounts[owner.module, owner.layer, part, phase, name] += flops
             return flops

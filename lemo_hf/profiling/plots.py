@@ -20,7 +20,8 @@ SERIES = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56
 LINES = ("-", "--", "-.", ":")
 
 
-def _save(figure: Figure, path: Path, description: str = "") -> Path:
+def save_figure(figure: Figure, path: Path, description: str = "") -> Path:
+    """Writes a figure as PNG, the same bytes for the same plot; `description` becomes the file's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without matplotlib's own entry, which names its version: the same plot is the same file.
     metadata = {"Software": None} | ({"Description": description} if description else {})
@@ -75,7 +76,7 @@ def plot_kept_by_layer(
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axis.set(xlabel="layer")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _save(figure, path, description)
+    return save_figure(figure, path, description)
 
 
 def plot_kept_share(shares: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> Path:
@@ -96,7 +97,7 @@ def plot_kept_share(shares: Mapping[str, Sequence[Mapping[str, float]]], path: P
         axis.set_yticks(range(len(names)))
         axis.set(title=f"{arm}: mean {float(grid.mean()):.2f}", xlabel="step", ylabel="layer")
     figure.colorbar(image, ax=list(axes[0]), label="share of tokens kept")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_block_scores(true: Sequence[Tensor], predicted: Sequence[Tensor], layers: Sequence[int], path: Path) -> Path:
@@ -122,7 +123,7 @@ def plot_block_scores(true: Sequence[Tensor], predicted: Sequence[Tensor], layer
             axis.set_xlabel("key block")
             axis.set_ylabel("query block" if column == 0 else "")
             figure.colorbar(image, ax=axis, shrink=0.75)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_losses(losses: Mapping[str, Sequence[tuple[float, float, float]]], path: Path) -> Path:
@@ -143,7 +144,7 @@ def plot_losses(losses: Mapping[str, Sequence[tuple[float, float, float]]], path
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_saved_bytes(parts: Mapping[str, Mapping[str, float]], path: Path) -> Path:
@@ -167,4 +168,4 @@ def plot_saved_bytes(parts: Mapping[str, Mapping[str, float]], path: Path) -> Pa
     axis.invert_yaxis()
     axis.set(xlabel="MiB saved for backward, one step", xlim=(0, max(left) * 1.15))
     axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.25), frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)

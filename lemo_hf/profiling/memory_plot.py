@@ -1,0 +1,57 @@
+"""Memory by length for every method, with the card's limit: one PNG that reads in grey print and for the colour-blind."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..errors import LemoError
+from .cards import GIB
+from .memory_estimate import Estimator
+from .memory_report import method_settings
+from .plots import LINES, SERIES, save_figure
+from .step_model import StepSettings
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def plot_memory(estimator: Estimator, settings: StepSettings, path: Path, longest: int) -> Path:
+    """Draws what every method needs by length.
+
+    Lines are the polynomials through three lengths that were traced, up to `longest`; marks stand at powers of two.
+
+    Args:
+        estimator: Of the model; its limit is drawn if it has one.
+        settings: The step; LeMo's kept share and the adapters are taken from it.
+        path: PNG file.
+        longest: Last length of the axis, in tokens; at least 1024.
+    """
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    axis = figure.subplots()
+    marks = [longest >> halvings for halvings in range(4, -1, -1)]
+    lengths = [longest * step // 64 for step in range(2, 65)]
+    top = 0.0
+    for index, variant in enumerate(method_settings(settings)):
+        try:
+            needed = estimator.curve(variant, (longest // 4, longest // 2, longest))
+        except LemoError:
+            continue  # Liger has no functions for every architecture
+        style: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "linestyle": LINES[index % len(LINES)]}
+        axis.plot(lengths, [needed(length) / GIB for length in lengths], **style)
+        axis.plot(marks, [needed(length) / GIB for length in marks], linestyle="", marker=_MARKERS[index], color=style["color"])
+        # One legend entry for line and marks.
+        axis.plot([], [], marker=_MARKERS[index], label=variant.name, **style)
+        top = max(top, needed(longest) / GIB)
+    if estimator.memory is not None:
+        limit = estimator.memory / GIB
+        name = estimator.card.name if estimator.card is not None and estimator.card.memory == estimator.memory else "limit"
+        axis.axhline(limit, color="0.35", linewidth=1.5)
+        axis.annotate(f"{name}: {limit:.1f} GiB", (lengths[0], limit), xytext=(0, 4), textcoords="offset points", color="0.25")
+        top = min(top, 3 * limit)
+    axis.set(ylim=(0, top * 1.05), xlabel="tokens of the sequence", ylabel="GiB needed, slack and context included")
+    axis.set_xticks(marks, [f"{mark // 1024}K" if mark >= 1024 else str(mark) for mark in marks])
+    title = f"{estimator.model}, batch {settings.batch_size}, LoRA r={settings.lora_r}, {settings.adapter_dtype} adapters"
+    axis.set_title(title + (", autocast" if settings.autocast else "") + ": estimated, not measured", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return save_figure(figure, path)

@@ -5,14 +5,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import constants
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .errors import LemoError
 from .hub.weight_files import check_stored_predictors, find_file, require_safe_weights
-from .models.lemo_config import LemoConfig, shown
+from .models.lemo_config import LemoConfig, LemoConfigError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,9 @@ def read_config(location: str, **kwargs: Any) -> tuple[PreTrainedConfig, dict[st
         values, _ = PreTrainedConfig.get_config_dict(location, **where)
         _classes_for(values.get("model_type"), values.get("attn_logit_softcapping"))
         config, rest = AutoConfig.from_pretrained(location, return_unused_kwargs=True, trust_remote_code=False, **kwargs)
-    except (AttributeError, KeyError, RecursionError, StrictDataclassError, TypeError) as error:
+    except (LemoError, LemoConfigError, OSError):
+        raise
+    except Exception as error:  # of any kind: upstream reads the values without looking at them first
         reason = " ".join(str(error).split())[:300]
         raise LemoError(f"config.json is damaged ({type(error).__name__}: {reason}); {location!r}; copy it again") from error
     return config, rest

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADAPTER_PICKLE = "adapter_model.bin"
 _CONVERT = "save it as safetensors first: a pickle can run code as it is read"
 _PREDICTOR = re.compile(r"(?:.*\.)?(layers\.\d+)\.lemo_predictor\.(.+)")
 # What `cached_file` takes of the arguments of `from_pretrained`. Not force_download: the weights would be fetched twice.
@@ -80,6 +81,17 @@ def require_safe_weights(location: str, config: Any, **where: Any) -> set[str] |
                 raise LemoError(f"weights are a pickle; {location!r} has {name} and no {names[0]}; {_CONVERT}")
         raise LemoError(f"folder has no weights; {location!r} has no {names[0]}; copy them there, or name another folder")
     return None  # the Hub may still offer a conversion of its own, which from_pretrained finds
+
+
+def refuse_pickled_weights(folder: str) -> None:
+    """Refuses a training checkpoint whose model or adapter can only be read from a pickle.
+
+    Raises:
+        LemoError: If it is one.
+    """
+    for pickle, safe in (*zip(_PICKLES, (_WEIGHTS, _INDEX), strict=True), (_ADAPTER_PICKLE, ADAPTER_WEIGHTS)):
+        if (Path(folder) / pickle).is_file() and not (Path(folder) / safe).is_file():
+            raise LemoError(f"weights are a pickle; {folder!r} has {pickle} and no {safe}; {_CONVERT}")
 
 
 def check_stored_predictors(location: str, config: Any, names: set[str], block: LemoConfig, **where: Any) -> None:

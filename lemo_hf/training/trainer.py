@@ -16,6 +16,7 @@ from ..errors import LemoError
 from ..hub.lemo_files import CONFIG_FILE, load_lemo_files, load_predictors, write_json
 from ..hub.model_card import CARD_FILE, RESULTS_FILE, Kind, RunResults, write_model_card
 from ..hub.push import hub_error, one_line_hub_errors, required_token
+from ..hub.weight_files import refuse_pickled_weights
 from ..models.segmented_loss import IGNORE_INDEX, shift_labels
 from ..models.sparse_decoder import sparse_backbone
 from .arguments import LemoTrainingArguments
@@ -107,6 +108,7 @@ class LemoTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Predictors first: pruning may have left them other shapes than the fresh model's, which weights are loaded into.
         target: Any = self.model if model is None else model
+        refuse_pickled_weights(resume_from_checkpoint)
         load_predictors(sparse_backbone(target), resume_from_checkpoint)
         self.lemo_run.loaded_predictors = str(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)

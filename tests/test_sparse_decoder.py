@@ -202,12 +202,12 @@ def test_nothing_of_a_step_stays_when_its_backward_is_done(form, checkpoint, mon
     """Not in the model; and while the loss is still held, no attention output beside the saved tensors."""
     splits = []
 
-    class Watched(sparse_decoder._Split):
+    class Watched(sparse_decoder.KeptAndRestRows):
         def __init__(self, *args):
             super().__init__(*args)
             splits.append(self)
 
-    monkeypatch.setattr(sparse_decoder, "_Split", Watched)
+    monkeypatch.setattr(sparse_decoder, "KeptAndRestRows", Watched)
     model = lemo_model(stock_model(), attention_forward=form, checkpoint=checkpoint, keep_ratio=0.3)
     backbone = sparse_backbone(model)
     before = len(tensors_of(backbone))

@@ -16,7 +16,7 @@ from .token_elimination import Selection, gather_rows
 
 
 class SplitLayer(Protocol):
-    """A layer's run over kept and rest rows, as sparse_decoder.py makes it."""
+    """A layer's run over kept and rest rows, as kept_and_rest_rows.py makes it."""
 
     selection: Selection
     exact: bool

@@ -37,6 +37,9 @@ class LemoOPTDecoderLayer(SparseDecoderLayer, OPTDecoderLayer):
     def attention_norm(self, rows: Tensor) -> Tensor:
         return self.self_attn_layer_norm(rows)
 
+    def mlp_norm(self, rows: Tensor) -> Tensor:
+        return self.final_layer_norm(rows)
+
     def project_heads(self, rows: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.self_attn
         with shared_adapter_input(attention.q_proj, attention.k_proj, attention.v_proj):
@@ -49,7 +52,7 @@ class LemoOPTDecoderLayer(SparseDecoderLayer, OPTDecoderLayer):
 
     def feed_forward(self, rows: Tensor) -> Tensor:
         with shared_adapter_input(self.fc1, self.fc2):
-            activated = self.activation_fn(self.fc1(self.final_layer_norm(rows)))
+            activated = self.activation_fn(self.fc1(rows))
             return F.dropout(self.fc2(activated), self.dropout, self.training)
 
 

@@ -39,6 +39,9 @@ class RotaryDecoderLayer(SparseDecoderLayer):
     def attention_norm(self, rows: Tensor) -> Tensor:
         return self._norm(self.input_layernorm, rows)
 
+    def mlp_norm(self, rows: Tensor) -> Tensor:
+        return self._norm(self.post_attention_layernorm, rows)
+
     def project_heads(self, rows: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.self_attn
         with shared_adapter_input(attention.q_proj, attention.k_proj, attention.v_proj):
@@ -53,7 +56,7 @@ class RotaryDecoderLayer(SparseDecoderLayer):
         return self.self_attn.o_proj(attended.flatten(1))
 
     def feed_forward(self, rows: Tensor) -> Tensor:
-        return gated_feed_forward(self.mlp, self._norm(self.post_attention_layernorm, rows))
+        return gated_feed_forward(self.mlp, rows)
 
     def _norm(self, module: nn.Module, rows: Tensor) -> Tensor:
         # A norm that something has replaced, patched or hooked (a trained copy, a fused kernel, offloading) is called as it is.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .document_attention import AttentionScope, attend, with_kept_row_gradient
+from .kept_and_rest_rows import KeptAndRestRows, rows_of
 from .kept_row_checkpoint import checkpoint_kept_rows, random_state, random_state_restored
 from .lemo_config import LemoConfig, LemoConfigError
 from .pattern_predictor import PatternPredictor
@@ -32,7 +32,6 @@ from .token_elimination import (
     find_documents,
     gather_rows,
     keep_everything,
-    merge_rows,
 )
 from .token_informativeness import block_informativeness, block_scores
 
@@ -96,6 +95,9 @@ class SparseDecoderLayer:
     def attention_norm(self, rows: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def mlp_norm(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def project_heads(self, rows: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `(rows, heads, head_dim)`, keys and values `(rows, key_value_heads, head_dim)`, positions applied."""
         raise NotImplementedError
@@ -104,7 +106,7 @@ class SparseDecoderLayer:
         raise NotImplementedError
 
     def feed_forward(self, rows: Tensor) -> Tensor:
-        """The MLP sublayer without its residual: norm included."""
+        """The MLP on normalised rows, without the residual."""
         raise NotImplementedError
 
     @property
@@ -144,7 +146,7 @@ class SparseDecoderLayer:
             return self.lemo_predictor.informativeness(hidden, documents)
         # A layer that is run again does not choose again, so choosing must not advance the dropout of what follows.
         with random_state_restored(random_state(hidden.device), hidden.device):
-            query, key, _ = self.project_heads(hidden, _rows_of(rotary, documents.rows))
+            query, key, _ = self.project_heads(hidden, rows_of(rotary, documents.rows))
         parts = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)
         return [block_informativeness(self.block_scores(q, k, batch.config.block_size)) for q, k in parts]
 
@@ -167,7 +169,7 @@ class SparseDecoderLayer:
         flat_rotary = batch.flat_rotary(rotary)
         selection = self.choose(residual, flat_rotary, batch)
         exact = batch.config.attention_forward == "exact"
-        split = _Split(self, selection, batch.documents, flat_rotary, exact)
+        split = KeptAndRestRows(self, selection, batch.documents, flat_rotary, exact)
         split.project_rest(residual)
         if batch.config.checkpoint == "kept_rows" and torch.is_grad_enabled():
             weights = [weight for weight in self.parameters() if weight.requires_grad]  # type: ignore[attr-defined]
@@ -175,112 +177,6 @@ class SparseDecoderLayer:
         else:
             merged = split.forward(residual, gather_rows(residual, selection.kept_rows))
         return merged.view_as(hidden_states)
-
-
-def _rows_of(rotary: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
-    return tuple(part.index_select(0, rows) for part in rotary)
-
-
-class _Split:
-    """One layer's run: kept rows under autograd, rest rows without.
-
-    Its methods turn autograd off by blocks, not by decorators: torch.compile cannot trace a decorated method of an object
-    that is made within the graph.
-    """
-
-    def __init__(
-        self, layer: SparseDecoderLayer, selection: Selection, documents: Documents, rotary: tuple[Tensor, ...], exact: bool
-    ) -> None:
-        self.layer = layer
-        self.selection = selection
-        self.documents = documents
-        self.rotary = rotary
-        self.exact = exact
-        # In the exact form the kept rows' attention output and log-sum-exp once they are known; until used, the rest rows' too.
-        self.finished: tuple[Tensor, Tensor] | None = None
-        self._rest_heads: tuple[Tensor, ...] = ()
-        self._rest_attended: Tensor | None = None
-
-    def project_rest(self, residual: Tensor) -> None:
-        """Projects the rest rows, where the exact form needs them.
-
-        Before the kept rows' pass, not within it: an adapter's dropout then draws the kept rows' numbers in one stretch,
-        which a second run can repeat without the rest rows.
-        """
-        rows = self.selection.rest_rows
-        if self.exact and rows.numel():
-            with torch.no_grad():
-                self._rest_heads = self._heads(gather_rows(residual, rows), rows)
-
-    def _heads(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.layer.project_heads(self.layer.attention_norm(hidden), _rows_of(self.rotary, rows))
-        device = hidden.device.type
-        if not torch.is_autocast_enabled(device):
-            return heads
-        # Rotary leaves float32 queries and keys beside 16-bit values; autocast knows SDPA but not its flash operator.
-        query, key, value = (head.to(torch.get_autocast_dtype(device)) for head in heads)
-        return query, key, value
-
-    def forward(self, residual: Tensor, kept: Tensor) -> Tensor:
-        """The layer on all real rows of `residual` `(all_rows, hidden)`; `kept` is its kept rows `(kept, hidden)`."""
-        kept = self.kept_forward(kept)
-        return merge_rows(residual, kept, self.rest_forward(residual), self.selection)
-
-    def kept_forward(self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The layer on kept rows `(kept, hidden)`.
-
-        Args:
-            kept: Kept rows of the residual stream.
-            finished: Their attention output and log-sum-exp where these are known, in the exact form's second run; the first
-                one reads the rest rows' heads, which `project_rest` has supplied.
-        """
-        scope = self._scope(self.selection.kept_lengths, self.selection.real_kept)
-        query, key, value = self._heads(kept, self.selection.kept_rows)
-        if finished is None:
-            with torch.no_grad():
-                finished = self._attend_all(query, key, value) if self.exact else attend(query, key, value, scope)
-            if self.exact:
-                self.finished = finished  # for kept-row checkpointing to store; the sparse form runs its attention again
-        output = with_kept_row_gradient(query, key, value, *finished, scope)
-        middle = kept + self.layer.project_output(output)
-        return middle + self.layer.feed_forward(middle)
-
-    def _scope(self, lengths: list[int], real_rows: Tensor | None = None) -> AttentionScope:
-        """What attention among all real rows, or some of them, needs to know; `lengths` of them belong to each document."""
-        scale, window = self.layer.attention_scale, self.layer.attention_window
-        if window is None or window >= max(self.documents.lengths):
-            return AttentionScope(lengths, scale)
-        positions = self.documents.place_of_row
-        return AttentionScope(lengths, scale, window, positions if real_rows is None else positions[real_rows])
-
-    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The dense attention of all real rows: kept rows' output and log-sum-exp; the rest rows' output is put by."""
-        kept_at, rest_at = self.selection.real_kept, self.selection.real_rest
-        if self._rest_heads:
-            # Every row is projected once; kept and rest are laid into one transient buffer.
-            pairs = zip((query, key, value), self._rest_heads, strict=True)
-            query, key, value = (_interleave(*pair, kept_at, rest_at) for pair in pairs)
-            self._rest_heads = ()
-        output, lse = attend(query, key, value, self._scope(self.documents.lengths))
-        self._rest_attended = output.index_select(0, rest_at)
-        return output.index_select(0, kept_at), lse.index_select(0, kept_at)
-
-    def rest_forward(self, residual: Tensor) -> Tensor | None:
-        """New values of the rest rows, `(rest, hidden)`, without autograd, after `kept_forward`; `None` if there are none."""
-        if not self.selection.rest_rows.numel():
-            return None
-        with torch.no_grad():
-            rest = gather_rows(residual, self.selection.rest_rows)
-            if self._rest_attended is not None:
-                rest = rest + self.layer.project_output(self._rest_attended)
-                self._rest_attended = None
-            return rest + self.layer.feed_forward(rest)
-
-
-def _interleave(kept: Tensor, rest: Tensor, kept_at: Tensor, rest_at: Tensor) -> Tensor:
-    merged = kept.new_empty(kept.shape[0] + rest.shape[0], *kept.shape[1:])
-    merged.index_copy_(0, kept_at, kept)
-    return merged.index_copy_(0, rest_at, rest)
 
 
 class SparseBackbone:

@@ -71,3 +71,10 @@ def test_an_evaluation_that_the_hub_refuses_is_left_out_with_a_warning(caplog):
         text = render_card(results(), "mine", edited)
     assert "model-index is not one that the Hub accepts" in caplog.text
     assert text == render_card(results(), "mine")
+
+
+def test_a_licence_and_languages_that_a_person_stated_stay():
+    edited = render_card(results(license="mit", language=["en"]), "mine").replace("license: mit", "license: apache-2.0")
+    edited = edited.replace("- en\n", "- en\n- de\n")
+    data = ModelCard(render_card(results(license="mit", language=["en"]), "mine", edited)).data
+    assert (data.license, data.language) == ("apache-2.0", ["en", "de"])

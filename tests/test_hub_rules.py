@@ -10,6 +10,8 @@ from transformers.dynamic_module_utils import get_relative_imports
 import lemo_hf.models
 
 ALLOWED = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+# Imported where it is there, by one file and at module level: what the loader of remote code passes over.
+OPTIONAL = {"kernel_switch.py": "lemo_kernels"}
 FOLDER = Path(lemo_hf.models.__file__).parent
 FILES = sorted(FOLDER.glob("*.py"))
 
@@ -17,7 +19,16 @@ FILES = sorted(FOLDER.glob("*.py"))
 def faults(path, siblings):
     """What is wrong with a file's imports, as lines of text."""
     found, relative = [], set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    guarded = [
+        statement
+        for block in tree.body
+        if isinstance(block, ast.Try) and [getattr(each.type, "id", None) for each in block.handlers] == ["ImportError"]
+        for statement in block.body
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and node in guarded and [a.name for a in node.names] == [OPTIONAL.get(path.name)]:
+            continue
         if isinstance(node, ast.Import):
             found += [f"import {alias.name}" for alias in node.names if alias.name.split(".")[0] not in ALLOWED]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -57,6 +68,24 @@ def test_a_file_imports_what_travels_with_it_only(path):
 def test_the_rules_find_what_breaks_them(source, fault, tmp_path):
     (tmp_path / "file.py").write_text(source)
     assert fault in faults(tmp_path / "file.py", {"lemo_config"})
+
+
+GUARDED = "try:\n    import lemo_kernels\nexcept ImportError:\n    lemo_kernels = None\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "found"),
+    [
+        ("kernel_switch.py", GUARDED, []),
+        ("kernel_switch.py", "import lemo_kernels", ["import lemo_kernels"]),
+        ("kernel_switch.py", GUARDED.replace("ImportError", "OSError"), ["import lemo_kernels"]),
+        ("kernel_switch.py", "def f():\n    " + GUARDED.replace("\n", "\n    "), ["import lemo_kernels"]),
+        ("row_operations.py", GUARDED, ["import lemo_kernels"]),
+    ],
+)
+def test_kernels_are_imported_in_one_file_at_module_level_and_may_be_missing(name, source, found, tmp_path):
+    (tmp_path / name).write_text(source)
+    assert faults(tmp_path / name, {"lemo_config"}) == found
 
 
 def test_what_is_allowed_is(tmp_path):

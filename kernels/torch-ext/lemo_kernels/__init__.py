@@ -29,7 +29,7 @@ _HOMES = {
     "rest_norm": "row_norm",
     "output_determines_input": "row_norm",
     "apply_rotary": "rotary",
-    "gated_activation": "gated_activation",
+    "gated_activation": "gated_mlp",
     "block_features": "pattern_predictor",
     "attend": "document_attention",
     "with_kept_row_gradient": "document_attention",
@@ -38,7 +38,7 @@ _HOMES = {
     "cross_entropy_in_place": "segmented_loss",
 }
 
-__all__ = ["INTERFACE", *sorted(_HOMES)]
+__all__ = ["INTERFACE", "probe", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
@@ -47,6 +47,24 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def probe(name: str, device: Any, dtype: Any, *sizes: int | str) -> None:
+    """Compiles and runs what a public function launches, forward and backward, once, on a few rows; draws no random numbers.
+
+    Args:
+        name: The public function.
+        device, dtype: Of its rows.
+        sizes: What its kernels are compiled for, as the `probe` of its module says.
+
+    Raises:
+        Exception: Whatever the compiler or the driver raises if they cannot.
+    """
+    from .host import real_and_differentiable, require_interpreter
+
+    require_interpreter(device)
+    with real_and_differentiable():
+        import_module(f".{_HOMES[name]}", __name__).probe(device, dtype, *sizes)
 
 
 def __dir__() -> list[str]:

@@ -5,13 +5,14 @@ reading them would cost a synchronisation a call. They are checked here where th
 interpreter), and every kernel masks the accesses that an index decides, so a wrong one gives NaN rows, never an illegal access.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 try:  # kernel-builder writes this module, so that several builds can be loaded side by side
     from ._ops import add_op_namespace_prefix
@@ -37,6 +38,24 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 def launch_on(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's device the current one, which is where triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@contextmanager
+def real_and_differentiable() -> Iterator[None]:
+    """Runs its block on real tensors under autograd, whatever traces, fakes or infers around it."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def require_interpreter(device: torch.device) -> None:
+    """Checks that kernels can run on the device at all: on the CPU only in triton's interpreter."""
+    interpreted = device.type != "cpu" or triton.knobs.runtime.interpret
+    require(
+        interpreted,
+        "on the CPU kernels run in triton's interpreter only",
+        "TRITON_INTERPRET not set",
+        "set it to 1 before triton is imported",
+    )
 
 
 def require(holds: bool, fact: str, value: object, fix: str) -> None:

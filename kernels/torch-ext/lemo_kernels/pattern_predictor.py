@@ -235,3 +235,19 @@ def block_features(
     return block_features_operator(
         stream, first_rows, lengths, weight, bias, epsilon, centred, list(query_matrices), list(key_matrices), block_size
     )
+
+
+def probe(device: torch.device, dtype: torch.dtype, hidden: int, block_size: int, kind: str, *widths: int) -> None:
+    """Features of one block; `kind` is "centred" or "plain", `widths` the two of each network and that of the features."""
+    stream, row = torch.ones(1, hidden, dtype=dtype, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    weight = torch.ones(hidden, dtype=dtype, device=device)
+    *layers, features = widths
+    networks = [
+        [torch.zeros(shape, device=device) for shape in ((hidden, first), (first, second), (second, features))]
+        for first, second in (layers[:2], layers[2:])
+    ]
+    centred = kind == "centred"
+    block_features(
+        stream, row, row.int() + 1, weight, weight if centred else None, *networks,
+        block_size=block_size, epsilon=1e-6, centred=centred,
+    )  # fmt: skip

@@ -159,3 +159,10 @@ def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, rows: Ten
         require_index("rows", rows, 2**62, query)  # any row has a position: it is taken modulo the table
         require(cos.shape[0] > 0 or count == 0, "the tables hold no position", 0, "pass cos and sin of the batch")
     return _Rotary.apply(query, key, cos, sin, rows)
+
+
+def probe(device: torch.device, dtype: torch.dtype, heads: int, key_value_heads: int, head_dim: int) -> None:
+    """Rotates heads of these numbers and this size, and their gradients."""
+    query = torch.zeros(1, heads, head_dim, dtype=dtype, device=device, requires_grad=True)
+    key, table = query.detach()[:, :key_value_heads].clone(), torch.zeros(2, head_dim, dtype=dtype, device=device)
+    apply_rotary(query, key, table, table, torch.tensor([1], device=device))[0].sum().backward()

@@ -37,7 +37,7 @@ from .host import (
     unit_stride,
     whole_row_tile,
 )
-from .token_movement import require_slots
+from .token_movement import require_slots, row_slots
 
 
 @triton.jit
@@ -129,12 +129,6 @@ def _norm_backward_kernel(
     tl.store(grad + place[:, None] * hidden + column, result.to(grad.dtype.element_ty), mask=written)
 
 
-def _dtypes(stream: Tensor, update: Tensor | None, weight: Tensor, centred: bool) -> tuple[torch.dtype, torch.dtype]:
-    """Of the rows and of the result, as PyTorch's own operators promote them."""
-    row = stream.dtype if update is None else torch.promote_types(stream.dtype, update.dtype)
-    return row, row if centred else torch.promote_types(row, weight.dtype)
-
-
 @operator("row_norm")
 def norm_operator(
     stream: Tensor,
@@ -149,7 +143,7 @@ def norm_operator(
     """Gathered rows (empty unless `write_rows`), normalised rows, inverse deviation and mean (empty unless `centred`)."""
     stream = unit_stride(stream)
     hidden, count = stream.shape[1], stream.shape[0] if rows is None else rows.shape[0]
-    gathered, normed, inverse, mean = _norm_results(stream, count, update, weight, centred, write_rows)
+    gathered, normed, inverse, mean = results = _norm_results(stream, count, update, weight, centred, write_rows)
     if count and hidden:
         more = unit_stride(optional(update, stream))
         tile_rows, columns, warps = whole_row_tile(hidden)
@@ -161,13 +155,15 @@ def norm_operator(
                 HAS_ROWS=rows is not None, HAS_UPDATE=update is not None, HAS_BIAS=bias is not None, CENTRED=centred,
                 WRITE_ROWS=write_rows, ROWS=tile_rows, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
-    return gathered, normed, inverse, mean
+    return results
 
 
 def _norm_results(
     stream: Tensor, count: int, update: Tensor | None, weight: Tensor, centred: bool, write_rows: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row_dtype, result_dtype = _dtypes(stream, update, weight, centred)
+    # As PyTorch's own operators promote them.
+    row_dtype = stream.dtype if update is None else torch.promote_types(stream.dtype, update.dtype)
+    result_dtype = row_dtype if centred else torch.promote_types(row_dtype, weight.dtype)
     hidden, device = stream.shape[1], stream.device
     return (
         torch.empty(count if write_rows else 0, hidden, dtype=row_dtype, device=device),
@@ -260,17 +256,15 @@ class _RowNorm(torch.autograd.Function):
         ctx: Any, grad_rows: Tensor | None, grad_normed: Tensor | None, grad_stream: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         source, weight, bias, inverse, mean, slots = ctx.saved_tensors
-        if grad_normed is None:
-            grad_normed = torch.zeros_like(source)
+        grad_normed = torch.zeros_like(source) if grad_normed is None else grad_normed
         stream_dtype, update_dtype = ctx.dtypes
-        grad = None
+        grad = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
             grad = norm_backward_operator(
                 grad_normed, source, weight, bias, inverse, mean, grad_rows, grad_stream, slots,
                 ctx.from_output, ctx.centred, stream_dtype,
             )  # fmt: skip
         grad_update = grad.to(update_dtype) if grad is not None and ctx.needs_input_grad[3] else None
-        grad_weight = grad_bias = None
         if ctx.needs_input_grad[4]:
             # Norms are frozen under LoRA; where they train, PyTorch's own sums over rows do.
             deviation = source if mean.numel() == 0 else source - mean[:, None]
@@ -286,13 +280,9 @@ def _require_norm(stream: Tensor, weight: Tensor, bias: Tensor | None, centred: 
     if bias is not None:
         require_vector("bias", bias, stream.shape[1], stream)
     require(centred or bias is None, "a bias belongs to the centred norm", "centred=False with a bias", "set centred=True")
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    require(
-        not (from_output and trained),
-        "backward from the result needs a frozen weight and bias",
-        "one that requires gradients",
-        "set from_output=False",
-    )
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    fact = "backward from the result needs a frozen weight and bias"
+    require(frozen or not from_output, fact, "one that requires gradients", "set from_output=False")
 
 
 def gather_norm(
@@ -374,8 +364,8 @@ def rest_norm(
     require_index("rows", rows, stream.shape[0], stream)
     if update is not None:
         require_rows("update", update, stream.shape[1], stream, rows.shape[0])
-    sums, normed, _, _ = norm_operator(stream, rows, update, weight, bias, epsilon, centred, update is not None)
-    return None if update is None else sums, normed
+    sums, normed, *_ = norm_operator(stream, rows, update, weight, bias, epsilon, centred, update is not None)
+    return (None if update is None else sums), normed
 
 
 @torch.no_grad()
@@ -396,3 +386,15 @@ def output_determines_input(weight: Tensor, bias: Tensor | None, dtype: torch.dt
     if bias is not None:
         exact &= (bias.detach().abs().float() <= magnitude).all()
     return bool(exact)
+
+
+def probe(device: torch.device, dtype: torch.dtype, hidden: int, kind: str) -> None:
+    """Norms of rows of width `hidden` and their gradients; `kind` is "centred" or "plain"."""
+    stream = torch.ones(3, hidden, dtype=dtype, device=device, requires_grad=True)
+    weight, rows = torch.ones(hidden, dtype=dtype, device=device), torch.tensor([1], device=device)
+    bias = weight if kind == "centred" else None
+    for from_output in (False, True):
+        options = {"epsilon": 1e-6, "centred": kind == "centred", "from_output": from_output}
+        kept, normed, _ = gather_norm(stream, rows, row_slots(rows, rows[:0], 3), weight, bias, **options)
+        sums, normed = add_norm(kept, normed, weight, bias, **options)
+        (sums + normed).sum().backward()

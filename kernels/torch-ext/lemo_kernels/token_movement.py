@@ -335,3 +335,15 @@ def require_slots(slots: Tensor, stream: Tensor) -> None:
     fits = slots.shape == stream.shape[:1] and slots.dtype == torch.int32 and slots.device == stream.device
     require(fits, f"slots must be ({stream.shape[0]},) int32 on {stream.device}",
             f"{tuple(slots.shape)} {slots.dtype} on {slots.device}", "make them with row_slots")  # fmt: skip
+
+
+def probe(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
+    """Takes and merges rows of width `hidden` and their gradients."""
+    stream = torch.zeros(3, hidden, dtype=dtype, device=device, requires_grad=True)
+    kept_rows, rest_rows = torch.tensor([1], device=device), torch.tensor([2], device=device)
+    slots = row_slots(kept_rows, rest_rows, 3)
+    rest = stream.detach()[:1]
+    for replaced in (rest, None):
+        kept, passed_on = take_rows(stream, kept_rows, slots)
+        merge_rows(passed_on, kept_rows, slots, kept, rest, replaced, rest).sum().backward()
+    scatter_add_rows(stream.detach(), kept_rows, rest, in_place=True)

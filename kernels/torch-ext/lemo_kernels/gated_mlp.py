@@ -163,3 +163,9 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     require_rows("gate", gate)
     require_rows("up", up, gate.shape[1], gate, gate.shape[0])
     return _GatedActivation.apply(gate, up, activation)
+
+
+def probe(device: torch.device, dtype: torch.dtype, width: int, activation: str) -> None:
+    """The activation of rows of this width, and its gradient."""
+    gate = torch.zeros(1, width, dtype=dtype, device=device, requires_grad=True)
+    gated_activation(gate, gate.detach(), activation).sum().backward()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from lemo_kernels import gated_activation
-from lemo_kernels.gated_activation import (
+from lemo_kernels.gated_mlp import (
     ACTIVATIONS,
     gated_activation_backward_operator,
     gated_activation_operator,

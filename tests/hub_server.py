@@ -122,7 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if name is None or found is None:
                 hub.unknown.append(f"{method} {path}")
-                return self._answer(404, {"error": "no such route"})
+                self._answer(404, {"error": "no such route"})
+                return
             with hub.lock:
                 hub.requests[name] += 1
                 if hub.die_at == name:
@@ -134,7 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._body(name)
             if name in hub.answers:
                 # As some servers do, it quotes what it was sent.
-                return self._answer(hub.answers[name], {"error": f"refused: {self.headers.get('Authorization')}"})
+                self._answer(hub.answers[name], {"error": f"refused: {self.headers.get('Authorization')}"})
+                return
             with hub.lock:
                 getattr(self, f"_{name}")(body, **found.groupdict())
         except _Drop:
@@ -202,7 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._writes(repo):
             return
         if repo in self.server_of.repos:
-            return self._answer(409, {"error": "You already created this model repo", "url": f"{self.server_of.url}/{repo}"})
+            self._answer(409, {"error": "You already created this model repo", "url": f"{self.server_of.url}/{repo}"})
+            return
         self.server_of.repos[repo] = Repo(wanted.get("visibility") == "private" or wanted.get("private") is True)
         self._answer(200, {"url": f"{self.server_of.url}/{repo}", "name": repo})
 
@@ -232,7 +235,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _upload(self, body: bytes, oid: str) -> None:
         if hashlib.sha256(body).hexdigest() != oid:
-            return self._answer(400, {"error": "content is not what was announced"})
+            self._answer(400, {"error": "content is not what was announced"})
+            return
         self.server_of.objects[oid] = body
         self._answer(200, {})
 
@@ -261,7 +265,8 @@ class _Handler(BaseHTTPRequestHandler):
             if folder is None or path.startswith(f"{folder}/")
         ]
         if folder is not None and not files:
-            return self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
+            self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
+            return
         self._answer(200, files)
 
     def _info(self, body: bytes, repo: str, revision: str | None = None) -> None:
@@ -273,7 +278,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (found := self._readable(repo)) is None:
             return
         if path not in found.files:
-            return self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=found.sha)
+            self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=found.sha)
+            return
         data = found.files[path]
         self._answer(200, data, X_Repo_Commit=found.sha, ETag=f'"{_oid(data, "lfs")}"')
 

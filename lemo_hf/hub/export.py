@@ -29,7 +29,7 @@ from ..loading import SavedAdapter, load_adapter, model_location, one_line_error
 from ..models.sparse_decoder import sparse_backbone
 from ..registry import ARCHITECTURES, AutoLemoModelForCausalLM, read_config
 from .card_metadata import is_hub_id, public_name
-from .lemo_files import CONFIG_FILE, PREDICTORS_FILE, context_config, read_json, read_tensors, write_json
+from .lemo_files import CONFIG_FILE, PREDICTORS_FILE, context_config, opened_tensors, read_json, read_tensors, write_json
 from .model_card import BEGIN, CARD_FILE, RESULTS_FILE, Kind, RunResults, write_model_card
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,8 @@ def _complete_adapter(run: Path, base: str | None, needs_predictors: bool) -> Sa
             f"run has no {PREDICTORS_FILE}; {str(run)!r}; copy it there, train new ones (lemo train RECIPE --adapter {run} "
             "--predictor_documents 64), or export --to merged, which needs none"
         )
-    return saved
+    with opened_tensors(saved.folder / ADAPTER_WEIGHTS):
+        return saved
 
 
 def _write_adapter(saved: SavedAdapter, folder: Path, base: str | None) -> None:

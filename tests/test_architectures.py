@@ -2,10 +2,14 @@
 
 import functools
 import inspect
+import json
 
 import pytest
 import torch
-from references.one_layer import layer_under_test, run_layer, slowly
+from peft import PeftModel
+from references.block_scores import brute_block_scores
+from references.decoder_layer import heads_of
+from references.one_layer import layer_under_test, rotary_of, run_layer, slowly
 from references.tiny_models import (
     ARCHITECTURES,
     add_lora,
@@ -20,10 +24,15 @@ from references.tiny_models import (
     trainable_gradients,
     with_varied_vectors,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from training_runs import curve, tiny_arguments
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from lemo_hf import AutoLemoModelForCausalLM, registry
+from lemo_hf import AutoLemoModelForCausalLM, LemoTrainer, registry
+from lemo_hf.evaluation.layer_scores import visit_layers
 from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.profiling.fake_model import fake_model
 
 FORMS = ["sparse", "exact"]
 CHECKPOINTS = ["none", "kept_rows"]
@@ -314,6 +323,73 @@ def test_a_stock_checkpoint_loads_with_its_weights_under_their_names(architectur
     assert type(model) is registry.ARCHITECTURES[architecture][1]
     assert {name for name in model.state_dict() if "lemo_predictor" not in name} == set(stock.state_dict())
     assert torch.equal(model(text()).logits, stock(text()).logits)
+
+
+def test_the_code_that_travels_with_a_model_is_whole_and_trains_alike(architecture, tmp_path):
+    """What `trust_remote_code` runs, imported from the saved folder's files; test_remote_code.py does it without this package."""
+    model = lemo_model(stock_of(architecture), selection="ratio", keep_ratio=0.4)
+    model.save_pretrained(tmp_path)
+    name = f"modeling_lemo_{architecture}.{type(model).__name__}"
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"] == name
+    remote = get_class_from_dynamic_module(name, str(tmp_path)).from_pretrained(tmp_path)
+    assert not isinstance(remote, type(model))
+    assert torch.equal(remote(text()).logits, model.eval()(text()).logits)
+    loss, got = loss_and_gradients(remote.train(), {"input_ids": text(), "labels": text()})
+    wanted_loss, wanted = loss_and_gradients(model.train(), {"input_ids": text(), "labels": text()})
+    assert torch.equal(loss, wanted_loss)
+    assert_same_gradients(got, wanted)
+
+
+# --- A run ---
+
+
+def test_true_scores_of_a_visited_layer_are_those_of_its_own_queries_and_keys(architecture):
+    model = lemo_model(stock_of(architecture), block_size=4).double()
+    batch = place([random_tokens(length, length) for length in (14, 23)], "left").batch
+    visited = []
+    visit_layers(sparse_backbone(model), batch, visited.append)
+    assert len(visited) == 2
+    for scores in visited:
+        layer = scores.module
+        rotary = rotary_of(sparse_backbone(model), torch.zeros(2, 23, 1, dtype=torch.float64))
+        places = torch.cat((torch.arange(9, 23), torch.arange(23)))
+        query, key, _ = (
+            part.transpose(0, 1) for part in heads_of(layer.self_attn, scores.hidden, tuple(part[0, places] for part in rotary))
+        )
+        for q, k, found in zip(query.split([14, 23]), key.split([14, 23]), scores.scores, strict=True):
+            wanted = brute_block_scores(q, k, 4, layer.self_attn.head_dim**-0.5, layer.attention_window)
+            torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_whole_run_trains_predictors_and_adapter(architecture, form, tmp_path):
+    lemo = {"attention_forward": form, "selection": "threshold", "keep_ratio": 0.5, "checkpoint": "kept_rows"}
+    model = lemo_model(stock_of(architecture), {"targets": "attention"}, **lemo)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    samples = [{"input_ids": random_tokens(48, seed), "labels": random_tokens(48, seed)} for seed in range(12)]
+    trainer = LemoTrainer(model=model, args=tiny_arguments(tmp_path, max_steps=3), train_dataset=samples)
+    trainer.train()
+    assert len(curve(trainer)) == 3
+    assert len(sparse_backbone(model).config.lemo.thresholds) == 2
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("lora_" in name or "lemo_predictor" in name for name in changed)
+    assert {"lora_" in name for name in changed} == {True, False}
+    (tmp_path / "adapter").mkdir()
+    trainer.save_model(tmp_path / "adapter")
+    stock = PeftModel.from_pretrained(stock_of(architecture), tmp_path / "adapter")
+    assert torch.equal(stock.eval()(text()).logits, model.eval()(text()).logits)
+
+
+def test_shapes_alone_suffice_for_a_training_step(architecture):
+    """Estimates and benchmarks run on fake tensors: nothing may depend on their values."""
+    config = lemo_model(stock_of(architecture, max_position_embeddings=1024), checkpoint="kept_rows").config
+    mode = FakeTensorMode()
+    model = fake_model(lambda: registry.ARCHITECTURES[architecture][1](config).train(), mode)
+    with mode:
+        # Longer than a strip of windowed attention.
+        model.model(input_ids=torch.zeros(2, 700, dtype=torch.long)).last_hidden_state.sum().backward()
+    assert all(weight.grad is not None for weight in model.model.parameters() if weight.requires_grad)
 
 
 # --- Checkpointing ---

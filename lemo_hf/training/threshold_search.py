@@ -105,7 +105,7 @@ class ThresholdSearch:
             if module.layer_idx in self._profile:
                 batch = kwargs["sparse_batch"]
                 residual = args[0].flatten(0, 1)
-                values = module.informativeness(residual, batch.flat_rotary(kwargs["position_embeddings"]), batch)
+                values = module.informativeness(residual, batch.flat_rotary(module.position_embeddings(kwargs)), batch)
                 self._profile[module.layer_idx] += [part.float().cpu() for part in values]
 
         # Every layer kept whole: informativeness is profiled on the dense model.

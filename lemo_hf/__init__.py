@@ -16,8 +16,16 @@ from .registry import register  # noqa: E402
 
 if TYPE_CHECKING:
     from .models.configuration_lemo_llama import LemoLlamaConfig
+    from .models.configuration_lemo_mistral import LemoMistralConfig
+    from .models.configuration_lemo_opt import LemoOPTConfig
+    from .models.configuration_lemo_qwen2 import LemoQwen2Config
+    from .models.configuration_lemo_qwen3 import LemoQwen3Config
     from .models.lemo_config import LemoConfig
     from .models.modeling_lemo_llama import LemoLlamaForCausalLM
+    from .models.modeling_lemo_mistral import LemoMistralForCausalLM
+    from .models.modeling_lemo_opt import LemoOPTForCausalLM
+    from .models.modeling_lemo_qwen2 import LemoQwen2ForCausalLM
+    from .models.modeling_lemo_qwen3 import LemoQwen3ForCausalLM
     from .registry import AutoLemoModelForCausalLM
     from .training.arguments import LemoTrainingArguments
     from .training.callbacks import lemo_callbacks
@@ -30,6 +38,14 @@ __all__ = [
     "LemoConfig",
     "LemoLlamaConfig",
     "LemoLlamaForCausalLM",
+    "LemoMistralConfig",
+    "LemoMistralForCausalLM",
+    "LemoOPTConfig",
+    "LemoOPTForCausalLM",
+    "LemoQwen2Config",
+    "LemoQwen2ForCausalLM",
+    "LemoQwen3Config",
+    "LemoQwen3ForCausalLM",
     "LemoTrainer",
     "LemoTrainingArguments",
     "lemo_callbacks",
@@ -41,6 +57,14 @@ _HOME = {
     "LemoConfig": ".models.lemo_config",
     "LemoLlamaConfig": ".models.configuration_lemo_llama",
     "LemoLlamaForCausalLM": ".models.modeling_lemo_llama",
+    "LemoMistralConfig": ".models.configuration_lemo_mistral",
+    "LemoMistralForCausalLM": ".models.modeling_lemo_mistral",
+    "LemoOPTConfig": ".models.configuration_lemo_opt",
+    "LemoOPTForCausalLM": ".models.modeling_lemo_opt",
+    "LemoQwen2Config": ".models.configuration_lemo_qwen2",
+    "LemoQwen2ForCausalLM": ".models.modeling_lemo_qwen2",
+    "LemoQwen3Config": ".models.configuration_lemo_qwen3",
+    "LemoQwen3ForCausalLM": ".models.modeling_lemo_qwen3",
     "LemoTrainer": ".training.trainer",
     "LemoTrainingArguments": ".training.arguments",
     "lemo_callbacks": ".training.callbacks",

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .errors import LemoError
 from .hub.lemo_files import CONFIG_FILE, FOUND_FIELDS, PREDICTORS_FILE, load_predictors, read_lemo_files
-from .hub.weight_files import find_file, require_safe_weights
+from .hub.weight_files import find_file, require_adapter_rank, require_safe_weights
 from .models.lemo_config import LemoConfig, LemoConfigError
 from .models.sparse_decoder import sparse_backbone
 from .registry import HUB_ARGUMENTS, AutoLemoModelForCausalLM, read_config
@@ -219,10 +219,12 @@ def read_adapter(name: str, base: str | None = None, **where: Any) -> SavedAdapt
         folder = Path(found).parent
         config = PeftConfig.from_pretrained(str(folder))
         has_block = find_file(location, CONFIG_FILE, **where) is not None
-        if find_file(location, ADAPTER_WEIGHTS, **where) is None:
+        weights = find_file(location, ADAPTER_WEIGHTS, **where)
+        if weights is None:
             raise LemoError(
                 f"adapter has no {ADAPTER_WEIGHTS}; {name!r}; copy it from its run, saved as safetensors: others are not read"
             )
+        require_adapter_rank(Path(weights), config)
         block, base_config = read_lemo_files(folder) if has_block else (None, {})
         has_predictors = find_file(location, PREDICTORS_FILE, **where) is not None
     if not (base or config.base_model_name_or_path):

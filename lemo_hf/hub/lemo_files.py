@@ -254,6 +254,10 @@ def check_predictor_shapes(path: Path, block: LemoConfig, layers: int, hidden_si
     Raises:
         LemoError: If they do not fit, or the file is missing, corrupt or truncated.
     """
+    needed = _needed_shapes(block, layers, hidden_size, str(path))
+    size, expected = path.stat().st_size if path.is_file() else 0, 4 * sum(map(math.prod, needed.values()))
+    if size > expected + _LARGEST_JSON:  # opening maps the whole file
+        raise _misfit(f"the file has {size} bytes, predictors of these sizes have {expected}", str(path))
     with opened_tensors(path) as stored:
         parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
         shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
@@ -275,6 +279,14 @@ def require_shapes(found: dict[str, tuple[int, ...]], block: LemoConfig, layers:
     Raises:
         LemoError: If one is missing, too many or another.
     """
+    needed = _needed_shapes(block, layers, hidden_size, source)
+    for name in sorted(needed.keys() | found.keys()):
+        if found.get(name) != needed.get(name):
+            has = shown(found[name]) if name in found else "missing"
+            raise _misfit(f"{shown(name)[1:-1]} is {has}, the model needs {needed.get(name, 'no such tensor')}", source)
+
+
+def _needed_shapes(block: LemoConfig, layers: int, hidden_size: int, source: str) -> dict[str, tuple[int, ...]]:
     try:
         block.validate_for(layers, hidden_size)
     except LemoConfigError as error:
@@ -284,10 +296,7 @@ def require_shapes(found: dict[str, tuple[int, ...]], block: LemoConfig, layers:
         with torch.device("meta"):
             predictor = PatternPredictor(hidden_size, sizes, block.predictor_features)
         needed |= {f"layers.{layer}.{name}": tuple(weight.shape) for name, weight in predictor.named_parameters()}
-    for name in sorted(needed.keys() | found.keys()):
-        if found.get(name) != needed.get(name):
-            has = shown(found[name]) if name in found else "missing"
-            raise _misfit(f"{shown(name)[1:-1]} is {has}, the model needs {needed.get(name, 'no such tensor')}", source)
+    return needed
 
 
 def _misfit(fact: str, source: str) -> LemoError:

@@ -83,6 +83,27 @@ def require_safe_weights(location: str, config: Any, **where: Any) -> set[str] |
     return None  # the Hub may still offer a conversion of its own, which from_pretrained finds
 
 
+def require_adapter_rank(weights: Path, config: Any) -> None:
+    """Refuses an adapter whose config claims a rank that none of its weights has: PEFT allocates by the config before it compares.
+
+    Args:
+        weights: Its safetensors file.
+        config: Its `PeftConfig`.
+
+    Raises:
+        LemoError: If it does, or the file is damaged.
+    """
+    with opened_tensors(weights) as stored:
+        largest = max((size for name in stored.keys() for size in stored.get_slice(name).get_shape()), default=0)  # noqa: SIM118
+    pattern = getattr(config, "rank_pattern", None)
+    claimed = [getattr(config, "r", 0), *(pattern.values() if isinstance(pattern, dict) else [])]
+    for rank in claimed:
+        if not isinstance(rank, int) or rank > largest:
+            raise LemoError(
+                f"adapter's rank is {shown(rank)}, its weights have no dimension above {largest}; {str(weights)!r}; copy it from its run"
+            )
+
+
 def refuse_pickled_weights(folder: str) -> None:
     """Refuses a training checkpoint whose model or adapter can only be read from a pickle.
 

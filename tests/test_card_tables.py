@@ -28,6 +28,14 @@ def test_a_fine_tune_that_is_worse_than_its_base_says_so():
     assert said not in render_card(results(), "mine")
 
 
+def test_a_run_that_went_on_from_an_adapter_compares_with_that_one(tmp_path):
+    text = render_card(results(started_from=str(tmp_path / "first")), "mine")
+    assert "| Went on from | adapter `first` |" in text
+    assert "| Before this run, with the adapter it started from | 88.217 |" in text
+    assert "Base model, same config" not in text
+    assert "Base model, same config" in render_card(results(), "mine")
+
+
 def test_every_selection_has_its_words():
     for lemo, words in (
         (LemoConfig(), "sampled: drawn anew at each step, uniformly |"),

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_recipe import write_source
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lemo_hf import cli
 from lemo_hf.evaluation.perplexity_metric import PerplexityMetric
@@ -77,6 +77,7 @@ def test_train_writes_the_files_of_a_run(trained):
     assert ModelCard(text).data.library_name == "peft"
     assert str(trained.parent) not in text
     assert read_lemo_files(trained)[1]["max_position_embeddings"] == 128
+    assert AutoTokenizer.from_pretrained(trained).model_max_length == 128  # of a base with a context of 64
 
 
 def test_every_layers_kept_share_is_in_the_results(trained):

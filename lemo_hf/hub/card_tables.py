@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..models.lemo_config import LemoConfig
+from .card_metadata import public_name
 
 if TYPE_CHECKING:
     from .model_card import Kind, RunResults
@@ -53,6 +54,8 @@ def training_rows(results: "RunResults", base: str) -> list[Row]:
         rows.append(("Context", f"{results.seq_len} tokens"))
     if results.adapter:
         rows.append(("Adapter", results.adapter))
+    if results.started_from:
+        rows.append(("Went on from", f"adapter `{public_name(results.started_from)}`"))
     if results.precision:
         rows.append(("Precision", results.precision))
     if results.steps is not None:

@@ -131,8 +131,9 @@ class RunResults:
         kept_share: Per layer the share of tokens computed on, in [0, 1], mean over the steps.
         recall: Per layer the predictor's recall at the last probe, in [0, 1]; `None` for a layer without one.
         recall_chance, recall_positions: Recall of a choice at random, and of a predictor that knows positions only.
-        perplexity_before, perplexity_after: Dense-forward perplexity on held-out text without and with the adapter.
+        perplexity_before, perplexity_after: Dense-forward perplexity on held-out text before and after training.
         evaluation_data: The held-out text, in words, where `data` does not say it.
+        started_from: Hub id or folder of the adapter that training went on from; empty for a fresh one.
         stock: Stock LoRA trained beside the run.
         language: Codes of the text's languages as the Hub knows them: ISO 639, or "code".
         license: The licence of what was tuned, as the Hub calls it.
@@ -162,6 +163,7 @@ class RunResults:
     perplexity_before: Interval | None = None
     perplexity_after: Interval | None = None
     evaluation_data: str = ""
+    started_from: str = ""
     stock: StockRun | None = None
     language: list[str] = field(default_factory=list)
     license: str | None = None
@@ -248,7 +250,8 @@ def render_card(
     length = max(len(shares), len(recall))
     layers = list(zip([*shares, *[None] * length][:length], [*recall, *[None] * length][:length], strict=True))
     known = [value for value in recall if value is not None]
-    labels = "Base model, same config", "With this adapter" if kind == "adapter" else "This model"
+    started = "Before this run, with the adapter it started from" if results.started_from else "Base model, same config"
+    labels = started, "With this adapter" if kind == "adapter" else "This model"
     pairs = zip(labels, (results.perplexity_before, results.perplexity_after), strict=True)
     perplexities = [(label, found) for label, found in pairs if found is not None]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -196,6 +196,8 @@ def run_recipe(recipe: Recipe) -> RunResults:
         block, _ = read_lemo_files(arguments.predictors)
         check_predictor_shapes(Path(arguments.predictors) / PREDICTORS_FILE, block, config.num_hidden_layers, config.hidden_size)
     tokenizer = load_tokenizer(recipe.model)
+    # It is saved beside the model: truncation is to know the context that the run extends to.
+    tokenizer.model_max_length = overrides.get("max_position_embeddings", tokenizer.model_max_length)
     train_samples, held_out = load_samples(recipe.data, tokenizer, recipe.lemo.block_size)
     model = load_model(recipe, overrides, saved)
 
@@ -235,6 +237,7 @@ def run_recipe(recipe: Recipe) -> RunResults:
         perplexity_before=before,
         perplexity_after=_perplexity(model, held_out, "perplexity after"),
         evaluation_data=recipe.data.held_out_source,
+        started_from=public_name(saved.location) if saved else "",
         language=recipe.data.languages,
         license=recipe.model.license,
     )

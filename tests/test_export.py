@@ -5,21 +5,20 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from references.tiny_models import random_tokens
 from remote_process import run_remote
 from safetensors.torch import load_file, save_file
 from tiny_recipe import write_source
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lemo_hf import AutoLemoModelForCausalLM, LemoConfig, cli
 from lemo_hf.errors import LemoError
-from lemo_hf.hub.export import as_stock, export_run
+from lemo_hf.hub.export import export_run
 from lemo_hf.hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, predictor_tensors, read_lemo_files
 from lemo_hf.hub.model_card import BEGIN, RunResults
 from lemo_hf.loading import load_saved_model
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.registry import ARCHITECTURES, lemo_config_from
 
 TOKENS = torch.stack([random_tokens(100, seed) for seed in (1, 2)])
 KINDS = ("adapter", "merged", "remote-code")
@@ -161,57 +160,6 @@ def test_save_pretrained_of_a_trained_model_is_as_complete(run, exports, tmp_pat
     assert files_of(tmp_path) == files_of(exports / "remote-code") - TOKENIZER - {CARD, "kept_share.png"}
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / name).read_bytes() == (exports / "remote-code" / name).read_bytes()
-
-
-def tiny(stock_type):
-    """A LeMo model of each architecture, small, with every config value that the architecture insists on left to it."""
-    sizes = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 1,
-        **(
-            {"ffn_dim": 64, "word_embed_proj_dim": 32}
-            if stock_type == "opt"
-            else {"num_key_value_heads": 2, "intermediate_size": 64}
-        ),
-    }
-    config = AutoConfig.for_model(stock_type, **sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        stock = AutoModelForCausalLM.from_config(config)
-        model = ARCHITECTURES[stock_type][1](lemo_config_from(config, LemoConfig(block_size=16, predictor_rank=8)))
-    model.load_state_dict(stock.state_dict(), strict=False)
-    return stock.eval(), model.eval()
-
-
-@pytest.mark.parametrize("stock_type", ARCHITECTURES)
-def test_every_architecture_turns_stock_again(stock_type, tmp_path):
-    stock, model = tiny(stock_type)
-    as_stock(model).save_pretrained(tmp_path)
-    found, info = type(stock).from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values())
-    assert torch.equal(logits_of(found), logits_of(stock))
-    left, right = (each.config.to_dict() for each in (found, stock))
-    differing = {name for name in left | right if left.get(name) != right.get(name)}
-    assert differing <= {"dtype", "architectures", "_name_or_path", "transformers_version"}
-
-
-@pytest.mark.parametrize("stock_type", ARCHITECTURES)
-def test_peft_adapts_the_same_modules_as_in_the_stock_model(stock_type):
-    adapted = [
-        {
-            name.replace("base_model.model.", "")
-            for name, _ in get_peft_model(model, LoraConfig()).named_parameters()
-            if "lora" in name
-        }
-        for model in tiny(stock_type)
-    ]
-    assert adapted[0] == adapted[1] != set()
 
 
 def test_a_16_bit_base_is_merged_in_its_own_type_or_the_one_asked_for(run, source, logits, tmp_path):

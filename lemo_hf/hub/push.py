@@ -155,7 +155,12 @@ def one_line_hub_errors(name: str, token: str | None, fix: str = "try again late
 def hub_error(error: BaseException, name: str, token: str | None, fix: str) -> str:
     """One line on what went wrong, `fact; value; fix`; arguments as in [`one_line_hub_errors`]."""
     answers = [each for each in _chain(error) if isinstance(each, HfHubHTTPError)]
-    if answers:
+    if isinstance(error, HFValidationError):
+        fact, fix = "name is none that the Hub takes", "write USER/NAME, in letters, digits, '-', '_' and '.'"
+    elif isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+        # What the client makes of an answer (a card whose metadata are refused) says more than the answer.
+        fact = f"it could not be pushed ({' '.join(str(error).split())[:200]})"
+    elif answers:
         status = answers[0].response.status_code
         fact, fix = {
             401: ("the Hub does not accept the token (401)", "log in anew with `hf auth login`; a token in HF_TOKEN goes first"),
@@ -165,8 +170,6 @@ def hub_error(error: BaseException, name: str, token: str | None, fix: str) -> s
         }.get(status, (f"the Hub answers {status} ({_reason(answers[0])})", fix))
     elif isinstance(error, OfflineModeIsEnabled):
         fact, fix = "the Hub is switched off", "unset HF_HUB_OFFLINE"
-    elif isinstance(error, HFValidationError):
-        fact, fix = "name is none that the Hub takes", "write USER/NAME, in letters, digits, '-', '_' and '.'"
     elif _is_transport(error):
         fact = f"the Hub cannot be reached ({_reason(error)})"
     else:
@@ -184,7 +187,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_transport(error: BaseException) -> bool:
-    return any(isinstance(each, _TRANSPORT_ERROR | ConnectionError | TimeoutError) for each in _chain(error))
+    # A thread that finds the Hub gone closes the client, so another one's upload ends in a plain RuntimeError.
+    return any(
+        isinstance(each, _TRANSPORT_ERROR | ConnectionError | TimeoutError) or "client has been closed" in str(each)
+        for each in _chain(error)
+    )
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """`Trainer` with the phases of a LeMo run installed: the same loop, the same arguments, one import to swap."""
 
 import logging
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class LemoTrainer(Trainer):
         # What the card is rendered from, and its heading: set by who knows more of the run than the trainer does.
         self.results: RunResults | None = None
         self.title: str | None = None
+        self._pushes: list[Future[Any]] = []  # of checkpoints, in the background
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), *callbacks_of(self.lemo_run)], **kwargs)
         self.lemo_run.send, self.lemo_run.trainer_saves = self.log, True
         for shown in self.callback_handler.callbacks:
@@ -208,6 +210,8 @@ class LemoTrainer(Trainer):
             folder = Path(str(self.args.output_dir))
             self._write_card(folder, _card_in(folder))
         super()._push_from_checkpoint(checkpoint_folder)
+        jobs = getattr(getattr(self, "push_in_progress", None), "jobs", [])
+        self._pushes += [job for job in jobs if job not in self._pushes]
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -215,16 +219,12 @@ class LemoTrainer(Trainer):
 
     def _say_failed_pushes(self) -> None:
         # Uploads of checkpoints run in the background, where Trainer lets their errors pass unseen.
-        push = getattr(self, "push_in_progress", None)
-        if push is None:
-            return
-        failed = [job for job in push.jobs if job.done() and not job.cancelled() and job.exception() is not None]
-        push.jobs = [job for job in push.jobs if job not in failed]
-        for job in failed:
-            token = self.args.hub_token or get_token()
-            logger.warning(
-                hub_error(job.exception(), str(self.hub_model_id), token, "training goes on, the next push sends it too")
-            )
+        done = [job for job in self._pushes if job.done()]
+        self._pushes = [job for job in self._pushes if job not in done]
+        token = self.args.hub_token or get_token()
+        for job in done:
+            if not job.cancelled() and (error := job.exception()) is not None:
+                logger.warning(hub_error(error, str(self.hub_model_id), token, "training goes on, the next push sends it too"))
 
 
 def _card_in(folder: Path) -> str | None:

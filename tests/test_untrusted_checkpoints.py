@@ -4,30 +4,22 @@ import builtins
 import json
 import re
 import shutil
-import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from references.tiny_models import add_lora, lemo_model, stock_model
-from safetensors.torch import load_file
+from folders_to_spoil import change_block, is_one_line, rewrite, saved_adapter, saved_model
+from references.tiny_models import stock_model
+from safetensors.torch import load_file, save_file
 from training_runs import RandomText, tiny_arguments, tiny_lemo_model
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
 
 from lemo_hf import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer, cli
 from lemo_hf.errors import LemoError
-from lemo_hf.hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, save_lemo_files
 from lemo_hf.loading import load_saved_model
 from lemo_hf.models.lemo_config import LemoConfigError
 
 OURS = {"api": AutoLemoModelForCausalLM.from_pretrained, "command": load_saved_model}
-
-
-def is_one_line(error):
-    message = str(error)
-    return "\n" not in message and 20 < len(message) < 1000
 
 
 @pytest.fixture
@@ -45,28 +37,12 @@ def pickles_read(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A LeMo checkpoint."""
-    lemo_model(stock_model()).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return saved_model(tmp_path / "model")
 
 
 @pytest.fixture
 def adapter_folder(tmp_path):
-    """What a LeMo run leaves, of a stock base beside it."""
-    stock_model().save_pretrained(tmp_path / "base")
-    block = LemoConfig(predictor_rank=8, predictor_features=8, selection="ratio")
-    model = add_lora(AutoLemoModelForCausalLM.from_pretrained(tmp_path / "base", lemo=block))
-    model.save_pretrained(tmp_path / "adapter")
-    save_lemo_files(model, tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def rewrite(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def change_block(folder, **changes):
-    rewrite(folder / "config.json", lemo={**json.loads((folder / "config.json").read_text())["lemo"], **changes})
+    return saved_adapter(tmp_path / "adapter")
 
 
 def pickle_weights(folder, name="pytorch_model.bin"):
@@ -171,6 +147,52 @@ def test_a_checkpoint_s_pickled_weights_are_not_resumed_from(tmp_path, pickles_r
         resumed.train(resume_from_checkpoint=str(checkpoint))
     assert is_one_line(refused.value)
     assert "pytorch_model.bin" not in pickles_read
+
+
+# --- Predictors among a model's weights ---
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+NAME = "model.layers.1.lemo_predictor.query.matrices.0"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda w: w.update({NAME: torch.zeros(3, 4)}), r"layers.1.query.matrices.0 is (3, 4), the model needs (32, 8)"),
+        (lambda w: w.pop(NAME), "layers.1.query.matrices.0 is missing"),
+        (
+            lambda w: w.update({NAME.replace("0", "7"): torch.zeros(1)}),
+            "layers.1.query.matrices.7 is (1,), the model needs no such tensor",
+        ),
+    ],
+    ids=["shape", "missing matrix", "matrix too many"],
+)
+def test_predictors_of_other_shapes_are_refused(folder, change, says):
+    change_weights(folder, change)
+    with pytest.raises(LemoError, match="predictors do not fit the model: " + re.escape(says)) as refused:
+        AutoLemoModelForCausalLM.from_pretrained(folder)
+    assert is_one_line(refused.value)
+    assert "or train new ones" in str(refused.value)
+
+
+def test_a_block_for_other_predictors_than_the_stored_ones_is_refused(folder):
+    with pytest.raises(LemoError, match="predictors do not fit the model"):
+        AutoLemoModelForCausalLM.from_pretrained(folder, lemo=LemoConfig(predictor_rank=16, predictor_features=8))
+
+
+@pytest.mark.parametrize(("selection", "is_said"), [("ratio", True), ("threshold", True), ("sampled", False)])
+def test_missing_predictors_are_said_where_they_are_read(folder, selection, is_said, caplog):
+    change_block(folder, selection=selection)
+    change_weights(folder, lambda w: [w.pop(name) for name in list(w) if "lemo_predictor" in name])
+    AutoLemoModelForCausalLM.from_pretrained(folder)
+    assert ("no predictors for 2 of 2 layers" in caplog.text) == is_said
+    assert ("train them with LemoTrainer" in caplog.text) == is_said
 
 
 # --- Code ---
@@ -278,106 +300,3 @@ def test_bad_configs_end_in_one_line_by_command_and_by_call(folder, case, tmp_pa
     with pytest.raises((LemoError, LemoConfigError, OSError)) as refused:
         AutoLemoModelForCausalLM.from_pretrained(folder)
     assert "custom code" not in str(refused.value)
-
-
-# --- Memory ---
-
-# Runs in a process of its own that may take 300 MB more than it has once everything is imported.
-LIMITED = """
-import json, resource, sys
-import torch
-torch.set_num_threads(1)
-from transformers import AutoConfig, AutoModelForCausalLM
-from lemo_hf import AutoLemoModelForCausalLM
-from lemo_hf.hub.lemo_files import load_lemo_files, load_predictors
-from lemo_hf.loading import load_saved_model
-from lemo_hf.models.sparse_decoder import sparse_backbone
-good, cases = sys.argv[1], json.loads(sys.argv[2])
-model = AutoLemoModelForCausalLM.from_pretrained(good)  # what is imported at first use is imported now
-from lemo_hf.training.trainer import LemoTrainer
-import peft
-used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
-resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
-WAYS = {
-    "config": AutoConfig.from_pretrained,
-    "model": AutoModelForCausalLM.from_pretrained,
-    "lemo model": AutoLemoModelForCausalLM.from_pretrained,
-    "command": lambda folder: load_saved_model(folder, sparse=True),
-    "lemo files": lambda folder: load_lemo_files(model, folder),
-    "predictors": lambda folder: load_predictors(sparse_backbone(model), folder),
-}
-said = {}
-try:
-    torch.empty(400 * 2**20, dtype=torch.uint8)
-    said["limit"] = "none"
-except RuntimeError:
-    said["limit"] = "holds"
-for name, folder, ways in cases:
-    for way in ways:
-        try:
-            WAYS[way](folder)
-            said[f"{name}, {way}"] = "taken"
-        except BaseException as error:
-            said[f"{name}, {way}"] = f"{type(error).__name__}: {error}"
-print(json.dumps(said))
-"""
-HUGE = 2**31 - 1
-ABSURD_BLOCKS = {
-    "rank": {"predictor_rank": HUGE},
-    "features": {"predictor_features": HUGE},
-    "sizes": {"predictor_sizes": [[HUGE] * 4] * 2},
-    "sizes of many layers": {"predictor_sizes": [[8] * 4] * 10**4},
-    "thresholds": {"thresholds": [0.5] * 10**4},
-}
-
-
-def lie_about_shapes(folder):
-    """A header that promises 2**62 values, over the few bytes there are."""
-    content = (folder / PREDICTORS_FILE).read_bytes()
-    length = struct.unpack("<Q", content[:8])[0]
-    header = json.loads(content[8 : 8 + length])
-    header["layers.0.query.matrices.0"]["shape"] = [2**31, 2**31]
-    text = json.dumps(header).encode()
-    (folder / PREDICTORS_FILE).write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
-
-
-def hole(path, size=2**34):
-    """A file of that many bytes that takes no room on the disk: a header, one tensor of 16 GB and nothing but zeros."""
-    header = json.dumps({"layers.0.query.matrices.0": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + size)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and limits the address space")
-def test_absurd_files_ask_for_little_memory(folder, adapter_folder, tmp_path):
-    cases = []
-
-    def case(name, source, ways, spoil):
-        copy = tmp_path / f"case {len(cases)}"
-        shutil.copytree(source, copy)
-        spoil(copy)
-        cases.append((name, str(copy), ways))
-
-    for name, changes in ABSURD_BLOCKS.items():
-        case(name, folder, ["config", "model", "lemo model"], lambda f, changes=changes: change_block(f, **changes))
-        beside = ["lemo model", "command", "lemo files", "predictors"]
-        case(f"{name} beside an adapter", adapter_folder, beside, lambda f, changes=changes: rewrite(f / CONFIG_FILE, **changes))
-    beside = ["lemo model", "command", "lemo files", "predictors"]
-    case("lying header", adapter_folder, beside, lie_about_shapes)
-    case("16 GB of predictors", adapter_folder, beside, lambda f: hole(f / PREDICTORS_FILE))
-    case("16 GB of settings", adapter_folder, beside, lambda f: hole(f / CONFIG_FILE))
-    case(
-        "rank of an adapter", adapter_folder, ["lemo model", "command"], lambda f: rewrite(f / "adapter_config.json", r=HUGE // 4)
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(folder), json.dumps(cases)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    said = json.loads(result.stdout.splitlines()[-1])
-    assert said.pop("limit") == "holds"
-    assert len(said) == sum(len(ways) for _, _, ways in cases)
-    for name, answer in said.items():
-        assert re.match(r"Lemo(Config)?Error: [^\n]{20,900}$", answer), (name, answer)
-        assert "memory" not in answer, (name, answer)
-        assert "allocate" not in answer, (name, answer)

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from folders_to_spoil import is_one_line
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from references.tiny_models import lemo_model, stock_model
@@ -30,16 +31,11 @@ SCALARS = st.one_of(
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3))
 BLOCKS = st.dictionaries(st.sampled_from([*FIELDS, "keep_ration", "base_config"]), JSON, max_size=4)
 QUICK = settings(
-    max_examples=200,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-def is_one_line(error):
-    message = str(error)
-    return "\n" not in message and 20 < len(message) < 1000
 
 
 @QUICK

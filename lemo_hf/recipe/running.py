@@ -95,7 +95,7 @@ def go_on_from(saved: SavedAdapter, recipe: Recipe, arguments: LemoTrainingArgum
     Args:
         saved: The adapter.
         recipe: Its `lemo` block gets the thresholds.
-        arguments: Name the predictors afterwards, which are not fitted again before the first step.
+        arguments: Name the predictors afterwards, which are fitted further before the first step only if the recipe asks for it.
 
     Raises:
         LemoError: If the run would read predictors that the adapter's run has not handed on.
@@ -104,11 +104,13 @@ def go_on_from(saved: SavedAdapter, recipe: Recipe, arguments: LemoTrainingArgum
         logger.warning(
             "adapter names another base model than the recipe; %r, %r; %s", saved.base, recipe.model.model, saved.location
         )
-    if saved.lemo is None or arguments.predictors or arguments.predictor_documents:
+    if saved.lemo is None or arguments.predictors:
         return
-    recipe.lemo.update(thresholds=saved.block_for(recipe.lemo).thresholds)
     if saved.has_predictors:
-        arguments.predictors, arguments.predictor_documents = str(saved.folder), 0
+        arguments.predictors = str(saved.folder)
+    if not arguments.predictor_documents:
+        recipe.lemo.update(thresholds=saved.block_for(recipe.lemo).thresholds)
+        arguments.predictor_documents = 0 if saved.has_predictors else None
 
 
 def load_model(recipe: Recipe, overrides: dict[str, Any], saved: SavedAdapter | None = None) -> Any:

@@ -179,9 +179,10 @@ class LemoTrainer(Trainer):
     # The Hub.
 
     def init_hf_repo(self, token: str | None = None, *args: Any, **kwargs: Any) -> None:
-        token = required_token(token or self.args.hub_token)
-        with one_line_hub_errors(self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name, token):
-            super().init_hf_repo(token, *args, **kwargs)
+        if self.is_world_process_zero():
+            token = required_token(token or self.args.hub_token)
+            with one_line_hub_errors(self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name, token):
+                super().init_hf_repo(token, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if not self._has_trained:
@@ -200,8 +201,8 @@ class LemoTrainer(Trainer):
         Raises:
             LemoError: If it cannot be done; what the run saved is whole on disk, and pushing again goes on from what has arrived.
         """
-        token = kwargs.get("token") or self.args.hub_token or None
-        with one_line_hub_errors(str(self.hub_model_id or self.args.hub_model_id), required_token(token), _PUSH_AGAIN):
+        token = kwargs.get("token") or self.args.hub_token or get_token()
+        with one_line_hub_errors(str(self.hub_model_id or self.args.hub_model_id), token, _PUSH_AGAIN):
             return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -18,13 +18,13 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 def plot_memory(estimator: Estimator, settings: StepSettings, path: Path, longest: int) -> Path:
     """Draws what every method needs by length.
 
-    Lines are the polynomials through three lengths that were traced, up to `longest`; marks stand at powers of two.
+    Lines are the polynomials through three lengths that are traced: an eighth, a quarter and a half of `longest`.
 
     Args:
         estimator: Of the model; its limit is drawn if it has one.
         settings: The step; LeMo's kept share and the adapters are taken from it.
         path: PNG file.
-        longest: Last length of the axis, in tokens; at least 1024.
+        longest: Last length of the axis, in tokens; at least 2048.
     """
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     axis = figure.subplots()
@@ -33,7 +33,7 @@ def plot_memory(estimator: Estimator, settings: StepSettings, path: Path, longes
     top = 0.0
     for index, variant in enumerate(method_settings(settings)):
         try:
-            needed = estimator.curve(variant, (longest // 4, longest // 2, longest))
+            needed = estimator.curve(variant, (longest // 8, longest // 4, longest // 2))
         except LemoError:
             continue  # Liger has no functions for every architecture
         style: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "linestyle": LINES[index % len(LINES)]}

@@ -172,6 +172,8 @@ def _config_of(config: PreTrainedConfig, settings: StepSettings, layers: list[in
     # Rotary kinds that look at positions cannot run on fake tensors; bytes and FLOPs are the same for all kinds.
     if isinstance(values.get("rope_parameters"), dict):
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": values["rope_parameters"].get("rope_theta", 1e4)}
+    # A table of learned positions must hold the sample; rotary ones have no table.
+    values["max_position_embeddings"] = max(values.get("max_position_embeddings") or 0, settings.seq_len)
     small = AutoConfig.for_model(stock_type(config), **values)
     small._attn_implementation = "sdpa"
     lemo = settings.lemo_config

@@ -1,4 +1,4 @@
-"""Causal attention by document on flat rows, through the flash operators that ATen carries.
+"""Causal attention by document on flat rows: through ATen's flash operators for the CPU, or the kernels on CUDA.
 
 Rows of one document are contiguous in `(rows, heads, head_dim)`; lengths are known on the host. Kept rows stay in order, so
 causality among compact rows is causality among their original positions. Grouped queries are read without repeating keys.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernel_switch import kernel
 from .lemo_config import LemoConfigError
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -51,12 +52,15 @@ class AttentionScope:
     positions: Tensor | None = None
 
 
-def _require_cpu(query: Tensor) -> None:
-    if query.device.type != "cpu":
+def _kernel(name: str, query: Tensor, scope: AttentionScope) -> Callable[..., Any] | None:
+    fast = kernel(name, query, query.shape[2], "all" if scope.window is None else "window")
+    # Never the matrix of all scores instead: it would need the memory that this package is for.
+    if fast is None and query.device.type != "cpu":
         raise LemoConfigError(
-            f"LeMo attention has its operators for the CPU so far; got tensors on {query.device}; "
-            "train on the CPU, or with enabled=False"
+            f"LeMo attention has a reference for the CPU only; got {query.dtype} on {query.device} and no kernel that runs; "
+            "install triton (the log says what else it was), or train on the CPU or with enabled=False"
         )
+    return fast
 
 
 def _by_document(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
@@ -111,7 +115,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scope: AttentionScope) -> 
     Returns:
         The attention output `(rows, heads, head_dim)` and the log-sum-exp of the scores `(rows, heads, 1)`.
     """
-    _require_cpu(query)
+    if (fast := _kernel("attend", query, scope)) is not None:
+        output, lse = fast(query, key, value, scope.lengths, scope.scale, scope.window, scope.positions)
+        return output, lse
 
     def flash(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         if positions is None or scope.window is None:
@@ -179,4 +185,6 @@ def with_kept_row_gradient(
     Returns:
         `output`; its gradient is that of attention among the kept rows with the probabilities that `lse` normalises.
     """
+    if (fast := _kernel("with_kept_row_gradient", query, scope)) is not None:
+        return fast(query, key, value, output, lse, scope.lengths, scope.scale, scope.window, scope.positions)
     return _KeptRowGradient.apply(query, key, value, output, lse, scope)

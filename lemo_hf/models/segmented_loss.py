@@ -3,7 +3,8 @@
 Whole logits cost tokens * vocabulary * (2 + 4 + 4) bytes at their peak: 16-bit logits, their float32 copy and its gradient.
 Here logits, loss and gradient of `segment_size` tokens exist at a time; the gradient with respect to the hidden states and to
 the head's trainable parameters is formed in the forward pass, so backward only scales it. Peak: segment_size / tokens of the
-whole; saved: one gradient in the shape of the hidden states. Tokens without a label need no logits at all.
+whole; saved: one gradient in the shape of the hidden states. Tokens without a label need no logits at all. Where its kernel
+runs, a segment's 16-bit logits become their gradient in place: segment_size * vocabulary * 2 bytes at the peak.
 
 Exact for any head that maps `(rows, hidden)` to `(rows, vocabulary)`: frozen, trained, tied or wrapped by an adapter.
 """
@@ -15,12 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .kernel_switch import kernel
+
 IGNORE_INDEX = -100
 
 
 def shift_labels(labels: Tensor) -> Tensor:
     """Labels of the next token, `(batch, seq_len)`; the last one of each row is ignored."""
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _sum_of_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows' summed loss, what to differentiate for its gradient, and the gradient that this starts from."""
+    in_place = kernel("cross_entropy_in_place", logits, logits.shape[1])
+    if in_place is None:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        return loss, loss, None
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    gradient = logits.detach()  # the same memory
+    return in_place(gradient, targets).sum(), logits, gradient
 
 
 class _SegmentedLoss(torch.autograd.Function):
@@ -35,18 +51,17 @@ class _SegmentedLoss(torch.autograd.Function):
             part = slice(start, start + segment_size)
             with torch.enable_grad():
                 rows = hidden[part].detach().requires_grad_(needs_hidden)
-                logits = head(rows)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                loss = F.cross_entropy(logits, targets[part], reduction="sum")
+                loss, differentiable, gradient = _sum_of_losses(head(rows), targets[part])
             inputs = [*([rows] if needs_hidden else []), *weights]
             if inputs:
-                grads = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+                grads = list(torch.autograd.grad(differentiable, inputs, gradient, allow_unused=True))
                 if grad_hidden is not None:
                     grad_hidden[part] = grads.pop(0)
                 for grad_sum, grad in zip(grad_weights, grads, strict=True):
                     if grad is not None:
                         grad_sum += grad
             total += loss.detach()
+            del differentiable, gradient  # or two segments' logits exist at one time
         ctx.save_for_backward(*([grad_hidden] if grad_hidden is not None else []), *grad_weights)
         ctx.weight_dtypes, ctx.rows = [w.dtype for w in weights], hidden.shape[0]
         return total

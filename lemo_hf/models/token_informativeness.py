@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernel_switch import kernel
+
 
 @torch.no_grad()
 def block_scores(
@@ -40,6 +42,8 @@ def block_scores(
         outside the window.
     """
     tokens, heads, head_dim = query.shape
+    if (fast := kernel("block_scores", query, head_dim, block_size)) is not None:
+        return fast(query, key, block_size, scale, window)
     groups = heads // key.shape[1]
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     blocks = -(-tokens // block_size)

@@ -256,3 +256,10 @@ def with_kept_row_gradient(
     _check(query, key, value, lengths, window, positions)
     backend = backend or _backend(query, lengths, window, positions)
     return _KeptRowGradient.apply(query, key, value, output, lse, positions, lengths, scale, window, backend)
+
+
+def probe(device: torch.device, dtype: torch.dtype, head_dim: int, visible: str) -> None:
+    """Attends with heads of this size, and back; `visible` is "window" or "all"."""
+    query, key, value = (torch.zeros(2, 1, head_dim, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+    settings = ([2], 1.0, *((1, torch.arange(2, device=device)) if visible == "window" else ()))
+    with_kept_row_gradient(query, key, value, *attend(query, key, value, *settings), *settings).sum().backward()

@@ -239,14 +239,12 @@ def _tiles(kernel: str, padded: int, itemsize: int) -> dict[str, int]:
     if itemsize > 2:
         wide, narrow = (32, 32) if padded <= 128 else (32, 16)
         sizes, warps, stages = (narrow, wide) if kernel == "key_gradient" else (wide, narrow), 4, 1
+    elif kernel == "key_gradient":  # two sums per program: registers are what is scarce
+        sizes, warps, stages = ((64, 128), 8, 2) if padded <= 64 else ((32, 128), 8, 2) if padded <= 128 else ((32, 32), 4, 1)
     elif padded <= 128:
-        sizes, warps, stages = (64, 128) if kernel == "key_gradient" else (128, 64), 8, 3 if kernel == "forward" else 2
+        sizes, warps, stages = (128, 64), 8, 3 if kernel == "forward" else 2
     else:
-        sizes, warps, stages = (
-            (32, 64) if kernel == "key_gradient" else (64, 32) if kernel == "query_gradient" else (128, 64),
-            8,
-            1,
-        )
+        sizes, warps, stages = ((128, 64), 8, 1) if kernel == "forward" else ((64, 16), 8, 2)
     return {"BLOCK_M": sizes[0], "BLOCK_N": sizes[1], "num_warps": warps, "num_stages": stages}
 
 

@@ -125,3 +125,10 @@ def cross_entropy_in_place(logits: Tensor, targets: Tensor, softcap: float | Non
         wrong = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= logits.shape[1]))]
         require(not wrong.numel(), f"labels must be -100 or in [0, {logits.shape[1]})", wrong[:3].tolist(), "check the tokenizer")
     return _cross_entropy_in_place(logits, targets, softcap)
+
+
+def probe(device: torch.device, dtype: torch.dtype, vocabulary: int) -> None:
+    """The loss of one row of this many logits."""
+    cross_entropy_in_place(
+        torch.zeros(1, vocabulary, dtype=dtype, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    )

@@ -234,3 +234,9 @@ def informativeness_by_document(
     counts = _block_counts(lengths, block_size)
     scores = _block_scores(query, key, lengths, block_size, scale, window)
     return list(_block_informativeness(scores, counts).split(counts))
+
+
+def probe(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> None:
+    """Scores and informativeness with heads and blocks of these sizes."""
+    query = torch.zeros(2, 1, head_dim, dtype=dtype, device=device)
+    informativeness_by_document(query, query, [2], block_size, 1.0)

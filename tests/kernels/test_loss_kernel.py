@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from lemo_kernels.host import KernelInputError
 from lemo_kernels.segmented_loss import _cross_entropy_in_place, cross_entropy_in_place
-from references.kernel_inputs import DEVICE, DTYPES, random
+from peft import LoraConfig, get_peft_model
+from references.kernel_inputs import DEVICE, DTYPES, assert_close, random
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lemo_hf.models import segmented_loss as reference
+from lemo_hf.models.kernel_switch import kernel_mode
 
 # One rounding of the gradient to its dtype; the largest entry is near 1.
 LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -114,3 +120,66 @@ def test_the_operator_is_registered_as_torch_expects():
 def test_what_does_not_fit_is_refused_on_the_host(change, message):
     with pytest.raises(KernelInputError, match=message):
         cross_entropy_in_place(**{"logits": torch.zeros(4, 9), "targets": torch.zeros(4, dtype=torch.int64), **change})
+
+
+class LargestMatrix(TorchDispatchMode):
+    """The most bytes that one tensor of `vocabulary` columns had, by dtype."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.bytes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(result, torch.Tensor) and result.dim() == 2 and result.shape[1] == self.vocabulary:
+                self.bytes[result.dtype] = max(self.bytes.get(result.dtype, 0), result.nbytes)
+        return results
+
+
+def heads_to_train(kind, dtype):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        head = nn.Linear(16, 150, bias=kind == "bias")
+        if kind == "adapter":
+            wrapped = get_peft_model(nn.Sequential(head), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+            head = wrapped.base_model.model[0]
+    if kind == "frozen":
+        head.requires_grad_(False)
+    return head.to(DEVICE, dtype)
+
+
+def loss_and_gradients(mode, head, hidden, labels, num_items):
+    hidden = hidden.clone().requires_grad_()
+    with kernel_mode(mode):
+        loss = reference.segmented_causal_lm_loss(hidden, labels, head, 16, num_items)
+    weights = [weight for weight in head.parameters() if weight.requires_grad]
+    return loss.detach(), *torch.autograd.grad(loss, [hidden, *weights])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_items", [None, 77])
+@pytest.mark.parametrize("kind", ["frozen", "trained", "bias", "adapter"])
+def test_the_segmented_loss_is_the_reference_for_every_head(kind, num_items, dtype):
+    head = heads_to_train(kind, dtype)
+    hidden = random(2, 63, 16, dtype=dtype)
+    labels = torch.randint(0, 150, (2, 63), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    labels[0, 5:30] = -100
+    with LargestMatrix(150) as largest:
+        got = loss_and_gradients("kernels", head, hidden, labels, num_items)
+    wanted = loss_and_gradients("reference", head, hidden, labels, num_items)
+    assert len(got) == {"frozen": 2, "trained": 3, "bias": 4, "adapter": 4}[kind]
+    torch.testing.assert_close(got[0], wanted[0], rtol=2e-6, atol=0)
+    for mine, theirs in zip(got[1:], wanted[1:], strict=True):
+        assert_close(mine, theirs, dtype)
+    # A segment of 16 tokens at a time, and no wider copy of its logits.
+    assert largest.bytes == {dtype: 16 * 150 * hidden.element_size()}
+
+
+def test_no_label_gives_no_gradient_and_every_label_ignored_no_launch():
+    head = heads_to_train("trained", torch.float32)
+    labels = torch.full((1, 9), -100, device=DEVICE)
+    loss, *grads = loss_and_gradients("kernels", head, random(1, 9, 16), labels, None)
+    assert loss.isnan()
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)

@@ -12,6 +12,7 @@ from lemo_kernels.token_informativeness import (
 from references.kernel_inputs import DEVICE, DTYPES, error_ratio, random, strided
 
 from lemo_hf.models import token_informativeness as reference
+from lemo_hf.models.kernel_switch import kernel_mode
 
 SCALE = 0.29
 
@@ -121,3 +122,11 @@ def test_what_does_not_fit_is_refused_on_the_host(change, message):
     arguments = {"query": query, "key": key, "lengths": [20], "block_size": 8, "scale": SCALE, **change}
     with pytest.raises(KernelInputError, match=message):
         informativeness_by_document(**arguments)
+
+
+def test_the_models_call_the_kernel_where_it_is_switched_on():
+    query, key = heads(90)
+    with kernel_mode("kernels"):
+        got = reference.block_scores(query, key, 16, SCALE, 40)
+    assert torch.equal(got, block_scores(query, key, 16, SCALE, 40))
+    assert not torch.equal(got, reference.block_scores(query, key, 16, SCALE, 40)), "other sums, other last bits"

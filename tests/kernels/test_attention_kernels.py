@@ -9,6 +9,7 @@ from references.kernel_inputs import ALLOWED, DEVICE, DTYPES, error_ratio, rando
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemo_hf.models import document_attention as reference
+from lemo_hf.models.kernel_switch import kernel_mode
 
 SCALE = 0.31
 
@@ -227,3 +228,24 @@ def test_flash_serves_16_bit_rows_without_a_window_and_triton_the_rest(monkeypat
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
         assert chosen(query, [20], None, None) == "triton"
     assert chosen(torch.zeros(20, 4, 128, dtype=torch.float16), [20], None, None) == "triton"
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_models_call_the_kernels_where_these_are_switched_on(window):
+    inputs = heads(45)
+    places = places_of([15, 30]).to(DEVICE)
+    arguments = [15, 30], SCALE, window, None if window is None else places
+    with kernel_mode("kernels"):
+        got = reference.attend(*inputs, reference.AttentionScope(*arguments))
+    wanted = attend(*inputs, *arguments)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, wanted, strict=True))
+    gradients = []
+    for attach in ("kernels", "direct"):
+        leaves = [part.clone().requires_grad_() for part in inputs]
+        if attach == "kernels":
+            with kernel_mode("kernels"):
+                attached = reference.with_kept_row_gradient(*leaves, *got, reference.AttentionScope(*arguments))
+        else:
+            attached = with_kept_row_gradient(*leaves, *got, *arguments)
+        gradients.append(torch.autograd.grad(attached.square().sum(), leaves))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))

@@ -165,7 +165,7 @@ class AutoLemoModelForCausalLM:
         config = lemo_config_from(config, lemo)
         if "gguf_file" not in kwargs:
             names = require_safe_weights(location, config, **where, variant=kwargs.get("variant"))
-            if is_lemo and names is not None:
+            if is_lemo:
                 check_stored_predictors(location, config, names, config.lemo, **where, variant=kwargs.get("variant"))
             kwargs["use_safetensors"] = True
         return AutoModelForCausalLM.from_pretrained(location, config=config, trust_remote_code=False, **kwargs)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER_PICKLE = "adapter_model.bin"
-_CONVERT = "save it as safetensors first: a pickle can run code as it is read"
+_CONVERT = "if you trust it, save it as safetensors first: stock from_pretrained, then save_pretrained (docs/untrusted_files.md)"
 _PREDICTOR = re.compile(r"(?:.*\.)?(layers\.\d+)\.lemo_predictor\.(.+)")
 # What `cached_file` takes of the arguments of `from_pretrained`. Not force_download: the weights would be fetched twice.
 _WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -46,7 +46,7 @@ def find_file(location: str, name: str, **where: Any) -> str | None:
     return found
 
 
-def require_safe_weights(location: str, config: Any, **where: Any) -> set[str] | None:
+def require_safe_weights(location: str, config: Any, **where: Any) -> set[str]:
     """Refuses a checkpoint whose weights are a pickle, lie outside its folder or are damaged.
 
     Args:
@@ -55,10 +55,10 @@ def require_safe_weights(location: str, config: Any, **where: Any) -> set[str] |
         **where: As for `from_pretrained`, `variant` included.
 
     Returns:
-        The names of its tensors; `None` where it has no safetensors file that could be looked at.
+        The names of its tensors.
 
     Raises:
-        LemoError: In these cases. Only headers are read.
+        LemoError: In these cases, and where there are no weights. Only headers are read.
     """
     explicit = getattr(config, "transformers_weights", None)
     if explicit is not None and not _is_own(explicit, ".safetensors", ".safetensors.index.json"):
@@ -80,7 +80,8 @@ def require_safe_weights(location: str, config: Any, **where: Any) -> set[str] |
             if find_file(location, _with_variant(name, variant), **where):
                 raise LemoError(f"weights are a pickle; {location!r} has {name} and no {names[0]}; {_CONVERT}")
         raise LemoError(f"folder has no weights; {location!r} has no {names[0]}; copy them there, or name another folder")
-    return None  # the Hub may still offer a conversion of its own, which from_pretrained finds
+    # Asking for the pickle would fetch it. Nor is the Hub asked to convert it, which would hand a token to a service.
+    raise LemoError(f"no safetensors weights are found; {location!r} has none, or the Hub cannot be reached; {_CONVERT}")
 
 
 def require_adapter_rank(weights: Path, config: Any) -> None:

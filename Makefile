@@ -4,9 +4,11 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # torch goes first and alone: a build that is already at hand (CPU or CUDA) then counts as the one that the rest needs.
 TORCH := $(shell grep '^torch==' constraints.txt)
+# The oldest supported versions of what moves most, for test-lower.
+OLDEST := $(shell sed -nE 's/^ *"(transformers|peft|accelerate|safetensors)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all lint format bench base
+.PHONY: help install quickstart test test-all test-lower lint format bench base
 
 help:                ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,6 +30,13 @@ test: $(STAMP)       ## the tests that run at every change
 
 test-all: $(STAMP)   ## those and the slow ones
 	@$(BIN)/python -m pytest -m ""
+
+test-lower:          ## all of them on the oldest supported versions, in .venv-lower
+	@test -x .venv-lower/bin/python || $(PYTHON) -m venv .venv-lower
+	@grep -vE '^(transformers|tokenizers|huggingface_hub|peft|accelerate|safetensors)==' constraints.txt > .venv-lower/constraints.txt
+	@.venv-lower/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@.venv-lower/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lower/constraints.txt $(OLDEST) -e ".[train,bench,dev]"
+	@.venv-lower/bin/python -m pytest -p no:cacheprovider -m ""
 
 lint: $(STAMP)       ## style and types
 	@$(BIN)/ruff check --quiet .

@@ -12,7 +12,7 @@ see is added as a stated assumption: the allocator's rounding and fragmentation,
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -80,8 +80,7 @@ class Estimate:
     @property
     def slack_bytes(self) -> int:
         """Assumed bytes of the allocator's rounding and fragmentation; 0 on a CPU."""
-        resident = sum(self.parts.get(part, 0) for part in ("weights", "adapter", "predictors", "optimizer"))
-        return int(ALLOCATOR_SLACK * (self.live_bytes - resident)) if self.on_gpu else 0
+        return _slack(self.parts, self.on_gpu)
 
     @property
     def context_bytes(self) -> int:
@@ -139,7 +138,7 @@ class Estimator:
             LemoError: If the method does not exist for the architecture, or a target of the adapters does not.
         """
         trace = self._trace(settings)
-        parts, moment = _peak(trace)
+        parts, moment = max(_moments(trace), key=lambda moment: moment[0].total())
         estimate = Estimate(
             model=self.model,
             layers=self.config.num_hidden_layers,
@@ -202,23 +201,28 @@ class Estimator:
         return found / 100
 
     def curve(self, settings: StepSettings, lengths: tuple[int, int, int]) -> Callable[[int], float]:
-        """Bytes by length, as the polynomial of degree 2 through three traced lengths.
+        """Bytes needed by length, from three traced lengths.
 
-        Exact where one moment of the step is the highest at all lengths concerned and kept blocks come out whole, since every
-        tensor's size is a polynomial in tokens (masks and block scores the only ones of degree 2).
+        Every tensor's size is a polynomial in tokens, of degree 2 for masks and block scores and 1 for all others, so each moment
+        of the step is one, and the need is the largest of them. Exact where within each stretch of the step the same moment is the
+        highest at all lengths concerned, and kept blocks come out whole.
 
         Args:
             settings: The step; its own length does not matter.
             lengths: Three different lengths, in tokens.
         """
-        points = [(length, self.estimate(replace(settings, seq_len=length)).total_bytes) for length in lengths]
+        needs: list[list[int]] = []
+        for length in lengths:
+            moments = _moments(self._trace(replace(settings, seq_len=length)))
+            context = CUDA_CONTEXT if self.on_gpu else 0
+            needs.append([parts.total() + _slack(parts, self.on_gpu) + context for parts, _ in moments])
 
         def at(tokens: int) -> float:
-            others = [[other for other, _ in points if other != length] for length, _ in points]
-            weights = (
-                math.prod((tokens - other) / (length - other) for other in rest) for (length, _), rest in zip(points, others)
-            )
-            return sum(weight * size for weight, (_, size) in zip(weights, points))
+            # Lagrange's form of the polynomial through three points; the weights are those of all moments.
+            weights = [
+                math.prod((tokens - other) / (length - other) for other in lengths if other != length) for length in lengths
+            ]
+            return max(sum(weight * need for weight, need in zip(weights, of_moment)) for of_moment in zip(*needs))
 
         return at
 
@@ -255,8 +259,13 @@ def estimate(
     return Estimator(model, card, memory).estimate(settings)
 
 
-def _peak(trace: StepTrace) -> tuple[Parts, str]:
-    """Bytes by part at the whole model's highest moment, and which that is."""
+def _slack(parts: Mapping[str, int], on_gpu: bool) -> int:
+    resident = sum(parts.get(part, 0) for part in ("weights", "adapter", "predictors", "optimizer"))
+    return int(ALLOCATOR_SLACK * (sum(parts.values()) - resident)) if on_gpu else 0
+
+
+def _moments(trace: StepTrace) -> list[tuple[Parts, str]]:
+    """Bytes by part at the highest moment of every stretch of the whole model's step, and what runs then."""
     stretches, places = trace.stretches, trace.place_of_layer
     resident = trace.resident[-1].copy()
     for place in places:
@@ -267,15 +276,13 @@ def _peak(trace: StepTrace) -> tuple[Parts, str]:
     walk += [("forward", place, f"the forward of layer {layer} of 0 to {last}") for layer, place in enumerate(places)]
     walk += [("head", 0, "the loss")]
     walk += [("backward", places[layer], f"the backward of layer {layer} of 0 to {last}") for layer in range(last, -1, -1)]
-    now = stretches["start", 0].before.copy()
-    highest, moment = now, ""
+    now = _sum(resident, stretches["start", 0].before, Counter())
+    found = []
     for name, place, words in walk:
         stretch = stretches[name, place]
-        peak = _sum(now, stretch.peak, stretch.before)
-        if not moment or peak.total() > highest.total():
-            highest, moment = peak, words
+        found.append((_sum(now, stretch.peak, stretch.before), words))
         now = _sum(now, stretch.after, stretch.before)
-    return _sum(highest, resident, Counter()), moment
+    return found
 
 
 def _sum(first: Parts, second: Parts, without: Parts) -> Parts:

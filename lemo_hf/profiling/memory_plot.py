@@ -46,12 +46,13 @@ def plot_memory(estimator: Estimator, settings: StepSettings, path: Path, longes
         limit = estimator.memory / GIB
         name = estimator.card.name if estimator.card is not None and estimator.card.memory == estimator.memory else "limit"
         axis.axhline(limit, color="0.35", linewidth=1.5)
-        axis.annotate(f"{name}: {limit:.1f} GiB", (lengths[0], limit), xytext=(0, 4), textcoords="offset points", color="0.25")
-        top = min(top, 3 * limit)
+        label = f"{name}: {limit:.1f} GiB"
+        axis.annotate(label, (longest, limit), xytext=(0, 4), textcoords="offset points", ha="right", color="0.25")
+        top = min(top, 1.7 * limit)
     axis.set(ylim=(0, top * 1.05), xlabel="tokens of the sequence", ylabel="GiB needed, slack and context included")
     axis.set_xticks(marks, [f"{mark // 1024}K" if mark >= 1024 else str(mark) for mark in marks])
     title = f"{estimator.model}, batch {settings.batch_size}, LoRA r={settings.lora_r}, {settings.adapter_dtype} adapters"
     axis.set_title(title + (", autocast" if settings.autocast else "") + ": estimated, not measured", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     return save_figure(figure, path)

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from references.tiny_models import assert_same_gradients, lemo_model, loss_and_gradients, random_tokens, stock_model
+from references.tiny_models import (
+    ARCHITECTURES,
+    assert_same_gradients,
+    lemo_model,
+    loss_and_gradients,
+    random_tokens,
+    stock_model,
+)
 from torch._dynamo.utils import counters
 
 from lemo_hf.models.sparse_decoder import sparse_backbone, sparse_evaluation
@@ -9,8 +16,9 @@ TOKENS = random_tokens(50, 1)[None]
 BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 
 
-def ratio_model(form):
-    return lemo_model(stock_model(num_hidden_layers=1), {}, selection="ratio", keep_ratio=0.4, attention_forward=form)
+def ratio_model(form, architecture="llama"):
+    stock = stock_model(architecture=architecture, num_hidden_layers=1)
+    return lemo_model(stock, {}, selection="ratio", keep_ratio=0.4, attention_forward=form)
 
 
 @pytest.fixture
@@ -24,10 +32,11 @@ def fresh_dynamo():
 # Dynamo instantiates an autograd.Function while it traces; torch warns of that, to itself.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("form", ["sparse", "exact"])
-def test_a_compiled_model_trains_as_an_uncompiled_one_and_compiles_once(form, fresh_dynamo):
-    wanted_loss, wanted = loss_and_gradients(ratio_model(form), BATCH)
-    model = ratio_model(form)
+def test_a_compiled_model_trains_as_an_uncompiled_one_and_compiles_once(form, architecture, fresh_dynamo):
+    wanted_loss, wanted = loss_and_gradients(ratio_model(form, architecture), BATCH)
+    model = ratio_model(form, architecture)
     compiled = torch.compile(model, backend="eager")
     loss = compiled(**BATCH).loss
     loss.backward()

@@ -8,7 +8,7 @@ import struct
 import pytest
 import torch
 from folders_to_spoil import is_one_line
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from references.tiny_models import lemo_model, stock_model
 
@@ -29,7 +29,13 @@ SCALARS = st.one_of(
     st.text(max_size=20),
 )
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3))
-BLOCKS = st.dictionaries(st.sampled_from([*FIELDS, "keep_ration", "base_config"]), JSON, max_size=4)
+# Values near the edge of what a field takes, so that an example is not refused for its first field alone.
+NEAR = st.one_of(
+    st.sampled_from([1, 8, 32, 33, 2**31 - 1, 0.5, 1.0, 1e308, math.inf, math.nan, 10**400, True]),
+    st.lists(st.sampled_from([0.5, 1, -1, 0, math.inf, math.nan, 10**400, True]), min_size=1, max_size=3),
+    st.lists(st.lists(st.sampled_from([1, 8, 32, 33, 0, True]), min_size=3, max_size=5), min_size=2, max_size=2),
+)
+BLOCKS = st.dictionaries(st.sampled_from([*FIELDS, "keep_ration", "base_config"]), NEAR | JSON, max_size=3)
 QUICK = settings(
     max_examples=100,
     deadline=None,
@@ -40,6 +46,14 @@ QUICK = settings(
 
 @QUICK
 @given(values=BLOCKS | JSON)
+@example(values={"predictor_rank": 33})
+@example(values={"predictor_features": 33})
+@example(values={"predictor_sizes": [[8, 8, 8, 8], [8, 8, 8, 33]]})
+@example(values={"thresholds": [0.5, math.inf]})
+@example(values={"thresholds": [0.5, 10**400]})
+@example(values={"sampling_temperature": math.inf})
+@example(values={"seed": 2**63})
+@example(values={"block_size": 2**31})
 def test_any_block_is_read_or_refused_in_one_line(values):
     refused = None
     try:
@@ -50,7 +64,7 @@ def test_any_block_is_read_or_refused_in_one_line(values):
         assert is_one_line(refused)
         return
     assert 0 < min(lemo.ratio_of(layer) for layer in range(2)) <= 1
-    assert all(map(math.isfinite, lemo.thresholds or []))
+    assert all(map(math.isfinite, [*(lemo.thresholds or []), lemo.sampling_temperature or 1.0]))
     # What a model of this block allocates beyond a stock one: two networks of three matrices a layer.
     widths = lemo.predictor_sizes or [[lemo.predictor_rank] * 4] * 2
     assert all(1 <= width <= 32 for sizes in widths for width in (*sizes, lemo.predictor_features))
@@ -129,7 +143,7 @@ def test_damaged_predictors_are_refused_or_harmless(data, saved, target, tmp_pat
     loads_or_changes_nothing(target, tmp_path)
 
 
-DTYPES = ("F32", "F64", "BF16", "F16", "I64", "U8", "BOOL", "F4", "X")
+DTYPES = ("F32", "I32", "U32", "F64", "BF16", "F16", "I64", "U8", "BOOL", "F4", "X")  # two as wide as float32
 SIZES = st.integers(0, 70) | st.sampled_from([2**31, 2**62, 2**64, -1])
 
 

@@ -16,7 +16,7 @@ from remote_process import run_remote
 from safetensors.torch import load
 from tiny_recipe import write_source
 from training_runs import RandomText, tiny_arguments, tiny_lemo_model, tiny_trainer
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from lemo_hf import AutoLemoModelForCausalLM, LemoTrainingArguments, cli, lemo_callbacks
@@ -180,8 +180,8 @@ FAULTS = {
     "forbidden upload": (answers("upload", 403), "me/x", True, "the token may not write there (403)"),
     "token expires": (answers("batch", 401), "me/x", True, "does not accept the token (401)"),
     "card refused": (answers("validate", 400), "me/x", True, "Invalid metadata in README.md"),
-    "down": (answers("whoami", 503), "me/x", False, "the Hub answers 503"),
-    "down at the end": (answers("commit", 500), "me/x", True, "the Hub answers 500"),
+    "down": (answers("whoami", 503), "me/x", False, "the Hub answers 503 (refused: Bearer <token>)"),
+    "down at the end": (answers("commit", 500), "me/x", True, "the Hub answers 500 (refused: Bearer <token>)"),
     "gone": (dies_at("whoami"), "me/x", False, "the Hub cannot be reached"),
     "gone at the repository": (dies_at("create"), "me/x", True, "the Hub cannot be reached"),
     "gone at the upload": (dies_at("upload"), "me/x", True, "the Hub cannot be reached"),
@@ -325,19 +325,32 @@ def test_a_pushed_run_is_pulled_as_a_model_that_trains(hub, source, tmp_path):
     assert sparse_backbone(pulled).config.lemo == sparse_backbone(local).config.lemo
 
 
+class Listing(TrainerCallback):
+    """Lists what lies in the run's folder as each push begins: the upload itself reads it at some later time."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        self.seen.append(set(snapshot(Path(args.output_dir))))
+
+
 def test_the_callbacks_alone_push_predictors_and_settings_too(hub, tmp_path):
     arguments = tiny_arguments(tmp_path / "run", **pushing(tmp_path, hub, "checkpoint"))
-    trainer = Trainer(
-        model=tiny_lemo_model(**SPARSE), args=arguments, train_dataset=RandomText(), callbacks=lemo_callbacks(arguments)
-    )
+    callbacks = [*lemo_callbacks(arguments), Listing()]
+    trainer = Trainer(model=tiny_lemo_model(**SPARSE), args=arguments, train_dataset=RandomText(), callbacks=callbacks)
     trainer.train()
     trainer.push_to_hub()
+    first, second, last = callbacks[-1].seen
+    for step, listed in ((3, first), (6, second)):
+        files = {PREDICTORS_FILE, CONFIG_FILE}
+        assert files | {f"checkpoint-{step}/{name}" for name in (*files, "lemo_state.json")} <= listed
+        assert "lemo_phases.safetensors" not in listed
+    assert {PREDICTORS_FILE, CONFIG_FILE} <= last
     files = hub.repos["me/run"].files
     for place in ("", "last-checkpoint/"):
         predictors = load(files[place + PREDICTORS_FILE])
         assert all(torch.equal(predictors[name], value) for name, value in predictor_tensors(trainer.model.model.model).items())
-    assert "last-checkpoint/lemo_state.json" in files
-    assert "lemo_phases.safetensors" not in files
 
 
 @pytest.mark.parametrize("fault", ["no token", "unknown token"])

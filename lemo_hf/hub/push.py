@@ -167,14 +167,14 @@ def hub_error(error: BaseException, name: str, token: str | None, fix: str) -> s
             403: ("the token may not write there (403)", "use a token that may, or a name under a user or organisation of yours"),
             404: ("repository does not exist, or the token may not see it (404)", "check the name"),
             409: ("name is taken (409)", "choose another name"),
-        }.get(status, (f"the Hub answers {status} ({_reason(answers[0])})", fix))
+        }.get(status, (f"the Hub answers {status} ({answers[0].server_message or _reason(answers[0])})", fix))
     elif isinstance(error, OfflineModeIsEnabled):
         fact, fix = "the Hub is switched off", "unset HF_HUB_OFFLINE"
     elif _is_transport(error):
         fact = f"the Hub cannot be reached ({_reason(error)})"
     else:
         fact = f"it could not be pushed ({_reason(error)})"
-    line = f"{fact}; {name!r}; {fix}"
+    line = " ".join(f"{fact}; {name!r}; {fix}".split())
     return line.replace(token, "<token>") if token else line
 
 

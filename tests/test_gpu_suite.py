@@ -1,0 +1,93 @@
+"""The programs for a GPU run: here with small sizes, in triton's interpreter."""
+
+import json
+from dataclasses import replace
+
+import gpu_suite
+import kernel_cases
+import kernel_times
+import pytest
+import torch
+from gpu_suite import Part
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="small sizes need the interpreter, which a GPU switches off")
+
+
+def test_every_kind_of_part_runs_and_is_not_run_again(tmp_path, monkeypatch):
+    command = [
+        "--tiny",
+        "--out",
+        str(tmp_path),
+        *(word for part in ("att", "train", "head", "times") for word in ("--part", part)),
+    ]
+    assert gpu_suite.main(command) == 0
+    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert all({"date", "commit", "versions", "machine", "seconds"} <= result.keys() for result in results.values())
+    assert [row["backend"] for row in results["attention_16"]["rows"]] == ["triton"] * 4
+    assert results["training_mistral"]["rows"][0]["gradient_error"] < 1e-4
+    stock, sparse = (results[f"headline_64_{arm}"]["rows"][0] for arm in ("checkpointing", "sparse_none"))
+    assert {"estimate_settings", "model", "tokens_per_second"} <= stock.keys()
+    assert sparse["saved_bytes"] > 0
+    assert results["times_scatter_add"]["rows"][0]["share_of_bound"] > 0
+    all_parts = gpu_suite.parts
+    fails = lambda: pytest.fail("it was there")  # noqa: E731
+    monkeypatch.setattr(gpu_suite, "parts", lambda scale: (replace(part, run=fails) for part in all_parts(scale)))
+    assert gpu_suite.main(command) == 0
+
+
+def test_a_part_that_fails_is_kept_apart_and_tried_again(tmp_path, monkeypatch):
+    answers = [RuntimeError("no such luck"), {"rows": [1]}]
+
+    def uncertain():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(gpu_suite, "parts", lambda scale: iter([Part("uncertain", 5, uncertain), Part("sure", 5, dict)]))
+    assert gpu_suite.main(["--tiny", "--out", str(tmp_path)]) == 1
+    assert "no such luck" in json.loads((tmp_path / "uncertain.failed.json").read_text())["failure"]
+    assert (tmp_path / "sure.json").exists(), "the other parts run all the same"
+    assert gpu_suite.main(["--tiny", "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sure.json", "uncertain.json"]
+
+
+def test_parts_that_no_time_is_left_for_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "parts", lambda scale: iter([Part("long", 600, dict), Part("short", 5, dict)]))
+    assert gpu_suite.main(["--tiny", "--out", str(tmp_path)]) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["short.json"]
+
+
+def test_a_gpu_is_asked_for(tmp_path, capsys):
+    for program in (gpu_suite, kernel_times):
+        with pytest.raises(SystemExit):
+            program.main(["--out", str(tmp_path / "here")])
+        assert "none is there; use --tiny" in capsys.readouterr().err
+
+
+def test_a_wrong_kernel_gets_no_time(tmp_path, monkeypatch):
+    right, wrong = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 1.1])
+
+    def off(setting):
+        return kernel_cases.Case(lambda: [wrong], lambda: [right], bytes=8, compiles=False)
+
+    monkeypatch.setitem(kernel_times.CASES, "rotary", off)
+    path = tmp_path / "times.json"
+    assert kernel_times.main(["--tiny", "--only", "rotary", "--out", str(path), "--plot", str(tmp_path / "times.png")]) == 1
+    (row,) = json.loads(path.read_text())["rows"]
+    assert not row["right"]
+    assert "seconds" not in row
+    monkeypatch.setitem(
+        kernel_times.CASES, "rotary", lambda setting: kernel_cases.Case(lambda: [right], lambda: [right], exact=True)
+    )
+    assert kernel_times.main(["--tiny", "--only", "rotary", "--out", str(path), "--plot", str(tmp_path / "times.png")]) == 0
+    assert "seconds" in json.loads(path.read_text())["rows"][0]
+    assert (tmp_path / "times.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", sorted(kernel_cases.CASES))
+def test_every_case_agrees_with_its_formula(name):
+    (setting,) = kernel_cases.settings_of(name, tiny=True)
+    torch.manual_seed(0)
+    error, right = kernel_times.error_of(kernel_cases.CASES[name](setting), setting.dtype)
+    assert right, error

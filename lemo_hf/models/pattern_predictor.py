@@ -46,7 +46,9 @@ class PredictorParameters(nn.ParameterList):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # `from_pretrained` puts a new parameter in every place, and has it require a gradient.
-        super().register_parameter(name, None if param is None else param.requires_grad_(False))
+        if param is not None:
+            param.requires_grad_(False)
+        super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PredictorParameters":
         # `model.to(torch.bfloat16)` moves them to the model's device at most.

@@ -3,10 +3,11 @@
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .document_attention import AttentionScope, attend, with_kept_row_gradient
-from .token_elimination import Documents, Selection, gather_rows, merge_rows
+from .row_movement import TakenRows, add_and_norm, interleave, merge, rest_norm, take
+from .token_elimination import Documents, Selection
 
 
 class RowLayer(Protocol):
@@ -19,6 +20,10 @@ class RowLayer(Protocol):
     @property
     def attention_window(self) -> int | None:
         """Positions that a token sees."""
+
+    @property
+    def plain_norms(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The two norms where kernels may compute them."""
 
     def attention_norm(self, rows: Tensor) -> Tensor:
         """Norm before attention."""
@@ -37,8 +42,8 @@ class RowLayer(Protocol):
 
 
 def rows_of(rotary: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
-    """Position tensors of some flat rows."""
-    return tuple(part.index_select(0, rows) for part in rotary)
+    """Position tensors of some flat rows, as `project_heads` takes them; none where positions are in the rows already."""
+    return (*rotary, rows) if rotary else ()
 
 
 class KeptAndRestRows:
@@ -70,40 +75,54 @@ class KeptAndRestRows:
         rows = self.selection.rest_rows
         if self.exact and rows.numel():
             with torch.no_grad():
-                self._rest_heads = self._heads(gather_rows(residual, rows), rows)
+                _, normed = rest_norm(residual, rows, None, self.layer.attention_norm, self.layer.plain_norms[0])
+                self._rest_heads = self._heads(normed, rows)
 
-    def _heads(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.layer.project_heads(self.layer.attention_norm(hidden), rows_of(self.rotary, rows))
-        device = hidden.device.type
+    def _heads(self, normed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.layer.project_heads(normed, rows_of(self.rotary, rows))
+        device = normed.device.type
         if not torch.is_autocast_enabled(device):
             return heads
         # Rotary leaves float32 queries and keys beside 16-bit values; autocast knows SDPA but not its flash operator.
         query, key, value = (head.to(torch.get_autocast_dtype(device)) for head in heads)
         return query, key, value
 
-    def forward(self, residual: Tensor, kept: Tensor) -> Tensor:
-        """The layer on all real rows of `residual` `(all_rows, hidden)`; `kept` is its kept rows `(kept, hidden)`."""
-        kept = self.kept_forward(kept)
-        return merge_rows(residual, kept, self.rest_forward(residual), self.selection)
+    def take(self, residual: Tensor) -> TakenRows:
+        """The kept rows of `residual` `(all_rows, hidden)`."""
+        return take(residual, self.selection, self.layer.plain_norms[0])
 
-    def kept_forward(self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, residual: Tensor, taken: TakenRows) -> Tensor:
+        """The layer on all real rows of `residual` `(all_rows, hidden)`, its kept rows taken already."""
+        kept, kept_update = self.kept_forward(taken.kept, normed=taken.normed)
+        rest, rest_update = self.rest_forward(residual)
+        return merge(taken, kept, kept_update, rest, rest_update, self.selection)
+
+    def kept_forward(
+        self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None, normed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The layer on kept rows `(kept, hidden)`.
 
         Args:
             kept: Kept rows of the residual stream.
             finished: Their attention output and log-sum-exp where these are known, in the exact form's second run; the first
                 one reads the rest rows' heads, which `project_rest` has supplied.
+            normed: The kept rows normalised for attention, where they are.
+
+        Returns:
+            Two parts, `(kept, hidden)` each, whose sum is the kept rows' new value: the rows after attention, and the MLP's output.
         """
         scope = self._scope(self.selection.kept_lengths, self.selection.real_kept)
-        query, key, value = self._heads(kept, self.selection.kept_rows)
+        normed = self.layer.attention_norm(kept) if normed is None else normed
+        query, key, value = self._heads(normed, self.selection.kept_rows)
         if finished is None:
             with torch.no_grad():
                 finished = self._attend_all(query, key, value) if self.exact else attend(query, key, value, scope)
             if self.exact:
                 self.finished = finished  # for kept-row checkpointing to store; the sparse form runs its attention again
         output = with_kept_row_gradient(query, key, value, *finished, scope)
-        middle = kept + self.layer.project_output(output)
-        return middle + self.layer.feed_forward(self.layer.mlp_norm(middle))
+        update = self.layer.project_output(output)
+        middle, normed = add_and_norm(kept, update, self.layer.mlp_norm, self.layer.plain_norms[1])
+        return middle, self.layer.feed_forward(normed)
 
     def _scope(self, lengths: list[int], real_rows: Tensor | None = None) -> AttentionScope:
         """What attention among all real rows, or some of them, needs to know; `lengths` of them belong to each document."""
@@ -118,26 +137,26 @@ class KeptAndRestRows:
         kept_at, rest_at = self.selection.real_kept, self.selection.real_rest
         if self._rest_heads:
             # Every row is projected once; kept and rest are laid into one transient buffer.
-            pairs = zip((query, key, value), self._rest_heads, strict=True)
-            query, key, value = (_interleave(*pair, kept_at, rest_at) for pair in pairs)
+            query, key, value = interleave((query, key, value), self._rest_heads, kept_at, rest_at)
             self._rest_heads = ()
         output, lse = attend(query, key, value, self._scope(self.documents.lengths))
         self._rest_attended = output.index_select(0, rest_at)
         return output.index_select(0, kept_at), lse.index_select(0, kept_at)
 
-    def rest_forward(self, residual: Tensor) -> Tensor | None:
-        """New values of the rest rows, `(rest, hidden)`, without autograd, after `kept_forward`; `None` if there are none."""
-        if not self.selection.rest_rows.numel():
-            return None
+    def rest_forward(self, residual: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The rest rows, without autograd, after `kept_forward`.
+
+        Returns:
+            Two parts, `(rest, hidden)` each, whose sum is the rest rows' new value. The first is `None` if it is what the
+            residual stream holds; both are if there are no rest rows.
+        """
+        rows = self.selection.rest_rows
+        if not rows.numel():
+            return None, None
         with torch.no_grad():
-            rest = gather_rows(residual, self.selection.rest_rows)
+            update = None
             if self._rest_attended is not None:
-                rest = rest + self.layer.project_output(self._rest_attended)
+                update = self.layer.project_output(self._rest_attended)
                 self._rest_attended = None
-            return rest + self.layer.feed_forward(self.layer.mlp_norm(rest))
-
-
-def _interleave(kept: Tensor, rest: Tensor, kept_at: Tensor, rest_at: Tensor) -> Tensor:
-    merged = kept.new_empty(kept.shape[0] + rest.shape[0], *kept.shape[1:])
-    merged.index_copy_(0, kept_at, kept)
-    return merged.index_copy_(0, rest_at, rest)
+            rest, normed = rest_norm(residual, rows, update, self.layer.mlp_norm, self.layer.plain_norms[1])
+            return rest, self.layer.feed_forward(normed)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .row_movement import TakenRows, replace_rows
 from .token_elimination import Selection, gather_rows
 
 
@@ -22,24 +23,27 @@ class SplitLayer(Protocol):
     exact: bool
     finished: tuple[Tensor, Tensor] | None
 
-    def forward(self, residual: Tensor, kept: Tensor) -> Tensor:
+    def take(self, residual: Tensor) -> TakenRows:
+        """The kept rows of the residual stream."""
+
+    def forward(self, residual: Tensor, taken: TakenRows) -> Tensor:
         """The layer on all real rows."""
 
-    def kept_forward(self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def kept_forward(self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The layer on kept rows."""
 
 
 class _KeptRowCheckpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual: Tensor, split: SplitLayer, *weights: Tensor) -> Tensor:
-        kept = gather_rows(residual, split.selection.kept_rows)
+        taken = split.take(residual)
         device = residual.device.type
         ctx.random_state = random_state(residual.device)
         ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        merged = split.forward(residual, kept)
+        merged = split.forward(residual, taken)
         stored = split.finished or ()  # in the exact form
         split.finished = None
-        ctx.save_for_backward(kept, *stored)
+        ctx.save_for_backward(taken.kept, *stored)
         # As they are, not as saved tensors: hooks that pack those (offloading) would return copies that autograd does not know.
         ctx.weights = weights
         ctx.split = split
@@ -57,12 +61,12 @@ class _KeptRowCheckpoint(torch.autograd.Function):
             random_state_restored(ctx.random_state, grad.device),
         ):
             leaf = kept.detach().requires_grad_(ctx.needs_input_grad[0])
-            again = split.kept_forward(leaf, tuple(finished) or None)
+            again = torch.add(*split.kept_forward(leaf, tuple(finished) or None))
         inputs = [*([leaf] if leaf.requires_grad else []), *ctx.weights]
         grads = list(torch.autograd.grad(again, inputs, gather_rows(grad, rows), allow_unused=True))
         if not leaf.requires_grad:
             return None, None, *grads
-        return grad.index_copy(0, rows, grads[0]), None, *grads[1:]
+        return replace_rows(grad, split.selection, grads[0]), None, *grads[1:]
 
 
 def checkpoint_kept_rows(residual: Tensor, split: SplitLayer, weights: list[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ output, by which its backward knows where it was zero and which the second matri
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.opt.modeling_opt import (
     OPTDecoder,
     OPTDecoderLayer,
@@ -18,7 +18,7 @@ from transformers.models.opt.modeling_opt import (
 
 from .configuration_lemo_opt import LemoOPTConfig
 from .lemo_config import LemoConfigError
-from .row_operations import shared_adapter_input
+from .row_operations import shared_adapter_input, unpatched
 from .sparse_causal_lm import SparseCausalLM, SparsePreTrainedModel, with_segmented_loss
 from .sparse_decoder import SparseBackbone, SparseDecoderLayer
 from .token_elimination import Documents
@@ -39,6 +39,12 @@ class LemoOPTDecoderLayer(SparseDecoderLayer, OPTDecoderLayer):
 
     def mlp_norm(self, rows: Tensor) -> Tensor:
         return self.final_layer_norm(rows)
+
+    @property
+    def plain_norms(self) -> tuple[nn.Module | None, nn.Module | None]:
+        norms = self.self_attn_layer_norm, self.final_layer_norm
+        first, second = (norm if type(norm) is nn.LayerNorm and unpatched(norm) else None for norm in norms)
+        return first, second
 
     def project_heads(self, rows: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.self_attn

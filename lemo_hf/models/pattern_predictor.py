@@ -170,6 +170,10 @@ class PatternPredictor(nn.Module):
     def informativeness(self, hidden_states: Tensor, documents: Documents) -> list[Tensor]:
         """Predicted I of each document's blocks, `(blocks_of_document,)` each."""
         query, key = self(hidden_states, documents)
+        return self.informativeness_of(query, key, documents)
+
+    def informativeness_of(self, query: Tensor, key: Tensor, documents: Documents) -> list[Tensor]:
+        """The same from the block features of all documents, `(blocks, p)` each."""
         pairs = zip(documents.split_blocks(query), documents.split_blocks(key), strict=True)
         return [predicted_informativeness(q, k, self.distance.by_distance(len(q))) for q, k in pairs]
 

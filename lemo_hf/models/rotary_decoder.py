@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .row_operations import apply_rotary, gated_activation, rms_norm, shared_adapter_input
+from .row_operations import apply_rotary, gated_activation, rms_norm, shared_adapter_input, unpatched
 from .sparse_decoder import SparseDecoderLayer
 
 
@@ -58,12 +58,18 @@ class RotaryDecoderLayer(SparseDecoderLayer):
     def feed_forward(self, rows: Tensor) -> Tensor:
         return gated_feed_forward(self.mlp, rows)
 
-    def _norm(self, module: nn.Module, rows: Tensor) -> Tensor:
+    @property
+    def plain_norms(self) -> tuple[nn.Module | None, nn.Module | None]:
+        return self._plain(self.input_layernorm), self._plain(self.post_attention_layernorm)
+
+    def _plain(self, module: nn.Module) -> nn.Module | None:
         # A norm that something has replaced, patched or hooked (a trained copy, a fused kernel, offloading) is called as it is.
-        patched = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
-        if type(module) is self.norm_class and not patched:
-            return rms_norm(rows, module.weight, module.variance_epsilon)  # type: ignore[arg-type]
-        return module(rows)
+        return module if type(module) is self.norm_class and unpatched(module) else None
+
+    def _norm(self, module: nn.Module, rows: Tensor) -> Tensor:
+        if self._plain(module) is None:
+            return module(rows)
+        return rms_norm(rows, module.weight, module.variance_epsilon)  # type: ignore[arg-type]
 
 
 def gated_feed_forward(mlp: Any, rows: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ Saved per row of width H (or MLP width I), in bytes of the row's dtype of size e
 | RMSNorm | 2 float32 rows (input, normalised) | e * H (input) + 4 |
 | act(gate) * up | 3 e * I | 2 e * I (gate, up) |
 | adapter input, float32 adapters on a 16-bit base | 4 H for each of q, k, v | 4 H once |
+
+On a GPU kernels of the same formulas run (kernel_switch.py), which also read positions by row number instead of gathering them.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from .kernel_switch import kernel
+
+# By the names of transformers' and torch's classes, as the kernel calls them.
+_ACTIVATION_NAMES = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+}
+
+
+def unpatched(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's own forward and nothing else: no hook, no replaced method."""
+    return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -51,16 +70,25 @@ def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         weight: `(hidden,)`, may be of a wider dtype (the result is then of that dtype, as in the stock module).
         epsilon: Added to the mean square.
     """
+    add_norm = kernel("add_norm", rows, rows.shape[-1], "plain")
+    if add_norm is not None:
+        return add_norm(rows.reshape(-1, rows.shape[-1]), None, weight, epsilon=epsilon)[1].view(rows.shape)
     return _RMSNorm.apply(rows, weight, epsilon)
 
 
-def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rotates queries `(rows, heads, head_dim)` and keys `(rows, key_value_heads, head_dim)` by their rows' positions.
 
     Args:
         query, key: Projected heads.
-        cos, sin: `(rows, head_dim)`, all that is saved for backward.
+        cos, sin: By flat row, `(all_rows, head_dim)`; the chosen rows of them are all that is saved for backward.
+        rows: Flat row of each query; `None` if `cos` and `sin` have one entry for each.
     """
+    rotate = kernel("apply_rotary", query, query.shape[1], key.shape[1], query.shape[2])
+    if rotate is not None:
+        return rotate(query, key, cos, sin, rows)
+    if rows is not None:
+        cos, sin = cos.index_select(0, rows), sin.index_select(0, rows)
     return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=1)
 
 
@@ -86,6 +114,12 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Te
     """`activation(gate) * up`, saving gate and up only; the activation is run again in backward."""
     if torch.compiler.is_compiling():
         return activation(gate) * up  # the compiler decides itself what to run again, and cannot trace autograd within a backward
+    if not isinstance(activation, nn.Module) or unpatched(activation):
+        name = type(activation).__name__
+        name = _ACTIVATION_NAMES.get(name, name)
+        product = kernel("gated_activation", gate, gate.shape[-1], name)
+        if product is not None:
+            return product(gate, up, name)
     return _GatedActivation.apply(gate, up, activation)
 
 

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from .kept_and_rest_rows import KeptAndRestRows, rows_of
 from .kept_row_checkpoint import checkpoint_kept_rows, random_state, random_state_restored
+from .kernel_switch import kernel
 from .lemo_config import LemoConfig, LemoConfigError
 from .pattern_predictor import PatternPredictor
+from .row_movement import predicted_features
 from .token_elimination import (
     Documents,
     Selection,
@@ -63,6 +65,8 @@ class SparseBatch:
         documents = self.documents
         if documents.lengths:
             _ = documents.rows, documents.block_of_row, documents.place_of_row
+            if self.config.needs_predictors:
+                _ = documents.block_spans
 
     def flat_rotary(self, rotary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Position tensors by flat row, laid out once for all layers; from `(batch or 1, seq_len, dim)` each."""
@@ -98,8 +102,20 @@ class SparseDecoderLayer:
     def mlp_norm(self, rows: Tensor) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def plain_norms(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The norms before attention and MLP where kernels may compute them with what stands around them: modules of a kind
+        that they know, unpatched, and all that `attention_norm` and `mlp_norm` do; `None` where those have to be called.
+        """
+        return None, None
+
     def project_heads(self, rows: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `(rows, heads, head_dim)`, keys and values `(rows, key_value_heads, head_dim)`, positions applied."""
+        """Queries `(rows, heads, head_dim)`, keys and values `(rows, key_value_heads, head_dim)`, positions applied.
+
+        Args:
+            rows: Normalised rows.
+            rotary: Position tensors by flat row and, where the rows are not all of them, the flat row of each.
+        """
         raise NotImplementedError
 
     def project_output(self, attended: Tensor) -> Tensor:
@@ -140,6 +156,10 @@ class SparseDecoderLayer:
     def informativeness(self, residual: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> list[Tensor]:
         """I of each document's blocks, predicted or true as the config says; arguments as in `choose`."""
         documents = batch.documents
+        if batch.config.score_source == "predicted":
+            features = predicted_features(residual, documents, self.plain_norms[0], self.lemo_predictor)
+            if features is not None:
+                return self.lemo_predictor.informativeness_of(*features, documents)
         rows = residual if documents.has_no_padding else gather_rows(residual, documents.rows)
         hidden = self.attention_norm(rows)
         if batch.config.score_source == "predicted":
@@ -147,8 +167,11 @@ class SparseDecoderLayer:
         # A layer that is run again does not choose again, so choosing must not advance the dropout of what follows.
         with random_state_restored(random_state(hidden.device), hidden.device):
             query, key, _ = self.project_heads(hidden, rows_of(rotary, documents.rows))
+        size = batch.config.block_size
+        if (fast := kernel("informativeness_by_document", query, query.shape[2], size)) is not None:
+            return fast(query, key, documents.lengths, size, self.attention_scale, self.attention_window)
         parts = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)
-        return [block_informativeness(self.block_scores(q, k, batch.config.block_size)) for q, k in parts]
+        return [block_informativeness(self.block_scores(q, k, size)) for q, k in parts]
 
     def block_scores(self, query: Tensor, key: Tensor, block_size: int) -> Tensor:
         """True S of one document, `(blocks, blocks)`, from its queries and keys as `project_heads` gives them."""
@@ -175,7 +198,7 @@ class SparseDecoderLayer:
             weights = [weight for weight in self.parameters() if weight.requires_grad]  # type: ignore[attr-defined]
             merged = checkpoint_kept_rows(residual, split, weights)
         else:
-            merged = split.forward(residual, gather_rows(residual, selection.kept_rows))
+            merged = split.forward(residual, split.take(residual))
         return merged.view_as(hidden_states)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernel_switch import kernel
 from .lemo_config import LemoConfig, LemoConfigError
 
 
@@ -68,6 +69,14 @@ class Documents:
     def place_of_row(self) -> Tensor:
         """Place in its document of every real row, from 0, `(real_rows,)`: what sliding windows are measured by."""
         return torch.cat([torch.arange(length) for length in self.lengths]).to(self.device)
+
+    @cached_property
+    def block_spans(self) -> tuple[Tensor, Tensor]:
+        """First flat row and number of tokens of every block, `(blocks,)` int64 and int32."""
+        size, spans = self.block_size, list(zip(self.starts, self.lengths, strict=True))
+        firsts = [torch.arange(start, start + length, size) for start, length in spans]
+        lengths = [(length - torch.arange(0, length, size)).clamp_max(size) for _, length in spans]
+        return torch.cat(firsts).to(self.device), torch.cat(lengths).int().to(self.device)
 
     def split_blocks(self, per_block: Tensor) -> list[Tensor]:
         """Splits a tensor over all blocks `(blocks, ...)` into one per document."""
@@ -315,6 +324,10 @@ class _GatherRows(torch.autograd.Function):
 
 def gather_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
     """Copies distinct rows of the residual stream: `(rows, hidden)` from `(all_rows, hidden)`. Saves the index only."""
+    if hidden_states.dim() == 2 and not (torch.is_grad_enabled() and hidden_states.requires_grad):
+        take_rows = kernel("take_rows", hidden_states, hidden_states.shape[1])
+        if take_rows is not None:
+            return take_rows(hidden_states, rows)[0]
     return _GatherRows.apply(hidden_states, rows)
 
 

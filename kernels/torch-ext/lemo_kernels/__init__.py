@@ -21,6 +21,7 @@ INTERFACE = 1
 _HOMES = {
     "take_rows": "token_movement",
     "merge_rows": "token_movement",
+    "lay_out_rows": "token_movement",
     "replace_rows": "token_movement",
     "scatter_add_rows": "token_movement",
     "row_slots": "token_movement",

@@ -316,10 +316,7 @@ def gather_norm(
     """
     _require_norm(stream, weight, bias, centred, from_output)
     require_index("rows", rows, stream.shape[0], stream)
-    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (stream, weight, bias))
-    require(slots is not None or not differentiated, "backward needs slots", "slots=None", "make them with row_slots")
-    if slots is not None:
-        require_slots(slots, stream)
+    require_slots(slots, stream, stream, weight, bias)
     return _RowNorm.apply(stream, rows, slots, None, weight, bias, epsilon, centred, from_output)
 
 

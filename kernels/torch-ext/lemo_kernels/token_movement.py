@@ -228,13 +228,13 @@ def row_slots(kept_rows: Tensor, rest_rows: Tensor, num_rows: int) -> Tensor:
     return slots
 
 
-def take_rows(stream: Tensor, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def take_rows(stream: Tensor, rows: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Copies kept rows out of the residual stream.
 
     Args:
         stream: `(num_rows, hidden)`, rows dense.
         rows: Kept rows, `(kept,)` int64, distinct.
-        slots: `row_slots` of the selection; only backward reads them.
+        slots: `row_slots` of the selection, which backward reads; `None` where the stream requires no gradient.
 
     Returns:
         The kept rows `(kept, hidden)`, and the stream to be given to `merge_rows` and used for nothing else that carries
@@ -245,7 +245,7 @@ def take_rows(stream: Tensor, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tens
     """
     require_rows("stream", stream)
     require_index("rows", rows, stream.shape[0], stream)
-    require_slots(slots, stream)
+    require_slots(slots, stream, stream)
     return _TakeRows.apply(stream, rows, slots)
 
 
@@ -296,6 +296,21 @@ def replace_rows(stream: Tensor, slots: Tensor, kept: Tensor) -> Tensor:
     return merge_rows_operator(stream.detach(), slots, kept.detach(), None, None, None)
 
 
+def lay_out_rows(kept: Tensor, rest: Tensor, slots: Tensor) -> Tensor:
+    """Kept and rest rows in the order of the stream, zeros between, without autograd: `(num_rows, ...)`.
+
+    Args:
+        kept, rest: `(kept, ...)` and `(rest, ...)`, alike but for their number.
+        slots: `row_slots` of the selection.
+    """
+    require(kept.shape[1:] == rest.shape[1:], "kept and rest rows must be alike", f"{kept.shape} and {rest.shape}", "project both alike")  # fmt: skip
+    flat = kept.detach().flatten(1), rest.detach().flatten(1)
+    require_rows("kept", flat[0])
+    require_rows("rest", flat[1], like=kept)
+    require_slots(slots, slots[:, None])
+    return merge_rows_operator(None, slots, flat[0], None, flat[1], None).unflatten(1, kept.shape[1:])
+
+
 @torch.no_grad()
 def scatter_add_rows(stream: Tensor, rows: Tensor, update: Tensor, in_place: bool = False) -> Tensor:
     """Adds rows to the residual stream, without autograd: `stream[rows] += update`.
@@ -330,11 +345,15 @@ def scatter_add_rows(stream: Tensor, rows: Tensor, update: Tensor, in_place: boo
     return result
 
 
-def require_slots(slots: Tensor, stream: Tensor) -> None:
-    """Checks that there is one slot per row."""
+def require_slots(slots: Tensor | None, stream: Tensor, *differentiated: Tensor | None) -> None:
+    """Checks that there is one slot per row; none is needed if nothing of `differentiated` requires gradients."""
+    if slots is None:
+        needed = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiated)
+        require(len(differentiated) > 0 and not needed, "backward needs slots", "slots=None", "make them with row_slots")
+        return
     fits = slots.shape == stream.shape[:1] and slots.dtype == torch.int32 and slots.device == stream.device
-    require(fits, f"slots must be ({stream.shape[0]},) int32 on {stream.device}",
-            f"{tuple(slots.shape)} {slots.dtype} on {slots.device}", "make them with row_slots")  # fmt: skip
+    got = f"{tuple(slots.shape)} {slots.dtype} on {slots.device}"
+    require(fits, f"slots must be ({stream.shape[0]},) int32 on {stream.device}", got, "make them with row_slots")
 
 
 def probe(device: torch.device, dtype: torch.dtype, hidden: int) -> None:

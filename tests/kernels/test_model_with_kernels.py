@@ -1,5 +1,7 @@
 """A tiny model that trains with kernels is the one that trains with the reference."""
 
+import copy
+
 import pytest
 import torch
 from references.kernel_inputs import DEVICE, error_ratio, random
@@ -20,31 +22,32 @@ from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone
 from lemo_hf.models.token_elimination import find_documents
 
 
-def tiny(architecture="llama", lora=None, **lemo):
-    stock = with_varied_vectors(stock_model(architecture=architecture, num_hidden_layers=1))
+def tiny(architecture="llama", lora=None, layers=1, **lemo):
+    stock = with_varied_vectors(stock_model(architecture=architecture, num_hidden_layers=layers))
     return lemo_model(stock, lora or {"targets": "attention"}, keep_ratio=0.6, **lemo).to(DEVICE)
 
 
 def documents(layout="left", lengths=(37, 1, 20)):
-    batch = place([random_tokens(length, seed) for seed, length in enumerate(lengths)], layout, extra=2).batch
-    return {name: part.to(DEVICE) if torch.is_tensor(part) else part for name, part in batch.items()}
+    return place([random_tokens(length, seed) for seed, length in enumerate(lengths)], layout, extra=2).batch
 
 
 def with_leaf(model, batch):
     """The batch by its embeddings, which take a gradient: that of the residual stream below the first layer."""
-    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-    return {**{name: part for name, part in batch.items() if name != "input_ids"}, "inputs_embeds": embedded}
+    batch = {name: part.to(model.device) if torch.is_tensor(part) else part for name, part in batch.items()}
+    embedded = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+    return {**batch, "inputs_embeds": embedded}
 
 
 def both(model, batch):
-    """Loss, gradients and chosen blocks with kernels and with the reference."""
+    """Loss, gradients and chosen blocks with kernels, and with the reference, which has all its operators on the CPU only."""
     results = []
-    for mode in ("kernels", "reference"):
-        inputs = with_leaf(model, batch)
-        with kernel_mode(mode), batches_of(model) as batches:
-            loss, gradients = loss_and_gradients(model, inputs)
+    for mode, device in (("kernels", DEVICE), ("reference", torch.device("cpu"))):
+        here = model if model.device == device else copy.deepcopy(model).to(device)
+        inputs = with_leaf(here, batch)
+        with kernel_mode(mode), batches_of(here) as batches:
+            loss, gradients = loss_and_gradients(here, inputs)
         gradients["stream"] = inputs["inputs_embeds"].grad
-        results.append((loss, gradients, chosen_blocks(batches[0])))
+        results.append((loss.cpu(), {name: grad.cpu() for name, grad in gradients.items()}, chosen_blocks(batches[0])))
     return results
 
 
@@ -113,12 +116,13 @@ def test_every_kernel_has_its_place(monkeypatch):
 
 def saved_bytes(model, batch, mode):
     seen = {}
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
 
     def note(tensor):
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    model = model.to(DEVICE if mode == "kernels" else "cpu")
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     inputs = with_leaf(model, batch)
     with kernel_mode(mode):
         model(**inputs)  # tries its kernels
@@ -192,15 +196,16 @@ def test_fifty_steps_with_kernels_and_with_the_reference_end_alike(form):
         batch["input_ids"] = (batch["input_ids"] + seed) % 90
     runs = []
     for mode in ("kernels", "reference"):
-        model = tiny(attention_forward=form)  # sampled: other blocks at each step, the same ones in both runs
+        # sampled: other blocks at each step, the same ones in both runs
+        model = tiny(attention_forward=form, layers=2).to(DEVICE if mode == "kernels" else "cpu")
         optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
         losses = []
         with kernel_mode(mode):
             for step in range(50):
-                loss, _ = loss_and_gradients(model, batches[step % 2])
-                losses.append(loss)
+                loss, _ = loss_and_gradients(model, with_leaf(model, batches[step % 2]))
+                losses.append(loss.cpu())
                 optimiser.step()
-        runs.append((torch.stack(losses), [weight.detach() for weight in model.parameters() if weight.requires_grad]))
+        runs.append((torch.stack(losses), [weight.detach().cpu() for weight in model.parameters() if weight.requires_grad]))
     (losses, weights), (wanted_losses, wanted_weights) = runs
     assert wanted_losses[-2:].mean() < 0.8 * wanted_losses[:2].mean(), "it must learn"
     torch.testing.assert_close(losses, wanted_losses, rtol=1e-3, atol=1e-4)

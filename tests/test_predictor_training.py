@@ -60,6 +60,37 @@ def test_the_start_is_near_the_scores():
         assert training._fits[layer].loss(item).item() < 10
 
 
+def test_the_start_adds_almost_nothing_to_what_distance_explains():
+    backbone = backbone_of()
+    training = PredictorTraining(backbone, documents=1, steps=1, learning_rate=1e-12)
+    training.fit(batches(1)[0])
+    found = []
+    visit_layers(backbone, batches(1)[0], found.append)
+    for layer, item in enumerate(found):
+        predictor, below = backbone.layers[layer].lemo_predictor, torch.ones(20, 20).tril(-1).bool()
+        query, key = predictor(item.hidden, item.documents)
+        products, scores = (query @ key.T)[below], item.scores[0][below]
+        assert products.std() == pytest.approx(0.02 * scores.std().item(), rel=0.01)
+
+
+def test_first_matrices_start_along_the_best_directions_of_queries_and_keys():
+    """No 8 directions of the input explain more of the unrotated queries (keys) than those that 8 units start along."""
+    backbone = backbone_of()
+    found = []
+    visit_layers(backbone, batches(1)[0], found.append)
+    PredictorTraining(backbone, documents=1, steps=1, learning_rate=1e-12)._fits[0]._start(found[0])
+    layer, hidden = backbone.layers[0], found[0].hidden
+    for network, projection in (
+        (layer.lemo_predictor.query, layer.self_attn.q_proj),
+        (layer.lemo_predictor.key, layer.self_attn.k_proj),
+    ):
+        wanted, inputs = projection(hidden).detach(), hidden @ network.matrices[0]
+        assert inputs.shape[1] == 8 < wanted.shape[1]
+        missed = wanted - inputs @ torch.linalg.lstsq(inputs, wanted).solution
+        best = torch.linalg.svdvals(wanted)[8:].square().sum()
+        assert missed.square().sum().item() == pytest.approx(best.item(), rel=0.05)
+
+
 def test_fitted_predictors_are_no_fresh_start():
     backbone = backbone_of()
     fitted(backbone, documents=4)
@@ -146,13 +177,13 @@ def test_pruning_removes_dead_units_and_keeps_the_predictions():
     backbone = backbone_of()
     predictor = backbone.layers[1].lemo_predictor
     training = PredictorTraining(backbone, documents=2, steps=1, learning_rate=1e-12, prune_documents=1)
-    # Two dead units: one never fires at all, the other reads nothing but it.
-    predictor.query.matrices[0].data[:, 3] = 0
-    predictor.key.matrices[1].data[:, 5] = 0
     found = []
     visit_layers(backbone, batches(1)[0], found.append)
     training._fits[1]._start(found[1])
     training._fits[1].running[1:] = 1.0  # started
+    # Two dead units: one never fires at all, the other reads nothing but it.
+    predictor.query.matrices[0].data[:, 3] = 0
+    predictor.key.matrices[1].data[:, 5] = 0
     before = found[1].predicted()[0]
     parameters = sum(weight.numel() for weight in predictor.parameters())
     training.fit(batches(1)[0])

@@ -30,6 +30,10 @@ _EPSILON = 1e-8
 _WARMUP_SHARE = 0.05
 # Weight of the first term: a weight of 1 gave lower recall in one short trial; without the term features need not follow S.
 _SCORE_WEIGHT = 0.1
+# Spread of the drawn features' products at the start, over that of the scores.
+_START_SPREAD = 0.02
+# Tokens of the first batch that the directions of its queries and keys are taken from.
+_START_ROWS = 16384
 # Weight of a document in the running variances.
 _VARIANCE_WEIGHT = 0.1
 
@@ -67,25 +71,52 @@ class _LayerFit:
 
     @torch.no_grad()
     def _start(self, found: LayerScores) -> None:
-        """Starts near the scores of the first batch.
+        """Starts at the scores that distance alone explains on the first batch, products of features adding almost nothing.
 
-        Products of random features are many times too large, and the profile is a mean that steps of an even size would take
-        long to reach.
+        Products of drawn features are many times too large, and even at the spread of the scores they are noise that training
+        does not get rid of (docs/experiments.md); and the profile is a mean that steps of an even size would take long to reach.
         """
         longest = max(range(len(found.scores)), key=lambda document: len(found.scores[document]))
         scores = found.scores[longest]
         if len(scores) <= 3:
             return
+        self._read_projections(found)
         query, key = (found.documents.split_blocks(part)[longest] for part in self.predictor(found.hidden, found.documents))
         products = query @ key.T
-        excess = (_causal_pairs(products).std() / _causal_pairs(scores).std()).item()
-        if excess > 2:
-            for network in self._networks():
-                matrices: Any = network.matrices
-                matrices[2].mul_(excess**-0.5)
-            products /= excess
+        factor = (_START_SPREAD * _causal_pairs(scores).std() / _causal_pairs(products).std().clamp_min(1e-12)).item()
+        for network in self._networks():
+            matrices: Any = network.matrices
+            matrices[2].mul_(factor**0.5)
+        products *= factor
         by_distance = [(scores - products).diagonal(-distance).mean() for distance in range(1, len(scores))]
         self.predictor.distance.fit(torch.stack(by_distance))
+
+    def _read_projections(self, found: LayerScores) -> None:
+        """Lays the first matrices along the directions of the input that the layer's queries (keys) vary most with.
+
+        By least squares on the batch, through the modules: weights may be quantised or adapted. Positions are left out, as the
+        networks do not see them.
+        """
+        module: Any = found.module
+        attention = module.self_attn
+        dtype = next((weight.dtype for weight in attention.parameters() if weight.is_floating_point()), found.hidden.dtype)
+        rows = found.hidden[:_START_ROWS].to(dtype)
+        still = rows.new_ones(len(rows), attention.head_dim), rows.new_zeros(len(rows), attention.head_dim)
+        projected = module.project_heads(rows, still)
+        inputs = rows.float()
+        covariance = inputs.T @ inputs / len(inputs)
+        # Above the rounding of float32 sums, also where a few wide dimensions hold most of the variance.
+        ridge = 1e-2 * covariance.diagonal().mean()
+        factor = torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance), device=inputs.device))
+        for network, outputs in zip(self._networks(), projected[:2], strict=True):
+            products = inputs.T @ outputs.flatten(1).float() / len(inputs)
+            whitened = torch.linalg.solve_triangular(factor, products, upper=False)
+            directions, strength, _ = torch.linalg.svd(whitened, full_matrices=False)
+            matrices: Any = network.matrices
+            # Where a layer has more hidden units than such directions, the rest stay as drawn.
+            count = min(matrices[0].shape[1], len(strength))
+            along = torch.linalg.solve_triangular(factor.T, directions[:, :count], upper=True)
+            matrices[0][:, :count] = along * strength[:count] / strength[:count].mean()
 
     def loss(self, found: LayerScores) -> Tensor | None:
         """Mean loss of the batch's documents; `None` if none has blocks to choose among."""

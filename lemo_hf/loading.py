@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .errors import LemoError
-from .hub.lemo_files import CONFIG_FILE, FOUND_FIELDS, PREDICTORS_FILE, load_predictors, read_lemo_files
+from .hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, load_predictors, read_lemo_files, with_found
 from .hub.weight_files import find_file, require_adapter_rank, require_safe_weights
 from .models.lemo_config import LemoConfig, LemoConfigError
 from .models.sparse_decoder import sparse_backbone
@@ -190,10 +190,9 @@ class SavedAdapter:
                 f"selection={block.selection!r} reads predictors, the adapter has no {PREDICTORS_FILE}; {self.location!r}; "
                 "copy it from the adapter's run, or train new ones: lemo train RECIPE --adapter FOLDER --predictor_documents 64"
             )
-        found = {name: getattr(self.lemo, name) for name in FOUND_FIELDS}
-        if block.thresholds is not None:
-            found["thresholds"] = block.thresholds
-        return replace(block, **(found if self.has_predictors else {"thresholds": found["thresholds"]}))
+        if not self.has_predictors:
+            return block if lemo is None else replace(block, thresholds=block.thresholds or self.lemo.thresholds)
+        return with_found(block, self.lemo, self.location)
 
 
 def read_adapter(name: str, base: str | None = None, **where: Any) -> SavedAdapter:

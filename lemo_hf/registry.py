@@ -10,6 +10,7 @@ from peft.utils import constants
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .errors import LemoError
+from .hub.lemo_files import with_found
 from .hub.weight_files import check_stored_predictors, find_file, require_safe_weights
 from .models.lemo_config import LemoConfig, LemoConfigError, shown
 
@@ -132,8 +133,8 @@ class AutoLemoModelForCausalLM:
         Args:
             pretrained_model_name_or_path: A Hub id or a folder, of a stock model, of a LeMo model, or of an adapter that a LeMo
                 run saved: its base is loaded then with the adapter, the predictors and the positions of that run.
-            lemo: How to eliminate tokens; the checkpoint's own block, or the defaults, if not given. Thresholds and sizes of the
-                predictors come from an adapter's folder whatever is given here.
+            lemo: How to eliminate tokens; the checkpoint's own block, or the defaults, if not given. A LeMo model or adapter keeps
+                its predictors' sizes whatever is given here, and its thresholds where none are given.
             **kwargs: As for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, ...). Config fields
                 such as `rope_parameters` are taken too. `trust_remote_code` has no effect: only code of this package runs. For an adapter also `is_trainable` (default `False`), as for `PeftModel`.
 
@@ -162,6 +163,8 @@ class AutoLemoModelForCausalLM:
             config, rest = read_config(location, **kwargs)
             kwargs = {**rest, **kept}
         is_lemo = config.model_type not in ARCHITECTURES
+        if is_lemo and lemo is not None:
+            lemo = with_found(lemo, config.lemo, location)
         config = lemo_config_from(config, lemo)
         if "gguf_file" not in kwargs:
             names = require_safe_weights(location, config, **where, variant=kwargs.get("variant"))

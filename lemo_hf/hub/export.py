@@ -132,18 +132,29 @@ def as_stock(model: Any) -> Any:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and is removed when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    """A temporary folder beside `path` that takes its place when the block ends well, and is removed when it does not.
+
+    Raises:
+        LemoError: If a file cannot be written.
+    """
+    partial = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
         yield partial
         # Temporary folders, and safetensors' files, are private; results are for others too.
         partial.chmod(0o755)
         for written in partial.rglob("*"):
             written.chmod(0o755 if written.is_dir() else 0o644)
         os.replace(partial, path)  # onto nothing, or an empty folder
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise LemoError(
+            f"output folder cannot be written ({reason}); {str(path)!r}; see that there is room, and permission"
+        ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _require_free(output: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,26 @@ def predictor_tensors(backbone: Any) -> dict[str, Tensor]:
 def record_predictor_sizes(backbone: Any) -> None:
     """Writes the present sizes into the lemo block, so that loading builds the right shapes."""
     backbone.config.lemo.update(predictor_sizes=[layer.lemo_predictor.sizes for layer in backbone.layers])
+
+
+def with_found(block: LemoConfig, found: LemoConfig, source: str) -> LemoConfig:
+    """The settings in `block` with what a run's phases found: its predictors' sizes, and its thresholds unless `block` has its own.
+
+    Args:
+        block: How to eliminate tokens from here on.
+        found: The block of the run whose predictors are used.
+        source: Names that run in errors.
+
+    Raises:
+        LemoError: If `block` reads the predictors under another block size than theirs.
+    """
+    if block.needs_predictors and block.block_size != found.block_size:
+        raise LemoError(
+            f"predictors do not fit the settings: they pool blocks of {found.block_size}, block_size={block.block_size} is asked for; "
+            f"{source!r}; set the same block_size, or train predictors for this one"
+        )
+    taken = {name: getattr(found, name) for name in FOUND_FIELDS}
+    return replace(block, **(taken | ({} if block.thresholds is None else {"thresholds": block.thresholds})))
 
 
 def save_lemo_files(model: nn.Module, folder: str | Path) -> None:

@@ -244,7 +244,7 @@ def _is_four_widths(sizes: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    # A message stays one readable line whatever a file holds: long lists, deep nesting, numbers of thousands of digits.
+    """A value for a message, which stays one readable line whatever a file holds: long lists, deep nesting, huge numbers."""
     if isinstance(value, int) and abs(value) > 10**40:
         return f"a number of {value.bit_length()} bits"
     return _REPR.repr(value)

@@ -327,9 +327,6 @@ def test_the_code_that_travels_with_a_model_is_whole_and_trains_alike(architectu
     assert_same_gradients(got, wanted)
 
 
-# --- A run ---
-
-
 def test_true_scores_of_a_visited_layer_are_those_of_its_own_queries_and_keys(architecture):
     model = lemo_model(stock_of(architecture), block_size=4).double()
     batch = place([random_tokens(length, length) for length in (14, 23)], "left").batch

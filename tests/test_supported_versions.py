@@ -72,7 +72,14 @@ def test_an_older_version_is_an_import_error_of_one_line(seems_installed, name, 
 
 @pytest.mark.parametrize(
     ("name", "version"),
-    [("transformers", "5.24.0"), ("transformers", "6.0.0"), ("torch", "2.14.1"), ("torch", "2.14.0a0+git1234"), ("torch", "3.0")],
+    [
+        ("transformers", "5.24"),
+        ("transformers", "5.24.0"),
+        ("transformers", "6.0.0"),
+        ("torch", "2.14.1"),
+        ("torch", "2.14.0a0+git1234"),
+        ("torch", "3.0"),
+    ],
 )
 def test_a_newer_version_is_one_warning(seems_installed, name, version):
     seems_installed(**{**INSTALLED, name: version})

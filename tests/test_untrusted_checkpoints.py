@@ -133,18 +133,30 @@ def test_an_adapter_s_pickle_is_not_read(adapter_folder, load, pickles_read):
     assert pickles_read == []
 
 
-def test_a_checkpoint_s_pickled_weights_are_not_resumed_from(tmp_path, pickles_read):
-    trainer = LemoTrainer(
-        model=tiny_lemo_model(lora=False),
-        args=tiny_arguments(tmp_path / "a", max_steps=1, save_strategy="steps", save_steps=1),
-        train_dataset=RandomText(),
-    )
-    trainer.train()
-    checkpoint = tmp_path / "a" / "checkpoint-1"
-    pickle_weights(checkpoint)
+SPOILT_CHECKPOINTS = {
+    "pickle": (pickle_weights, "weights are a pickle"),
+    "empty state": (lambda f: (f / "lemo_state.json").write_text("{}"), "its phase is missing"),
+    "list for a state": (lambda f: (f / "lemo_state.json").write_text("[]"), "holds no JSON mapping"),
+    "words for settings": (lambda f: rewrite(f / "lemo_state.json", settings="x"), "its settings is missing or no dict"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    arguments = tiny_arguments(folder, max_steps=1, save_strategy="steps", save_steps=1)
+    LemoTrainer(model=tiny_lemo_model(lora=False), args=arguments, train_dataset=RandomText()).train()
+    return folder / "checkpoint-1"
+
+
+@pytest.mark.parametrize("case", SPOILT_CHECKPOINTS, ids=lambda name: name.replace(" ", "-"))
+def test_a_spoilt_checkpoint_is_not_resumed_from(checkpoint, case, tmp_path, pickles_read):
+    spoil, says = SPOILT_CHECKPOINTS[case]
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
+    spoil(tmp_path / "checkpoint-1")
     resumed = LemoTrainer(model=tiny_lemo_model(lora=False), args=tiny_arguments(tmp_path / "b"), train_dataset=RandomText())
-    with pytest.raises(LemoError, match="weights are a pickle") as refused:
-        resumed.train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(LemoError, match=says) as refused:
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert is_one_line(refused.value)
     assert "pytorch_model.bin" not in pickles_read
 
@@ -179,11 +191,6 @@ def test_predictors_of_other_shapes_are_refused(folder, change, says):
         AutoLemoModelForCausalLM.from_pretrained(folder)
     assert is_one_line(refused.value)
     assert "or train new ones" in str(refused.value)
-
-
-def test_a_block_for_other_predictors_than_the_stored_ones_is_refused(folder):
-    with pytest.raises(LemoError, match="predictors do not fit the model"):
-        AutoLemoModelForCausalLM.from_pretrained(folder, lemo=LemoConfig(predictor_rank=16, predictor_features=8))
 
 
 @pytest.mark.parametrize(("selection", "is_said"), [("ratio", True), ("threshold", True), ("sampled", False)])

@@ -51,6 +51,11 @@ _PHASE_ARGUMENTS = (
 )
 
 
+# What the two files hold, and as what.
+_STATE_FIELDS = {"phase": str, "finished": list, "refits": int, "settings": dict, "predictors_fitted": bool}
+_PROGRESS_FIELDS = {"phase": str, "finished": list, "progress": dict, "settings": dict, "predictors_fitted": bool, "lemo": dict}
+
+
 class LemoRun:
     """One run's shared state; `attach` fills it in when training begins.
 
@@ -150,6 +155,7 @@ class LemoRun:
             stored = json.loads(metadata["state"])
         except (KeyError, json.JSONDecodeError) as error:
             raise LemoError(f"file holds no phase progress; {str(path)!r}; delete it to start the phases anew") from error
+        _require_fields(stored, _PROGRESS_FIELDS, path)
         self._require_same_settings(stored["settings"], path)
         block = LemoConfig.from_dict(stored["lemo"])
         predictors = {
@@ -185,6 +191,7 @@ class LemoRun:
         if not (folder / STATE_FILE).is_file():
             raise LemoError(f"checkpoint holds no LeMo state; {str(folder)!r}; resume from one that a LeMo run saved whole")
         stored = read_json(folder / STATE_FILE)
+        _require_fields(stored, _STATE_FIELDS, folder / STATE_FILE)
         self._require_same_settings(stored["settings"], folder)
         # Settings are the same; besides, there is what the phases found.
         if self.loaded_predictors != str(folder):
@@ -205,6 +212,14 @@ class LemoRun:
         """Removes the phases' file: a checkpoint holds all of it."""
         if self.writes:
             (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
+
+
+def _require_fields(stored: Any, fields: dict[str, type], path: Path) -> None:
+    for name, kind in fields.items():
+        if not isinstance(stored, dict) or not isinstance(stored.get(name), kind):
+            raise LemoError(
+                f"state of a run is damaged, its {name} is missing or no {kind.__name__}; {str(path)!r}; resume from another"
+            )
 
 
 def has_progress(folder: str | Path) -> bool:

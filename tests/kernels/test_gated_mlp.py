@@ -7,7 +7,7 @@ from lemo_kernels.gated_mlp import (
     gated_activation_operator,
 )
 from lemo_kernels.host import KernelInputError
-from references.kernel_inputs import DEVICE, DTYPES, assert_close, random, strided, transposed
+from references.kernel_inputs import DEVICE, DTYPES, assert_close, far_rows, random, strided, transposed
 from transformers.activations import ACT2FN
 
 from lemo_hf.models import row_operations
@@ -78,14 +78,11 @@ def test_saved_are_gate_and_up_and_a_second_backward_finds_them_unchanged():
 
 
 def test_offsets_beyond_32_bits():
-    distance = 2**31 + 64
-    storage = torch.UntypedStorage((distance + 8) * 2, device=DEVICE)
-    far = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(storage, 0, (2, 8), (distance, 1))
-    far.copy_(random(2, 8, dtype=torch.float16))
-    near = far.clone()
-    assert torch.equal(gated_activation(far, far, "silu"), gated_activation(near, near, "silu"))
-    got = gated_activation_backward_operator(far, far, far, "silu")
-    wanted = gated_activation_backward_operator(near, near, near, "silu")
+    gate, up, grad = far_rows(8, 3)
+    near = gate.clone(), up.clone(), grad.clone()
+    assert torch.equal(gated_activation(gate, up, "silu"), gated_activation(*near[:2], "silu"))
+    got = gated_activation_backward_operator(grad, gate, up, "silu")
+    wanted = gated_activation_backward_operator(near[2], *near[:2], "silu")
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from lemo_kernels import block_features
 from lemo_kernels.host import KernelInputError
 from lemo_kernels.pattern_predictor import block_features_operator
-from references.kernel_inputs import DEVICE, DTYPES, assert_close, error_ratio, random, strided, transposed
+from references.kernel_inputs import DEVICE, DTYPES, assert_close, error_ratio, far_rows, random, strided, transposed
 
 from lemo_hf.models.pattern_predictor import PatternPredictor
 from lemo_hf.models.row_operations import rms_norm
@@ -136,17 +136,13 @@ def test_no_block_and_a_row_out_of_range():
 
 
 def test_offsets_beyond_32_bits():
-    distance = 2**31 + 64
-    storage = torch.UntypedStorage((distance + 8) * 2, device=DEVICE)
-    stream = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(storage, 0, (2, 8), (distance, 1))
-    stream.copy_(random(2, 8, dtype=torch.float16))
-    weight, size = torch.ones(8, device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE)
-    far = block_features(
-        stream, size.long(), size, weight, None, matrices(), matrices(), block_size=1, epsilon=EPSILON
-    )  # fmt: skip
-    near = block_features(
-        stream[1:].clone(), 0 * size.long(), size, weight, None, matrices(), matrices(), block_size=1, epsilon=EPSILON
-    )  # fmt: skip
+    (stream,) = far_rows(8)
+    weight, first = torch.ones(8, device=DEVICE), torch.tensor([0, 3], device=DEVICE)
+    sizes = torch.tensor([3, 2], dtype=torch.int32, device=DEVICE)
+    far, near = (
+        block_features(rows, first, sizes, weight, None, matrices(), matrices(), block_size=3, epsilon=EPSILON)
+        for rows in (stream, stream.clone())
+    )
     assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
 
 

@@ -3,7 +3,7 @@ import torch
 from lemo_kernels import apply_rotary
 from lemo_kernels.host import KernelInputError
 from lemo_kernels.rotary import rotary_operator
-from references.kernel_inputs import DEVICE, DTYPES, assert_close, random, split_rows, strided
+from references.kernel_inputs import DEVICE, DTYPES, assert_close, far_rows, random, split_rows, strided
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 # kept rows, positions, query heads, key heads, head size
@@ -92,16 +92,14 @@ def test_nothing_is_saved_but_the_tables_and_the_row_numbers():
 
 
 def test_offsets_beyond_32_bits():
-    distance = 2**31 + 64
-    storage = torch.UntypedStorage((distance + 16) * 2, device=DEVICE)
-    far = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(storage, 0, (2, 2, 8), (distance, 8, 1))
-    far.copy_(random(2, 2, 8, dtype=torch.float16))
-    table = far[:, 0]
-    rows = torch.tensor([1, 0], device=DEVICE)
-    got = rotary_operator(far, far, table, table, rows, False, torch.float16)
-    near = far.clone()
-    wanted = rotary_operator(near, near, near[:, 0], near[:, 0], rows, False, torch.float16)
-    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(got, wanted, strict=True))
+    heads, cos, sin = far_rows(16, 3)
+    query, cos, sin = heads.unflatten(1, (2, 8)), cos[:, :8], sin[:, :8]
+    rows = torch.tensor([4, 3, 2, 1, 0], device=DEVICE)
+    far, near = (
+        rotary_operator(q, q, c, s, rows, False, torch.float16)
+        for q, c, s in ((query, cos, sin), (query.clone(), cos.clone(), sin.clone()))
+    )
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(far, near, strict=True))
 
 
 def test_a_negative_row_reads_nan():

@@ -10,6 +10,7 @@ from references.kernel_inputs import (
     DTYPES,
     assert_close,
     error_ratio,
+    far_rows,
     random,
     split_rows,
     strided,
@@ -199,22 +200,27 @@ def test_what_is_saved_is_one_number_a_row_and_either_the_rows_or_the_result():
 
 
 def test_offsets_beyond_32_bits():
-    distance = 2**31 + 64
-    storage = torch.UntypedStorage((distance + 8) * 2, device=DEVICE)
-    stream = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(storage, 0, (2, 8), (distance, 1))
-    stream.copy_(random(2, 8, dtype=torch.float16))
-    weight, rows = torch.ones(8, dtype=torch.float16, device=DEVICE), torch.tensor([1], device=DEVICE)
-    gathered, normed, inverse, mean = norm_operator(stream, rows, None, weight, None, EPSILON, False, True)
-    assert torch.equal(gathered, stream[1:])
-    assert_close(normed, rms_norm(stream[1:], weight, EPSILON))
-    both_rows = torch.ones(2, 8, dtype=torch.float16, device=DEVICE)
-    grad = norm_backward_operator(
-        both_rows, stream, weight, None, inverse.repeat(2), mean, stream, None, None, False, False, torch.float16
+    stream, update = far_rows(8, 2)
+    weight, rows = torch.ones(8, dtype=torch.float16, device=DEVICE), torch.tensor([4], device=DEVICE)
+    common = weight, None, EPSILON, False, True
+    far, near = (norm_operator(s, None, u, *common) for s, u in ((stream, update), (stream.clone(), update.clone())))
+    taken = norm_operator(stream, rows, None, *common)
+    assert torch.equal(taken[0], stream[4:])
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+    saved = weight, None, far[2], far[3]
+    slots = row_slots(torch.arange(5, device=DEVICE), rows[:0], 5)
+    for with_slots in (None, slots):
+        gradients = [
+            norm_backward_operator(
+                g, s, *saved, g, g if with_slots is not None else None, with_slots, False, False, torch.float16
+            )
+            for g, s in ((update, stream), (update.clone(), stream.clone()))
+        ]
+        assert torch.equal(*gradients)
+    passed = norm_backward_operator(
+        update, stream, *saved, None, stream, row_slots(rows[:0], rows, 5), False, False, torch.float16
     )  # fmt: skip
-    compact = norm_backward_operator(
-        both_rows[1:], gathered, weight, None, inverse, mean, gathered, None, None, False, False, torch.float16
-    )  # fmt: skip
-    assert torch.equal(grad[1:], compact)
+    assert torch.equal(passed, stream)
 
 
 def test_a_wrong_row_number_gives_a_nan_row():

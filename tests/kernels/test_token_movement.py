@@ -3,7 +3,7 @@ import torch
 from lemo_kernels import merge_rows, replace_rows, row_slots, scatter_add_rows, take_rows
 from lemo_kernels.host import KernelInputError
 from lemo_kernels.token_movement import merge_rows_operator, take_rows_operator
-from references.kernel_inputs import DEVICE, DTYPES, random, split_rows, strided, transposed
+from references.kernel_inputs import DEVICE, DTYPES, far_rows, random, split_rows, strided, transposed
 
 from lemo_hf.models import token_elimination
 
@@ -123,27 +123,20 @@ def test_slots_invert_a_selection():
     assert slots.tolist() == [-2, 0, -3, -1, 1, -1]
 
 
-def far_rows(hidden=8, dtype=torch.float16):
-    """Two rows, the second more than 2^31 elements behind the first; the memory between is never touched."""
-    distance = 2**31 + 64
-    storage = torch.UntypedStorage((distance + hidden) * dtype.itemsize, device=DEVICE)
-    return torch.tensor([], dtype=dtype, device=DEVICE).set_(storage, 0, (2, hidden), (distance, 1))
-
-
 def test_offsets_beyond_32_bits():
-    stream = far_rows()
-    stream.copy_(random(2, 8, dtype=torch.float16))
-    second = torch.tensor([1], device=DEVICE)
-    assert torch.equal(take_rows_operator(stream, second), stream[1:])
-    slots = row_slots(torch.tensor([0], device=DEVICE), second, 2)
-    far = far_rows()
-    far.copy_(random(2, 8, dtype=torch.float16, seed=1))
-    assert torch.equal(merge_rows_operator(stream, slots, far, None, None, None), torch.stack((far[0], stream[1])))
-    flipped = row_slots(torch.tensor([1, 0], device=DEVICE), second[:0], 2)
-    assert torch.equal(merge_rows_operator(None, flipped, far, None, None, None), far.flip(0))
-    wanted = stream[1] + far[1]
-    scatter_add_rows(stream, torch.tensor([0, 1], device=DEVICE), far, in_place=True)
-    assert torch.equal(stream[1], wanted)
+    stream, far = far_rows(8, 2)
+    rows = torch.tensor([0, 4], device=DEVICE)
+    assert torch.equal(take_rows_operator(stream, rows), stream[rows])
+    rest_rows = torch.tensor([1, 2, 3], device=DEVICE)
+    merged = merge_rows_operator(stream, row_slots(rest_rows, rows[:1], 5), far, None, None, None)
+    assert torch.equal(merged, torch.stack((stream[0], *far[:3], stream[4])))
+    order = torch.tensor([4, 3, 2, 1, 0], device=DEVICE)
+    for arguments in ((far, far, None, None), (far[:0], None, far, far)):
+        slots = row_slots(order, rows[:0], 5) if arguments[0] is far and arguments[2] is None else row_slots(rows[:0], order, 5)
+        assert torch.equal(merge_rows_operator(stream, slots, *arguments), 2 * far.flip(0))
+    wanted = stream + far
+    scatter_add_rows(stream, torch.arange(5, device=DEVICE), far, in_place=True)
+    assert torch.equal(stream, wanted)
 
 
 def test_a_wrong_row_number_is_refused_on_the_host_or_reads_nan_and_never_other_memory():

@@ -31,6 +31,20 @@ def strided(tensor: Tensor) -> Tensor:
     return view.unflatten(1, tensor.shape[1:]) if tensor.dim() > 2 else view
 
 
+def far_rows(width: int, count: int = 1) -> list[Tensor]:
+    """Five float16 rows each whose last begins more than 2^32 elements behind the first, though neither the row number nor the
+    stride needs more than 32 bits: an offset that wraps lands beside the first row. Only the rows themselves touch memory.
+    """
+    stride = 2**30 + 64
+    storage = torch.UntypedStorage((4 * stride + count * width) * 2, device=DEVICE)
+    views = []
+    for place in range(count):
+        view = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(storage, place * width, (5, width), (stride, 1))
+        view.copy_(random(5, width, dtype=torch.float16, seed=place))
+        views.append(view)
+    return views
+
+
 def transposed(tensor: Tensor) -> Tensor:
     """The same values with columns further apart than rows."""
     return tensor.t().contiguous().t()

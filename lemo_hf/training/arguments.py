@@ -34,7 +34,7 @@ class LemoTrainingArguments(TrainingArguments):
     )
     predictor_passes: int = field(default=1, metadata={"help": "Passes over these documents (the paper: up to 400)."})
     predictor_steps: int = field(default=4, metadata={"help": "Optimizer steps of every layer's predictor on each document."})
-    predictor_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate (Adam), decaying linearly to 0."})
+    predictor_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate (Adam), decaying linearly to 0."})
     prune_documents: int = field(default=16, metadata={"help": "Documents between two prunings of hidden units; 0 never prunes."})
     prune_share: float = field(
         default=0.999,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import RandomText, tiny_arguments, tiny_lemo_model
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
 
-from lemo_hf import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer, cli
+from lemo_hf import AutoLemoModelForCausalLM, LemoTrainer, cli
 from lemo_hf.errors import LemoError
 from lemo_hf.loading import load_saved_model
 from lemo_hf.models.lemo_config import LemoConfigError

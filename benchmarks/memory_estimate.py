@@ -40,7 +40,7 @@ PAGE = ROOT / "docs" / "memory.md"
 FIGURE = ROOT / "docs" / "images" / "memory_by_length.png"
 EMBEDDED = ROOT / "lemo_hf" / "assets" / "python-llama-4m"
 CARD = "H100"
-SHOWN = (("Llama-3-8B", (8192, 65536)), ("Llama-2-7B", (8192, 65536)), ("Qwen3-8B", (32768,)), ("OPT-1.3B", (4096,)))
+SHOWN = (("Llama-3-8B", (8192, 65536)), ("Qwen3-8B", (32768,)))
 _SMALL = {
     "hidden_size": 128,
     "num_hidden_layers": 5,
@@ -246,7 +246,7 @@ def main() -> int:
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     PAGE.write_text(updated(page, result))
     drawn = Estimator(SHOWN[0][0], card=find_card(CARD))
-    plot_memory(drawn, StepSettings(131072, adapter_dtype="bfloat16"), FIGURE, 262144)
+    plot_memory(drawn, StepSettings(65536, adapter_dtype="bfloat16"), FIGURE, 131072)
     print(f"wrote {RESULT} and {PAGE}")
     return 0
 

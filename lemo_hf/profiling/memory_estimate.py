@@ -11,6 +11,7 @@ see is added as a stated assumption: the allocator's rounding and fragmentation,
 """
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,9 +31,11 @@ from .step_trace import Parts, StepTrace, trace_step
 ALLOCATOR_SLACK = 0.05
 CUDA_CONTEXT = int(0.6 * GIB)
 FIXED_PARTS = ("weights", "adapter", "predictors", "optimizer", "gradients", "inputs", "loss", "workspace")
-# The longest sequence is sought in this step, in tokens, and up to this length.
+# The longest sequence is sought in this step, in tokens, and up to this length; a length is traced up to the last of these: the
+# segmented loss makes a trace longer with every segment.
 LENGTH_STEP = 256
 LENGTH_LIMIT = 2**24
+TRIED_LENGTH = 2**17
 
 
 @dataclass(frozen=True)
@@ -162,19 +165,24 @@ class Estimator:
     def longest(self, settings: StepSettings) -> int:
         """The longest sequence that fits the memory, in tokens, a multiple of `LENGTH_STEP`; 0 if none does.
 
+        Found by [`curve`] from lengths up to the step's own; up to `TRIED_LENGTH` the answer is tried.
+
         Args:
-            settings: The step; the search starts at its length.
+            settings: The step.
 
         Raises:
             LemoError: If no limit is given.
         """
         limit = self._limit()
-
-        def needed(steps: int) -> int:
-            return self.estimate(replace(settings, seq_len=steps * LENGTH_STEP)).total_bytes
-
-        near = max(8, settings.seq_len // LENGTH_STEP)
-        return LENGTH_STEP * _largest(needed, limit, (near // 2, near), LENGTH_LIMIT // LENGTH_STEP)
+        known = min(max(settings.seq_len, 4096), TRIED_LENGTH) // (4 * LENGTH_STEP) * LENGTH_STEP
+        needed = self.curve(settings, (known, 2 * known, 4 * known))
+        # A polynomial of degree 2 or less that does not fall: halving finds where it passes the limit.
+        steps = bisect_right(range(LENGTH_LIMIT // LENGTH_STEP), limit, key=lambda step: int(needed((step + 1) * LENGTH_STEP)))
+        longest = steps * LENGTH_STEP
+        # The polynomial knows whole kept blocks only; a length between keeps one more.
+        while 0 < longest <= TRIED_LENGTH and self.estimate(replace(settings, seq_len=longest)).total_bytes > limit:
+            longest -= LENGTH_STEP
+        return longest
 
     def kept_share(self, settings: StepSettings) -> float:
         """The largest kept share, in hundredths, with which the step fits; every layer that is not dense gets it.

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
 from .fake_model import fake_model
@@ -77,16 +76,16 @@ def trace_step(config: PreTrainedConfig, settings: StepSettings, on_gpu: bool) -
     kinds = layer_kinds(config, settings)
     first_of_kind = {kind: kinds.index(kind) for kind in kinds}
     layers = sorted(first_of_kind.values())
-    mode = FakeTensorMode()
+    mode = _EveryTokenHasALabel(settings.batch_size)
     model = fake_model(lambda: build_model(config, settings, layers), mode)
-    with mode, _EveryTokenHasALabel(settings.batch_size):
+    with mode:
         input_ids = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.long)
         trace = record_step(model, input_ids, settings, on_gpu)
     trace.place_of_layer = [layers.index(first_of_kind[kind]) for kind in kinds]
     return trace
 
 
-class _EveryTokenHasALabel(TorchDispatchMode):
+class _EveryTokenHasALabel(FakeTensorMode):
     """Fake tensors have no values to look for labels in: all tokens have a next one but each sample's last."""
 
     def __init__(self, batch_size: int) -> None:
@@ -96,7 +95,7 @@ class _EveryTokenHasALabel(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((args[0].numel() - self._without, args[0].dim()), dtype=torch.long)
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def record_step(model: nn.Module, input_ids: Tensor, settings: StepSettings, on_gpu: bool = False) -> StepTrace:

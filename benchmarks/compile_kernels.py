@@ -27,7 +27,7 @@ PROBES: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
     *((row_norm.probe, (width, kind)) for width in (128, 4096, 14336) for kind in ("plain", "centred")),
     *((rotary.probe, heads) for heads in ((32, 8, 128), (28, 4, 128), (1, 1, 6))),
     *((gated_mlp.probe, (width, name)) for width in (14336, 65) for name in gated_mlp.ACTIVATIONS),
-    *((pattern_predictor.probe, (4096, 64, kind, *[width] * 4, 32)) for kind in ("plain", "centred") for width in (32, 128)),
+    *((pattern_predictor.probe, (4096, 64, kind, *[width] * 4, 32)) for kind in ("plain", "centred") for width in (32, 64)),
 ]
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
 

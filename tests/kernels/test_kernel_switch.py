@@ -162,5 +162,5 @@ def test_the_switch_and_the_kernels_stay_within_one_compiled_graph(backend):
 
 
 def test_probes_heed_what_a_kernel_cannot_take():
-    with pytest.raises(ValueError, match="at most 128 wide"):
+    with pytest.raises(ValueError, match="at most 64 wide"):
         pattern_predictor.probe(DEVICE, torch.float32, 8, 4, "plain", 200, 4, 4, 4, 6)

@@ -152,7 +152,7 @@ def test_offsets_beyond_32_bits():
         ({"query_matrices": [torch.zeros(8, 4)]}, "query_matrices must be three matrices; got 1"),
         ({"key_matrices": [torch.zeros(8, 4), torch.zeros(5, 4), torch.zeros(4, 6)]}, r"begin with 4 rows; got \(5, 4\)"),
         ({"key_matrices": [torch.zeros(8, 4), torch.zeros(4, 4), torch.zeros(4, 5)]}, "the same number of features"),
-        ({"query_matrices": [torch.zeros(8, 200), torch.zeros(200, 4), torch.zeros(4, 6)]}, "at most 128 wide; got 200"),
+        ({"query_matrices": [torch.zeros(8, 200), torch.zeros(200, 4), torch.zeros(4, 6)]}, "at most 64 wide; got 200"),
         ({"lengths": torch.ones(2)}, "lengths must be torch.int32; got torch.float32"),
         ({"lengths": torch.ones(1, dtype=torch.int32)}, "must name the same blocks; got 2 and 1"),
         ({"bias": torch.ones(8)}, "a bias belongs to the centred norm"),

@@ -33,7 +33,7 @@ def strided(tensor: Tensor) -> Tensor:
 
 def far_rows(width: int, count: int = 1) -> list[Tensor]:
     """Five float16 rows each whose last begins more than 2^32 elements behind the first, though neither the row number nor the
-    stride needs more than 32 bits: an offset that wraps lands beside the first row. Only the rows themselves touch memory.
+    stride needs more than 32 bits: an offset that wraps reads other memory, or none. Only the rows themselves touch memory.
     """
     stride = 2**30 + 64
     storage = torch.UntypedStorage((4 * stride + count * width) * 2, device=DEVICE)

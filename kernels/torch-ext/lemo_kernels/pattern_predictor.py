@@ -6,7 +6,7 @@ for the query and the key network at once. The norm's row scale comes last: norm
 a row gathers both its sum of squares and its products; LayerNorm's mean and bias enter by the columns' sums of w * W1 and
 b * W1, and rows are shifted by their first entry, so that a mean large against the deviation cancels nothing.
 
-Bytes that must move: read the N rows once, write blocks * 2 p float32. The separate steps (norm, float32 copy, two products)
+Bytes that must move: read the N rows once (the two networks of a block run side by side), write blocks * 2 p float32. The separate steps (norm, float32 copy, two products)
 move 9 times that for 16-bit rows. Multiply-adds: N * (2 hidden * h1 + ...), by tensor cores in three tf32 terms, which keep
 float32's precision; below the memory time for h1 up to 32. No gradient: predictors are frozen in fine-tuning, and their own training
 runs on stored inputs.
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .host import launch_on, operator, optional, require, require_device, require_index, require_rows, require_vector, unit_stride
 
-# Wider networks do not fit a program's registers.
-MAX_WIDTH = 128
+# Wider networks do not fit a program's registers and shared memory.
+MAX_WIDTH = 64
 
 
 @triton.jit
@@ -31,35 +31,29 @@ def _matrix(pointer, height, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _pooled(
-    products, alive, second, third, h1, h2, features, total, largest,
-    H1: tl.constexpr, H2: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    inner = tl.where(products < 0.0, 0.0, products)  # unlike tl.maximum it passes NaN on
-    outer = tl.dot(inner, _matrix(second, h1, h2, H1, H2), input_precision="tf32x3")
-    outer = tl.where(outer < 0.0, 0.0, outer)
-    token_features = tl.dot(outer, _matrix(third, h2, features, H2, FEATURES), input_precision="tf32x3")
-    total += tl.sum(tl.where(alive, token_features, 0.0), 0)
-    largest = tl.maximum(largest, tl.max(tl.where(alive, token_features, float("-inf")), 0))
-    return total, largest
+def _relu(x):
+    return tl.where(x < 0.0, 0.0, x)  # unlike tl.maximum it passes NaN on
 
 
 @triton.jit
 def _block_features_kernel(
     stream, first_rows, lengths, weight, bias, q1, q2, q3, k1, k2, k3, query_out, key_out,
     num_rows, hidden, stream_stride, epsilon, qh1, qh2, kh1, kh2, features, block_size,
-    CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    QH1: tl.constexpr, QH2: tl.constexpr, KH1: tl.constexpr, KH2: tl.constexpr, FEATURES: tl.constexpr,
+    CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, FEATURES: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
+    # Neighbouring programs are one block's two networks: the second one to read a row finds it in the cache.
+    is_key = tl.program_id(0) % 2 == 1
+    block = (tl.program_id(0) // 2).to(tl.int64)
+    matrix1, matrix2, matrix3, out, h1, h2 = q1, q2, q3, query_out, qh1, qh2
+    if is_key:
+        matrix1, matrix2, matrix3, out, h1, h2 = k1, k2, k3, key_out, kh1, kh2
     first = tl.load(first_rows + block)
     length = tl.load(lengths + block)
-    query_sum = tl.zeros((FEATURES,), tl.float32)
-    key_sum = tl.zeros((FEATURES,), tl.float32)
-    query_max = tl.full((FEATURES,), float("-inf"), tl.float32)
-    key_max = tl.full((FEATURES,), float("-inf"), tl.float32)
+    total = tl.zeros((FEATURES,), tl.float32)
+    largest = tl.full((FEATURES,), float("-inf"), tl.float32)
     missing = tl.zeros((TOKENS,), tl.int32)
+    unit = tl.arange(0, H1)[None, :]
     for start in range(0, block_size, TOKENS):
         token = start + tl.arange(0, TOKENS)
         alive = token < length
@@ -70,14 +64,11 @@ def _block_features_kernel(
         shift = tl.zeros((TOKENS,), tl.float32)
         if CENTRED:
             shift = tl.load(here, mask=readable, other=0.0).to(tl.float32)
-        query = tl.zeros((TOKENS, QH1), tl.float32)
-        key = tl.zeros((TOKENS, KH1), tl.float32)
+        products = tl.zeros((TOKENS, H1), tl.float32)
         sums = tl.zeros((TOKENS,), tl.float32)
         squares = tl.zeros((TOKENS,), tl.float32)
-        query_columns = tl.zeros((QH1,), tl.float32)
-        key_columns = tl.zeros((KH1,), tl.float32)
-        query_bias = tl.zeros((QH1,), tl.float32)
-        key_bias = tl.zeros((KH1,), tl.float32)
+        weight_sums = tl.zeros((H1,), tl.float32)
+        bias_sums = tl.zeros((H1,), tl.float32)
         for at in range(0, hidden, COLUMNS):
             column = at + tl.arange(0, COLUMNS)
             in_row = column < hidden
@@ -87,49 +78,29 @@ def _block_features_kernel(
                 x = tl.where(mask, x - shift[:, None], 0.0)
                 sums += tl.sum(x, 1)
             squares += tl.sum(x * x, 1)
-            w = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
-            query_first = tl.load(
-                q1 + column[:, None] * qh1 + tl.arange(0, QH1)[None, :],
-                mask=in_row[:, None] & (tl.arange(0, QH1) < qh1)[None, :],
-                other=0.0,
-            )
-            key_first = tl.load(
-                k1 + column[:, None] * kh1 + tl.arange(0, KH1)[None, :],
-                mask=in_row[:, None] & (tl.arange(0, KH1) < kh1)[None, :],
-                other=0.0,
-            )
-            x = x * w[None, :]
-            query = tl.dot(x, query_first, query, input_precision="tf32x3")
-            key = tl.dot(x, key_first, key, input_precision="tf32x3")
-            if CENTRED:
-                query_columns += tl.sum(w[:, None] * query_first, 0)
-                key_columns += tl.sum(w[:, None] * key_first, 0)
+            first_matrix = tl.load(matrix1 + column[:, None] * h1 + unit, mask=in_row[:, None] & (unit < h1), other=0.0)
             if HAS_BIAS:
                 b = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)
-                query_bias += tl.sum(b[:, None] * query_first, 0)
-                key_bias += tl.sum(b[:, None] * key_first, 0)
+                bias_sums += tl.sum(b[:, None] * first_matrix, 0)
+            first_matrix *= tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)[:, None]
+            if CENTRED:
+                weight_sums += tl.sum(first_matrix, 0)
+            products = tl.dot(x, first_matrix, products, input_precision="tf32x3")
         variance = squares / hidden
         if CENTRED:
             centre = sums / hidden
             variance = tl.maximum(variance - centre * centre, 0.0)
-            query -= centre[:, None] * query_columns[None, :]
-            key -= centre[:, None] * key_columns[None, :]
-        scale = (1.0 / tl.sqrt(variance + epsilon))[:, None]
-        query = query * scale + query_bias[None, :]
-        key = key * scale + key_bias[None, :]
-        query_sum, query_max = _pooled(
-            query, alive[:, None], q2, q3, qh1, qh2, features, query_sum, query_max, QH1, QH2, FEATURES
-        )  # fmt: skip
-        key_sum, key_max = _pooled(key, alive[:, None], k2, k3, kh1, kh2, features, key_sum, key_max, KH1, KH2, FEATURES)
+            products -= centre[:, None] * weight_sums[None, :]
+        inner = _relu(products * (1.0 / tl.sqrt(variance + epsilon))[:, None] + bias_sums[None, :])
+        outer = _relu(tl.dot(inner, _matrix(matrix2, h1, h2, H1, H2), input_precision="tf32x3"))
+        values = tl.dot(outer, _matrix(matrix3, h2, features, H2, FEATURES), input_precision="tf32x3")
+        total += tl.sum(tl.where(alive[:, None], values, 0.0), 0)
+        largest = tl.maximum(largest, tl.max(tl.where(alive[:, None], values, float("-inf")), 0))
     feature = tl.arange(0, FEATURES)
-    by_mean = feature < features // 2
-    out = block * features + feature
+    pooled = tl.where(feature < features // 2, total / length, largest)
     # A row that is not there makes its block NaN.
-    absent = tl.sum(missing, 0) > 0
-    query_features = tl.where(absent, float("nan"), tl.where(by_mean, query_sum / length, query_max))
-    key_features = tl.where(absent, float("nan"), tl.where(by_mean, key_sum / length, key_max))
-    tl.store(query_out + out, query_features, mask=feature < features)
-    tl.store(key_out + out, key_features, mask=feature < features)
+    pooled = tl.where(tl.sum(missing, 0) > 0, float("nan"), pooled)
+    tl.store(out + block * features + feature, pooled, mask=feature < features)
 
 
 @operator("block_features")
@@ -153,18 +124,14 @@ def block_features_operator(
     if blocks:
         matrices = [matrix.contiguous() for matrix in (*query_matrices, *key_matrices)]
         widths = [matrix.shape[0] for matrix in (matrices[1], matrices[2], matrices[4], matrices[5])]
-        padded = [max(16, triton.next_power_of_2(width)) for width in (*widths, features)]
-        # Small tiles for wide networks: two accumulators and two strips of W1 have to stay on the chip.
-        wide = max(padded) > 64
-        tokens = min(32 if wide else 64, max(16, triton.next_power_of_2(block_size)))
-        columns = 32 if wide else 64
+        h1, h2, p = (max(16, triton.next_power_of_2(max(each))) for each in (widths[0::2], widths[1::2], (features,)))
+        tokens = min(64, max(16, triton.next_power_of_2(block_size)))
         with launch_on(stream):
-            _block_features_kernel[(blocks,)](
+            _block_features_kernel[(2 * blocks,)](
                 stream, first_rows.contiguous(), lengths.contiguous(), weight.contiguous(), optional(bias, weight).contiguous(),
                 *matrices, query, key, stream.shape[0], stream.shape[1], stream.stride(0), epsilon, *widths, features, block_size,
-                CENTRED=centred, HAS_BIAS=bias is not None,
-                QH1=padded[0], QH2=padded[1], KH1=padded[2], KH2=padded[3], FEATURES=padded[4],
-                TOKENS=tokens, COLUMNS=columns, num_warps=4,
+                CENTRED=centred, HAS_BIAS=bias is not None, H1=h1, H2=h2, FEATURES=p,
+                TOKENS=tokens, COLUMNS=32, num_warps=4, num_stages=3,
             )  # fmt: skip
     return query, key
 

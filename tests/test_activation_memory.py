@@ -3,6 +3,7 @@ import gc
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from references.tiny_models import checkpoint_stock_layers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -200,7 +201,7 @@ def layer_rows_of_h(adapter_dtype: torch.dtype, autocast: bool = False, checkpoi
     with mode:
         model.enable_input_require_grads()
         if checkpointed:
-            model.activation_checkpointing_enable()
+            checkpoint_stock_layers(model)
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         with ActivationMemory(model) as memory, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(input_ids=ids, labels=ids).loss

@@ -17,6 +17,7 @@ from references.tiny_models import (
     assert_close_gradients,
     assert_same_gradients,
     batches_of,
+    checkpoint_stock_layers,
     chosen_blocks,
     lemo_model,
     loss_and_gradients,
@@ -31,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from training_runs import curve, tiny_arguments
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.opt.modeling_opt import OPTDecoder
 
 from lemo_hf import AutoLemoModelForCausalLM, LemoTrainer, registry
 from lemo_hf.evaluation.layer_scores import visit_layers
@@ -42,6 +44,11 @@ CHECKPOINTS = ["none", "kept_rows"]
 LAYOUTS = ["left", "right", "left_positions", "packed_positions", "packed_seq_idx", "packed_cu"]
 BATCH = {"input_ids": text(), "labels": text()}
 pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def draws_for_layerdrop():
+    source = inspect.getsource(OPTDecoder.forward)
+    return "torch.rand" in source and "self.layerdrop > 0" not in source
 
 
 def stock_of(architecture, **changes):
@@ -87,6 +94,7 @@ def test_generation_with_a_cache_is_the_stock_one(architecture, training, option
     """Left padding too; and in training mode, since a cache means inference."""
     stock = stock_of(architecture)
     model = lemo_model(stock, keep_ratio=0.1, attention_forward="sparse").train(training)
+    stock.train(training)  # older releases of stock OPT draw a number per layer in training, for LayerDrop
     batch = place([random_tokens(30, 1), random_tokens(11, 2)], "left").batch
     results = []
     for each in (model, stock):
@@ -365,6 +373,8 @@ def test_a_whole_run_trains_predictors_and_adapter(architecture, form, tmp_path)
 
 def test_shapes_alone_suffice_for_a_training_step(architecture):
     """Estimates and benchmarks run on fake tensors: nothing may depend on their values."""
+    if architecture == "opt" and draws_for_layerdrop():
+        pytest.skip("this transformers' stock OPT compares a drawn number with layerdrop=0 in training")
     config = lemo_model(stock_of(architecture, max_position_embeddings=1024), checkpoint="kept_rows").config
     mode = FakeTensorMode()
     model = fake_model(lambda: registry.ARCHITECTURES[architecture][1](config).train(), mode)
@@ -387,7 +397,7 @@ def test_no_way_of_checkpointing_changes_a_gradient(architecture, form, dropout)
     for checkpoint, stock_checkpointing in (("none", None), ("kept_rows", None), ("none", False), ("kept_rows", True)):
         model = lemo_model(stock, {"lora_dropout": dropout}, attention_forward=form, checkpoint=checkpoint, keep_ratio=0.4)
         if stock_checkpointing is not None:
-            model.activation_checkpointing_enable({"use_reentrant": stock_checkpointing})
+            checkpoint_stock_layers(model, stock_checkpointing)
             model.enable_input_require_grads()
         torch.manual_seed(13)
         results.append(loss_and_gradients(model, batch))

@@ -80,4 +80,6 @@ def test_lemo_layers_are_told_apart(tiny_llama_config):
     assert {part for layer, part in saved if layer is None} == {"norm", "loss", "embedding"}
     flops = counter.flops.by("layer", "part")
     assert {part for layer, part in flops if layer == 1} == {"q,k,v", "attention", "o_proj", "mlp", "predictor"}
-    assert {part for layer, part in flops if layer is None} == {"loss"}
+    # Older releases of transformers multiply rotary frequencies as matrices.
+    assert {part for layer, part in flops if layer is None} <= {"loss", "other"}
+    assert flops.get((None, "other"), 0) < 1e-3 * flops[None, "loss"]

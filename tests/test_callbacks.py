@@ -197,8 +197,8 @@ def test_too_few_documents_are_said(tmp_path, caplog):
 def test_the_share_of_the_phases_is_said(tmp_path, caplog):
     with caplog.at_level("INFO", logger="lemo_hf"):
         trained(tmp_path / "a", {**SPARSE, "selection": "threshold"})
-        # Fitting 4 * 1.2; 2 documents * (1 + 2 * 2 layers * 2 rounds * 0.5); 6 steps of 2 samples * 3 * 0.5.
-        share = (4.8 + 10) / (4.8 + 10 + 18)
+        # Fitting 4 * 1.2; 2 documents * (1 + 2 * 2 layers * 2 rounds * 0.9); 6 steps of 2 samples * (0.9 + 0.5).
+        share = (4.8 + 16.4) / (4.8 + 16.4 + 16.8)
         said = next(record for record in caplog.records if "of the run's compute" in record.message)
         assert said.levelname == "WARNING"
         assert said.message.startswith(f"{share:.1%} of the run's compute goes into the phases before the first step (predictor ")
@@ -207,7 +207,7 @@ def test_the_share_of_the_phases_is_said(tmp_path, caplog):
         trained(tmp_path / "b", SPARSE, predictor_documents=1, gradient_accumulation_steps=2)
         said = next(record for record in caplog.records if "of the run's compute" in record.message)
         assert said.levelname == "INFO"
-        assert said.message.startswith(f"{1.2 / 37.2:.1%} of")
+        assert said.message.startswith(f"{1.2 / 34.8:.1%} of")
         caplog.clear()
         trained(tmp_path / "c", SPARSE, predictor_documents=0)
     assert "of the run's compute" not in caplog.text

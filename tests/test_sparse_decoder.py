@@ -8,6 +8,7 @@ from references.one_layer import layer_under_test, run_layer
 from references.tiny_models import (
     add_lora,
     assert_same_gradients,
+    checkpoint_stock_layers,
     lemo_model,
     loss_and_gradients,
     place,
@@ -91,7 +92,7 @@ def train_once(form, variant, checkpoint, stock_checkpointing=None):
     lemo = {"attention_forward": form, "checkpoint": checkpoint, "keep_ratio": 0.4, **settings.get("lemo", {})}
     model = lemo_model(stock, settings.get("lora", {}), **lemo)
     if stock_checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": stock_checkpointing})
+        checkpoint_stock_layers(model, stock_checkpointing)
     if settings.get("inputs") or stock_checkpointing:
         model.enable_input_require_grads()
     batch = place([random_tokens(length, length) for length in (37, 50, 9)], "right").batch

@@ -119,7 +119,9 @@ def build_model(config: PreTrainedConfig, settings: StepSettings, layers: list[i
     if settings.method.startswith("liger"):
         use_liger_functions(model)
     if settings.method.endswith("checkpointing"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # The second is its name in the older releases that are supported, deprecated in the newer ones.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if settings.targets == ("all-linear",):
         targets = sorted(names - {"lm_head"})

@@ -92,6 +92,12 @@ def lemo_model(stock: PreTrainedModel, lora: dict | None = None, **lemo):
     return (model if lora is None else add_lora(model, **lora)).train()
 
 
+def checkpoint_stock_layers(model, use_reentrant: bool = False) -> None:
+    """Stock activation checkpointing, by the name that this release of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 def trainable_gradients(model) -> dict[str, Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 

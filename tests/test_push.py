@@ -271,6 +271,7 @@ def test_every_strategy_of_trainer_pushes_predictors_settings_and_our_card(strat
     trainer.train()
     trainer._finish_current_push()
     repo = hub.repos["me/run"]
+    assert repo.private
     during = dict(repo.files)
     folders = {name.split("/")[0] for name in during if "/" in name}
     assert folders == STRATEGIES[strategy]

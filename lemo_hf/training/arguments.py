@@ -22,6 +22,11 @@ class LemoTrainingArguments(TrainingArguments):
         LemoError: If a value is outside its domain.
     """
 
+    # What a run pushes may be made of private text; the stock default leaves it to the Hub, where it is public for most.
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "Whether a repository that the run creates is private; False makes it public."}
+    )
+
     # Predictor phase: fits the pattern predictors on the frozen model.
     predictors: str | None = field(
         default=None, metadata={"help": "Folder with lemo_predictors.safetensors to start from; without it they start at random."}

@@ -51,6 +51,7 @@ bench: $(STAMP)      ## what a layer saves and computes at 8B shapes; results in
 	@$(BIN)/python -W ignore::FutureWarning benchmarks/layer_arithmetic.py --out benchmarks/results/layer_arithmetic--any.json
 	@$(BIN)/python -W ignore::FutureWarning benchmarks/phase_flops.py
 	@$(BIN)/python benchmarks/update_readme.py
+	@$(BIN)/python benchmarks/update_model_cards.py
 
 base: $(STAMP)       ## train the embedded base model anew (hours; resumes where it stopped)
 	@$(BIN)/python -m lemo_hf.base_model recipes/base_python_1k.yaml

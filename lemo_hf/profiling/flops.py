@@ -22,12 +22,12 @@ before selection and prediction.
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
@@ -84,12 +84,49 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
     formulas: dict[Any, Callable[..., int]] = dict(flop_registry)
     formulas.update({operator: _attention_flops(operator, 1, 1) for operator in _ATTENTION_FORWARD})
     formulas.update({operator: _attention_flops(operator, 3, 2) for operator in _ATTENTION_BACKWARD})
-    return formulas
+    return formulas | _kernel_formulas()
+
+
+def _window_pairs(lengths: Sequence[int], window: int | None) -> int:
+    """Pairs of documents' rows among themselves; a window is taken to count rows, as if none were left out."""
+    pairs = 0
+    for length in lengths:
+        near = length if window is None else min(window, length)
+        pairs += attention_pairs(near, near, True) + (length - near) * near
+    return pairs
+
+
+def _kernel_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas of the operators in `lemo_kernels`, where it is installed; its other operators move rows only."""
+    try:
+        from lemo_kernels import document_attention, pattern_predictor, token_informativeness  # noqa: F401  # registers them
+    except ImportError:
+        return {}
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *rest: Any, out_val: Any = None) -> int:
+        _, window, _, _ = rest
+        return 2 * _window_pairs(lengths, window) * query.shape[1] * 2 * query.shape[2]
+
+    def attend_backward(grad: Tensor, query: Tensor, *rest: Any, out_val: Any = None) -> int:
+        *_, lengths, _, window, _, _ = rest
+        return 2 * _window_pairs(lengths, window) * query.shape[1] * 5 * query.shape[2]
+
+    def block_scores(query: Tensor, key: Tensor, lengths: Sequence[int], *rest: Any, out_val: Any = None) -> int:
+        *_, window = rest
+        return 2 * _window_pairs(lengths, window) * query.shape[1] * query.shape[2]
+
+    def block_features(stream: Tensor, *rest: Any, out_val: Any = None) -> int:
+        *_, query_matrices, key_matrices, _ = rest
+        return 2 * stream.shape[0] * sum(matrix.numel() for matrix in (*query_matrices, *key_matrices))
+
+    formulas = (attend, attend_backward, block_scores, block_features)
+    return {getattr(torch.ops.lemo_kernels, formula.__name__): formula for formula in formulas}
 
 
 def is_attention(operator: Any) -> bool:
     """Whether an operator (overload packet) is attention, forward or backward."""
-    return operator in _ATTENTION_FORWARD or operator in _ATTENTION_BACKWARD
+    kernel = str(operator) in ("lemo_kernels.attend", "lemo_kernels.attend_backward")
+    return kernel or operator in _ATTENTION_FORWARD or operator in _ATTENTION_BACKWARD
 
 
 class _NoTracker(ModuleTracker):

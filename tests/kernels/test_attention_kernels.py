@@ -1,15 +1,18 @@
 """The attention kernels against the reference in lemo_hf/models, which has operators for the CPU."""
 
+import lemo_kernels
 import pytest
 import torch
 from lemo_kernels import document_attention
-from lemo_kernels.document_attention import _attend, _attend_backward, attend, with_kept_row_gradient
+from lemo_kernels.document_attention import attend, attend_backward_operator, attend_operator, with_kept_row_gradient
 from lemo_kernels.host import KernelInputError
 from references.kernel_inputs import ALLOWED, DEVICE, DTYPES, error_ratio, random, strided
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemo_hf.models import document_attention as reference
 from lemo_hf.models.kernel_switch import kernel_mode
+from lemo_hf.profiling.flops import FlopCounter
 
 SCALE = 0.31
 
@@ -138,11 +141,11 @@ def test_inputs_that_are_not_contiguous_are_read_as_they_are():
     dims_first = [part.permute(2, 1, 0).contiguous().permute(2, 1, 0) for part in plain]
     wanted = attend(*plain, [70], SCALE)
     upstream = heads(70, seed=1)[0]
-    grads = _attend_backward(upstream, *plain, *wanted, [70], SCALE, 11, None, "triton")
+    grads = attend_backward_operator(upstream, *plain, *wanted, [70], SCALE, 11, None, "triton")
     for inputs in (strides, dims_first):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(attend(*inputs, [70], SCALE), wanted, strict=True))
         upstream_too = upstream.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-        again = _attend_backward(upstream_too, *inputs, *wanted, [70], SCALE, 11, None, "triton")
+        again = attend_backward_operator(upstream_too, *inputs, *wanted, [70], SCALE, 11, None, "triton")
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, grads, strict=True))
 
 
@@ -160,9 +163,9 @@ def test_the_same_bits_twice():
 def test_operators_are_registered_as_torch_expects():
     inputs = heads(20)
     arguments = ([12, 8], SCALE, 5, torch.arange(20, device=DEVICE), "triton")
-    torch.library.opcheck(_attend, (*inputs, *arguments))
+    torch.library.opcheck(attend_operator, (*inputs, *arguments))
     output, lse = attend(*inputs, *arguments[:-1])
-    torch.library.opcheck(_attend_backward, (torch.ones_like(output), *inputs, output, lse, *arguments))
+    torch.library.opcheck(attend_backward_operator, (torch.ones_like(output), *inputs, output, lse, *arguments))
 
 
 @pytest.mark.parametrize(
@@ -249,3 +252,36 @@ def test_the_models_call_the_kernels_where_these_are_switched_on(window):
             attached = with_kept_row_gradient(*leaves, *got, *arguments)
         gradients.append(torch.autograd.grad(attached.square().sum(), leaves))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+
+
+def test_the_flop_counter_counts_kernels_as_the_reference_is_counted():
+    """An operator that the counter does not know costs nothing: training on a GPU would look as if it had no attention."""
+    inputs = [part.requires_grad_() for part in heads(64)]
+    counted = {}
+    for mode in ("kernels", "reference"):
+        if mode == "reference" and DEVICE.type == "cuda":
+            pytest.skip("the reference has operators for the CPU")
+        with FlopCounter(nn.Identity()) as counter, kernel_mode(mode):
+            output, lse = reference.attend(*inputs, scope([40, 24]))
+            reference.with_kept_row_gradient(*inputs, output, lse, scope([40, 24])).sum().backward()
+        counted[mode] = counter.flops.by("part", "phase")
+    assert counted["kernels"] == counted["reference"]
+    assert counted["kernels"]["attention", "backward"] == 2 * (40 * 41 + 24 * 25) // 2 * 4 * 16 * 5
+
+
+def test_the_flop_counter_knows_windows_scores_and_features():
+    inputs, places = heads(64), places_of([64]).to(DEVICE)
+    with FlopCounter(nn.Identity()) as counter:
+        attend(*inputs, [64], SCALE, 10, places)
+        lemo_kernels.block_scores(*inputs[:2], 8, SCALE)
+        matrices = [random(48, 4), random(4, 4), random(4, 2)]
+        rows = torch.arange(0, 64, 8, device=DEVICE)
+        lengths = torch.full((8,), 8, dtype=torch.int32, device=DEVICE)
+        lemo_kernels.block_features(
+            random(64, 48), rows, lengths, random(48), None, matrices, matrices, block_size=8, epsilon=1e-6
+        )
+    assert counter.flops.by("operator") == {
+        "attend": 2 * (55 + 54 * 10) * 4 * 16 * 2,
+        "block_scores": 2 * (64 * 65 // 2) * 4 * 16,
+        "block_features": 2 * 64 * 2 * (48 * 4 + 16 + 8),
+    }

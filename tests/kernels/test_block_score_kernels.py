@@ -4,9 +4,9 @@ import pytest
 import torch
 from lemo_kernels.host import KernelInputError
 from lemo_kernels.token_informativeness import (
-    _block_informativeness,
-    _block_scores,
+    block_informativeness_operator,
     block_scores,
+    block_scores_operator,
     informativeness_by_document,
 )
 from references.kernel_inputs import DEVICE, DTYPES, error_ratio, random, strided
@@ -99,8 +99,8 @@ def test_inputs_that_are_not_contiguous_are_read_as_they_are():
 
 def test_operators_are_registered_as_torch_expects():
     query, key = heads(40)
-    torch.library.opcheck(_block_scores, (query, key, [24, 16], 8, SCALE, 5))
-    torch.library.opcheck(_block_informativeness, (_block_scores(query, key, [24, 16], 8, SCALE, None), [3, 2]))
+    torch.library.opcheck(block_scores_operator, (query, key, [24, 16], 8, SCALE, 5))
+    torch.library.opcheck(block_informativeness_operator, (block_scores_operator(query, key, [24, 16], 8, SCALE, None), [3, 2]))
 
 
 @pytest.mark.parametrize(

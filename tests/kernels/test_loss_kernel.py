@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lemo_kernels.host import KernelInputError
-from lemo_kernels.segmented_loss import _cross_entropy_in_place, cross_entropy_in_place
+from lemo_kernels.segmented_loss import cross_entropy_in_place, cross_entropy_in_place_operator
 from peft import LoraConfig, get_peft_model
 from references.kernel_inputs import DEVICE, DTYPES, assert_close, random
 from torch import nn
@@ -99,7 +99,7 @@ def test_autograd_knows_that_the_logits_changed():
 
 def test_the_operator_is_registered_as_torch_expects():
     logits, labels = logits_and_labels(5, 40)
-    torch.library.opcheck(_cross_entropy_in_place, (logits, labels, 2.0))
+    torch.library.opcheck(cross_entropy_in_place_operator, (logits, labels, 2.0))
 
 
 @pytest.mark.parametrize(

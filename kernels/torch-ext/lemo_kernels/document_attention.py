@@ -76,7 +76,7 @@ def _flash_backward(
 
 
 @operator("attend")
-def _attend(
+def attend_operator(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -86,6 +86,7 @@ def _attend(
     positions: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; arguments as in `attend`."""
     query, key, value = (unit_stride(tensor) for tensor in (query, key, value))
     num_rows, heads, _ = query.shape
     if num_rows and backend == "flash":
@@ -97,13 +98,13 @@ def _attend(
     return interval_attention(query, key, value, first_key, scale)
 
 
-@_attend.register_fake
+@attend_operator.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(*query.shape[:2], 1, dtype=torch.float32)
 
 
 @operator("attend_backward")
-def _attend_backward(
+def attend_backward_operator(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -116,6 +117,7 @@ def _attend_backward(
     positions: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; arguments as in `with_kept_row_gradient`."""
     query, key, value = (unit_stride(tensor) for tensor in (query, key, value))
     grad, output, lse = grad.contiguous(), output.contiguous(), lse.contiguous()
     num_rows = query.shape[0]
@@ -127,7 +129,7 @@ def _attend_backward(
     return interval_attention_backward(grad, query, key, value, output, lse, first_key, end_query, scale)
 
 
-@_attend_backward.register_fake
+@attend_backward_operator.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
@@ -204,7 +206,7 @@ def attend(
     """
     _check(query, key, value, lengths, window, positions)
     backend = backend or _backend(query, lengths, window, positions)
-    return _attend(query, key, value, lengths, scale, window, positions, backend)
+    return attend_operator(query, key, value, lengths, scale, window, positions, backend)
 
 
 class _KeptRowGradient(torch.autograd.Function):
@@ -221,7 +223,7 @@ class _KeptRowGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, positions = ctx.saved_tensors
         lengths, scale, window, backend = ctx.settings
-        grads = _attend_backward(grad, *tensors, lengths, scale, window, positions, backend)
+        grads = attend_backward_operator(grad, *tensors, lengths, scale, window, positions, backend)
         return *grads, *(None,) * (3 + len(ctx.settings))
 
 

@@ -77,7 +77,8 @@ def _cross_entropy_kernel(
 
 
 @torch.library.custom_op(add_op_namespace_prefix("cross_entropy_in_place"), mutates_args={"logits"})
-def _cross_entropy_in_place(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+def cross_entropy_in_place_operator(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """Losses of the rows; `logits` become their gradients. Arguments as in `cross_entropy_in_place`."""
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
@@ -90,7 +91,7 @@ def _cross_entropy_in_place(logits: Tensor, targets: Tensor, softcap: float | No
     return losses
 
 
-@_cross_entropy_in_place.register_fake
+@cross_entropy_in_place_operator.register_fake
 def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
@@ -124,7 +125,7 @@ def cross_entropy_in_place(logits: Tensor, targets: Tensor, softcap: float | Non
     if targets.device.type == "cpu" and type(targets) is Tensor and not torch.compiler.is_compiling():
         wrong = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= logits.shape[1]))]
         require(not wrong.numel(), f"labels must be -100 or in [0, {logits.shape[1]})", wrong[:3].tolist(), "check the tokenizer")
-    return _cross_entropy_in_place(logits, targets, softcap)
+    return cross_entropy_in_place_operator(logits, targets, softcap)
 
 
 def probe(device: torch.device, dtype: torch.dtype, vocabulary: int) -> None:

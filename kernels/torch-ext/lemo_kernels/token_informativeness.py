@@ -114,7 +114,9 @@ def _tile_table(lengths: tuple[int, ...], block_size: int, chunks: int, slots: i
 
 
 @operator("block_scores")
-def _block_scores(query: Tensor, key: Tensor, lengths: list[int], block_size: int, scale: float, window: int | None) -> Tensor:
+def block_scores_operator(
+    query: Tensor, key: Tensor, lengths: list[int], block_size: int, scale: float, window: int | None
+) -> Tensor:
     """S of each document, flat, one after the other."""
     query, key = unit_stride(query), unit_stride(key)
     _, heads, head_dim = query.shape
@@ -141,14 +143,14 @@ def _block_scores(query: Tensor, key: Tensor, lengths: list[int], block_size: in
     return torch.cat(pooled)
 
 
-@_block_scores.register_fake
+@block_scores_operator.register_fake
 def _(query: Tensor, key: Tensor, lengths: list[int], block_size: int, *_: Any) -> Tensor:
     return query.new_empty(sum(blocks**2 for blocks in _block_counts(lengths, block_size)), dtype=torch.float32)
 
 
 @operator("block_informativeness")
-def _block_informativeness(scores: Tensor, counts: list[int]) -> Tensor:
-    """I of all documents' blocks from S as `_block_scores` lays it out; `counts` are the documents' blocks."""
+def block_informativeness_operator(scores: Tensor, counts: list[int]) -> Tensor:
+    """I of all documents' blocks from S as `block_scores_operator` lays it out; `counts` are the documents' blocks."""
     result = torch.empty(sum(counts), dtype=torch.float32, device=scores.device)
     if sum(counts):
         offsets = [0, *accumulate(blocks**2 for blocks in counts)]
@@ -159,7 +161,7 @@ def _block_informativeness(scores: Tensor, counts: list[int]) -> Tensor:
     return result
 
 
-@_block_informativeness.register_fake
+@block_informativeness_operator.register_fake
 def _(scores: Tensor, counts: list[int]) -> Tensor:
     return scores.new_empty(sum(counts))
 
@@ -211,7 +213,7 @@ def block_scores(query: Tensor, key: Tensor, block_size: int, scale: float, wind
     """
     _check(query, key, [query.shape[0]], block_size, window)
     blocks = -(-query.shape[0] // block_size)
-    return _block_scores(query, key, [query.shape[0]], block_size, scale, window).view(blocks, blocks)
+    return block_scores_operator(query, key, [query.shape[0]], block_size, scale, window).view(blocks, blocks)
 
 
 @torch.no_grad()
@@ -232,8 +234,8 @@ def informativeness_by_document(
     """
     _check(query, key, lengths, block_size, window)
     counts = _block_counts(lengths, block_size)
-    scores = _block_scores(query, key, lengths, block_size, scale, window)
-    return list(_block_informativeness(scores, counts).split(counts))
+    scores = block_scores_operator(query, key, lengths, block_size, scale, window)
+    return list(block_informativeness_operator(scores, counts).split(counts))
 
 
 def probe(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> None:

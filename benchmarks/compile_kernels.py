@@ -16,7 +16,16 @@ from typing import Any
 
 import torch
 import triton
-from lemo_kernels import gated_mlp, pattern_predictor, rotary, row_norm, token_movement
+from lemo_kernels import (
+    document_attention,
+    gated_mlp,
+    pattern_predictor,
+    rotary,
+    row_norm,
+    segmented_loss,
+    token_informativeness,
+    token_movement,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -27,6 +36,9 @@ PROBES: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
     *((row_norm.probe, (width, kind)) for width in (128, 4096, 14336) for kind in ("plain", "centred")),
     *((rotary.probe, heads) for heads in ((32, 8, 128), (28, 4, 128), (1, 1, 6))),
     *((gated_mlp.probe, (width, name)) for width in (14336, 65) for name in gated_mlp.ACTIVATIONS),
+    *((document_attention.probe, (size, visible)) for size in (64, 128, 256) for visible in ("all", "window")),
+    *((token_informativeness.probe, (size, 64)) for size in (64, 128, 256)),
+    *((segmented_loss.probe, (vocabulary,)) for vocabulary in (128256, 50272)),
     *((pattern_predictor.probe, (4096, 64, kind, *[width] * 4, 32)) for kind in ("plain", "centred") for width in (32, 64)),
 ]
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
@@ -66,6 +78,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 def line_of(entry: dict[str, Any]) -> str:
     """A result as a line of text."""
     size = {name: value for name, value in entry["constants"].items() if not isinstance(value, bool)}
+    if "failure" in entry:
+        return f"{entry['kernel']:24s} {'/'.join(entry['types']):14s} DOES NOT COMPILE {size}: {entry['failure']}"
     return (
         f"{entry['kernel']:24s} {'/'.join(entry['types']):14s} warps {entry['num_warps']:2d}  registers {entry['registers']:3d}"
         f"  spilled {entry['stack_bytes'] + entry['local_bytes']:5d} B  shared {entry['shared_bytes']:6d} B  {size}"
@@ -84,17 +98,16 @@ def compile_all(capability: int, dtypes: list[torch.dtype]) -> list[dict[str, An
         key = source.hash() + str(sorted(options.items()))
         if key in found:
             return
-        compiled = triton.compile(source, target=target, options=options)
         types = sorted({kind for kind in signature.values() if kind[0] == "*" and "i" not in kind})
         switches = {name: value for name, value in constants.items() if name.isupper()}
-        found[key] = {
-            "kernel": self.fn.__name__,
-            "types": types,
-            "constants": switches,
-            "num_warps": compiled.metadata.num_warps,
-            "shared_bytes": compiled.metadata.shared,
-            **resources(compiled.asm["cubin"]),
-        }
+        found[key] = {"kernel": self.fn.__name__, "types": types, "constants": switches}
+        try:
+            compiled = triton.compile(source, target=target, options=options)
+        except Exception as failure:  # whatever the compiler raises is the result
+            found[key]["failure"] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:500]}"
+        else:
+            found[key] |= {"num_warps": compiled.metadata.num_warps, "shared_bytes": compiled.metadata.shared}
+            found[key] |= resources(compiled.asm["cubin"])
         print(line_of(found[key]), flush=True)
 
     original, JITFunction.run = JITFunction.run, compile_instead
@@ -117,11 +130,14 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         parser.error("compiling needs triton's compiler; got TRITON_INTERPRET=1; unset it")
     results = compile_all(arguments.capability, [torch.bfloat16, torch.float32] if arguments.float32 else [torch.bfloat16])
-    print(f"{len(results)} kernels compile for capability {arguments.capability / 10}")
+    failed = sum("failure" in entry for entry in results)
+    print(f"{len(results) - failed} of {len(results)} kernels compile for capability {arguments.capability / 10}")
     if arguments.out:
         arguments.out.write_text(
             json.dumps({"capability": arguments.capability, "triton": triton.__version__, "kernels": results}, indent=1) + "\n"
         )
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

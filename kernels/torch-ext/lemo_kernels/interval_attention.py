@@ -164,33 +164,6 @@ def _query_gradient_kernel(
     _store_rows(grad_query_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, grad_query * scale, HEAD_DIM)
 
 
-@triton.jit
-def _add_key_gradients(
-    grad_key, grad_value, key, value, columns, query_base, grad_base, lse_base, along_base, first_key_ptr,
-    q_stride, grad_stride, heads, low, high, num_rows, scale_log2,
-    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """Adds what the queries [low, high) of one head give to dk (still without its factor) and dv of a tile of keys."""
-    dims = tl.arange(0, PADDED)
-    for start in range(low, high, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        query = _load_rows(query_base, rows, q_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
-        grad = _load_rows(grad_base, rows, grad_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
-        lse_log2 = tl.load(lse_base + rows.to(tl.int64) * heads, mask=rows < num_rows, other=0.0) * 1.4426950408889634
-        along = tl.load(along_base + rows.to(tl.int64) * heads, mask=rows < num_rows, other=0.0)
-        # Transposed, (keys, queries): both results are then plain products of it.
-        scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
-        weights = tl.exp2(scores - lse_log2[None, :])
-        if MASKED:
-            first = tl.load(first_key_ptr + rows, mask=rows < num_rows, other=2147483647)
-            visible = (columns[:, None] <= rows[None, :]) & (columns[:, None] >= first[None, :])
-            weights = tl.where(visible, weights, 0.0)
-        grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision="ieee")
-        grad_scores = weights * (tl.dot(value, tl.trans(grad), input_precision="ieee") - along[None, :])
-        grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision="ieee")
-    return grad_key, grad_value
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _key_gradient_kernel(
     query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, along_ptr, first_key_ptr, end_query_ptr, grad_key_ptr, grad_value_ptr,
@@ -206,27 +179,27 @@ def _key_gradient_kernel(
     dims = tl.arange(0, PADDED)
     key = _load_rows(key_ptr + key_head * k_head, columns, k_row, dims, num_rows, HEAD_DIM, True)
     value = _load_rows(value_ptr + key_head * v_head, columns, v_row, dims, num_rows, HEAD_DIM, True)
-    # Queries around the diagonal, queries that see the whole tile, queries that see a part of it. end_query never decreases.
-    all_see = begin + tl.cdiv(end - begin, BLOCK_M) * BLOCK_M
-    some_see = all_see + tl.maximum(tl.load(end_query_ptr + begin) - all_see, 0) // BLOCK_M * BLOCK_M
+    # Every tile of queries is masked: loops without masks between two with them cost more registers than there are.
     high = tl.load(end_query_ptr + end - 1)
     grad_key = tl.zeros((BLOCK_N, PADDED), tl.float32)
     grad_value = tl.zeros((BLOCK_N, PADDED), tl.float32)
     for member in range(group):
         head = key_head * group + member
-        query_base, grad_base = query_ptr + head * q_head, grad_ptr + head * HEAD_DIM
-        grad_key, grad_value = _add_key_gradients(
-            grad_key, grad_value, key, value, columns, query_base, grad_base, lse_ptr + head, along_ptr + head, first_key_ptr,
-            q_row, heads * HEAD_DIM, heads, begin, tl.minimum(all_see, high), num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_M, True
-        )  # fmt: skip
-        grad_key, grad_value = _add_key_gradients(
-            grad_key, grad_value, key, value, columns, query_base, grad_base, lse_ptr + head, along_ptr + head, first_key_ptr,
-            q_row, heads * HEAD_DIM, heads, all_see, some_see, num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_M, False
-        )  # fmt: skip
-        grad_key, grad_value = _add_key_gradients(
-            grad_key, grad_value, key, value, columns, query_base, grad_base, lse_ptr + head, along_ptr + head, first_key_ptr,
-            q_row, heads * HEAD_DIM, heads, some_see, high, num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_M, True
-        )  # fmt: skip
+        for start in range(begin, high, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            query = _load_rows(query_ptr + head * q_head, rows, q_row, dims, num_rows, HEAD_DIM, True)
+            grad = _load_rows(grad_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, HEAD_DIM, True)
+            at = rows.to(tl.int64) * heads + head
+            lse_log2 = tl.load(lse_ptr + at, mask=rows < num_rows, other=0.0) * 1.4426950408889634
+            along = tl.load(along_ptr + at, mask=rows < num_rows, other=0.0)
+            first = tl.load(first_key_ptr + rows, mask=rows < num_rows, other=2147483647)
+            # Transposed, (keys, queries): both results are then plain products of it.
+            scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
+            visible = (columns[:, None] <= rows[None, :]) & (columns[:, None] >= first[None, :])
+            weights = tl.where(visible, tl.exp2(scores - lse_log2[None, :]), 0.0)
+            grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision="ieee")
+            grad_scores = weights * (tl.dot(value, tl.trans(grad), input_precision="ieee") - along[None, :])
+            grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision="ieee")
     row = key_heads * HEAD_DIM
     _store_rows(grad_key_ptr + key_head * HEAD_DIM, columns, row, dims, num_rows, grad_key * scale, HEAD_DIM)
     _store_rows(grad_value_ptr + key_head * HEAD_DIM, columns, row, dims, num_rows, grad_value, HEAD_DIM)
@@ -240,7 +213,7 @@ def _tiles(kernel: str, padded: int, itemsize: int) -> dict[str, int]:
         wide, narrow = (32, 32) if padded <= 128 else (32, 16)
         sizes, warps, stages = (narrow, wide) if kernel == "key_gradient" else (wide, narrow), 4, 1
     elif kernel == "key_gradient":  # two sums per program: registers are what is scarce
-        sizes, warps, stages = ((64, 128), 8, 2) if padded <= 64 else ((32, 128), 8, 2) if padded <= 128 else ((32, 32), 4, 1)
+        sizes, warps, stages = ((64, 128), 8, 2) if padded <= 128 else ((32, 32), 4, 1)
     elif padded <= 128:
         sizes, warps, stages = (128, 64), 8, 3 if kernel == "forward" else 2
     else:

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_hf.profiling.activation_memory import ActivationMemory
 from lemo_hf.profiling.fake_model import fake_model
@@ -180,8 +181,10 @@ def test_unknown_fields_are_refused():
 TOKENS, ROW = 256, 4096 * 2  # H: a bf16 row of Llama-3-8B
 
 
-def layer_rows_of_h(adapter_dtype: torch.dtype, autocast: bool = False, checkpointed: bool = False) -> dict[str, float]:
-    """Rows of H that the second of two stock layers of Llama-3-8B saves per token, LoRA r=8 on q, k, v, o."""
+def layer_rows_of_h(
+    adapter_dtype: torch.dtype, autocast: bool = False, checkpointed: bool = False, layer: int | None = 1
+) -> dict[str, float]:
+    """Rows of H that a layer of two stock ones of Llama-3-8B saves per token, the second if not said, LoRA r=8 on q, k, v, o."""
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=4096,
@@ -206,7 +209,7 @@ def layer_rows_of_h(adapter_dtype: torch.dtype, autocast: bool = False, checkpoi
         with ActivationMemory(model) as memory, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(input_ids=ids, labels=ids).loss
     assert loss.requires_grad
-    return {part: size / TOKENS / ROW for (layer, part), size in memory.saved.by("layer", "part").items() if layer == 1}
+    return {part: size / TOKENS / ROW for (at, part), size in memory.saved.by("layer", "part").items() if at == layer}
 
 
 # Small float32 rows: log-sum-exp of 32 heads, one statistic for each norm.
@@ -237,4 +240,10 @@ def test_stock_layer_at_8b_proportions(adapter_dtype, autocast, inputs_of_qkv, o
 
 
 def test_checkpointed_stock_layer_saves_one_row():
-    assert layer_rows_of_h(torch.bfloat16, checkpointed=True) == {"residual": 1.0}
+    # Older releases of transformers checkpoint around a layer's call, where the row is counted but belongs to no layer.
+    if "__call__" in vars(GradientCheckpointingLayer):
+        layers = 2
+        assert layer_rows_of_h(torch.bfloat16, checkpointed=True) == {}
+        assert layer_rows_of_h(torch.bfloat16, checkpointed=True, layer=None)["other"] == layers
+    else:
+        assert layer_rows_of_h(torch.bfloat16, checkpointed=True) == {"residual": 1.0}

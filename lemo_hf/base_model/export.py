@@ -154,6 +154,7 @@ def measure(trainer: BaseModelTrainer, folder: Path) -> dict[str, Any]:
         "minutes": round(trainer.minutes, 1),
         "tokens_seen": seen,
         "epochs": seen / len(stream),
+        "rename_from_epoch": recipe.rename_from_epoch,
         "finished": trainer.finished(),
         "held_out_documents": len(documents),
         "held_out_tokens": targets,
@@ -184,6 +185,11 @@ def render_card(found: dict[str, Any], recipe_path: str) -> str:
         if text["second_copy_loss"] > 0.5 * text["first_copy_loss"]
         else ""
     )
+    renamed = (
+        f"From epoch {found['rename_from_epoch'] + 1} on, half of the files had some of their identifiers renamed. "
+        if found["rename_from_epoch"] is not None
+        else ""
+    )
     unfinished = "" if found["finished"] else "\n> An intermediate export: training was still running.\n"
     return f"""---
 license: apache-2.0
@@ -203,8 +209,8 @@ nothing more.
 `python -m lemo_hf.base_model {recipe_path}` (or `make base`), on the sources of Python {found["python_version"]}
 ({", ".join(found["packages"])}, without tests, duplicates removed): {found["train_documents"]} files, {found["train_bytes"]:,} bytes,
 {found["train_tokens"]:,} tokens. {found["steps"]} steps, {found["tokens_seen"]:,} tokens ({found["epochs"]:.1f} epochs) in
-{found["minutes"]} minutes on 2 CPU cores; Muon for the hidden matrices, AdamW for embeddings and norms, bfloat16 autocast. Tokenizer and
-model saw the training files only. A file is held out if the hash of its name says so (`lemo_hf.text_data.is_held_out`, share 0.05).
+{found["minutes"]} minutes on 2 CPU cores; Muon for the hidden matrices, AdamW for embeddings and norms, bfloat16 autocast.
+{renamed}Tokenizer and model saw the training files only. A file is held out if the hash of its name says so (`lemo_hf.text_data.is_held_out`, share 0.05).
 `<|endoftext|>` is bos and eos at once and stands before each document; `<|pad|>` is distinct.
 
 ## Measured

@@ -2,8 +2,8 @@
 
     python -m lemo_hf.base_model.predictors
 
-Memory: `--documents` x layers x 2 MB (attention inputs in bfloat16 are recorded once and read in every pass), 2 GB by default.
-Time: about ten minutes on 2 cores. Writes `lemo_predictors.safetensors` and `lemo_config.json` beside the model, and the recall on
+Memory: `--documents` x layers x 2 MB (attention inputs in bfloat16 are recorded once and read in every pass), 4 GB by default.
+Time: about 15 minutes of one core. Writes `lemo_predictors.safetensors` and `lemo_config.json` beside the model, and the recall on
 text of other packages to `predictor_recall.json`.
 """
 
@@ -43,9 +43,9 @@ def record(backbone: Any, batch: dict[str, Any]) -> list[LayerScores]:
 def main(arguments_given: list[str] | None = None) -> None:
     """Records, fits, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=160, help="windows of 4096 tokens (default: %(default)s)")
-    parser.add_argument("--passes", type=int, default=24, help="passes over them (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="peak rate (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=320, help="windows of 4096 tokens (default: %(default)s)")
+    parser.add_argument("--passes", type=int, default=4, help="passes over them (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak rate (default: %(default)s)")
     args = parser.parse_args(arguments_given)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     lemo = LemoConfig()

@@ -313,10 +313,9 @@ def _by_stretch(trace: StepTrace, measure: Callable[[list[OperatorCost]], float]
 
 
 def _largest(needed: Callable[[int], int], limit: int, guesses: tuple[int, int], top: int) -> int:
-    """The largest whole number from 1 to `top` that needs at most `limit`; 0 if none does.
+    """The largest whole number from 1 to `top` that needs at most `limit`; 0 if none does. `needed` does not fall.
 
-    `needed` grows nearly evenly, so secants find it. The answer was tried; the next number was too, or is above the limit by the
-    slope between the two nearest ones tried.
+    It grows nearly evenly, so secants find it: the number found was tried, and so was the next.
     """
     tried = {number: needed(number) for number in guesses}
     while True:
@@ -327,7 +326,5 @@ def _largest(needed: Callable[[int], int], limit: int, guesses: tuple[int, int],
         first, second = sorted(tried, key=lambda number: abs(tried[number] - limit))[:2]
         slope = (tried[first] - tried[second]) / (first - second)
         guess = first + math.floor((limit - tried[first]) / slope) if slope > 0 else (low + high) // 2
-        if guess == low and low in (first, second):
-            return low
         guess = min(max(guess, low + 1), high - 1)
         tried[guess] = needed(guess)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import LemoError
@@ -63,6 +64,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# What config classes raise for values they cannot take.
+_BAD_VALUES = (ValueError, TypeError, KeyError, StrictDataclassError)
+
 
 def shape_config(name: str) -> PreTrainedConfig:
     """The config of a built-in shape.
@@ -105,7 +109,7 @@ def read_model_config(model: str | Path) -> PreTrainedConfig:
         return shape_config(str(model))
     try:
         config = AutoConfig.from_pretrained(str(model))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *_BAD_VALUES) as error:
         raise LemoError(
             f"no config found for the model; {str(model)!r} ({_short(error)}); give a config.json, a folder, a Hub id that can be "
             f"reached, or one of {', '.join(SHAPES)}"
@@ -146,7 +150,7 @@ def _from_values(values: dict[str, Any], name: str) -> PreTrainedConfig:
             raise LemoError(f"config lacks {field}; {name!r}; write the model's {field} into its config.json")
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError) as error:
+    except _BAD_VALUES as error:
         raise LemoError(f"config cannot be read; {name!r} ({_short(error)}); correct its config.json") from None
     return checked_config(config, name)
 

@@ -1,0 +1,345 @@
+"""What `lemo estimate` says, held against real steps, closed forms, and itself."""
+
+import json
+from dataclasses import replace
+
+import memory_estimate as benchmark
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig
+
+from lemo_hf import LemoConfig
+from lemo_hf.cli import main
+from lemo_hf.errors import LemoError
+from lemo_hf.profiling import memory_plot, memory_report
+from lemo_hf.profiling.cards import FULL, GIB, Card, Efficiency, find_card, read_bytes, seconds
+from lemo_hf.profiling.fake_model import fake_model
+from lemo_hf.profiling.flops import FlopCounter
+from lemo_hf.profiling.memory_estimate import LENGTH_STEP, Estimator, _largest
+from lemo_hf.profiling.memory_report import Outlook, document, estimate_methods, look_out, table
+from lemo_hf.profiling.model_shapes import SHAPES, read_model_config
+from lemo_hf.profiling.operator_cost import OperatorCost, flash_workspace
+from lemo_hf.profiling.step_model import StepSettings, build_model, forward_loss
+from lemo_hf.profiling.step_trace import record_step, trace_step
+
+KEPT_ROWS = LemoConfig(keep_ratio=0.5, checkpoint="kept_rows", segment_size=512)
+
+
+def small_config(family="llama"):
+    return AutoConfig.for_model(family, **benchmark.FAMILIES[family])
+
+
+def config_file(tmp_path, **changes):
+    values = {"model_type": "llama", **benchmark.FAMILIES["llama"], **changes}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    return path
+
+
+# Against real steps
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_estimate_is_the_peak_of_a_real_step(place):
+    settings = benchmark.compared_settings(512)[place]
+    found = benchmark.measure(small_config(), settings)
+    estimated = Estimator(small_config(), on_gpu=False).estimate(settings).total_bytes
+    assert estimated == pytest.approx(found["live_bytes"], rel=0.002)
+    assert estimated == pytest.approx(found["allocator_bytes"], rel=0.01)  # operators' own buffers among it
+
+
+@pytest.mark.parametrize(("family", "place"), [("mistral", 3), ("qwen3", 4), ("opt", 2)])
+def test_estimate_holds_for_every_family(family, place):
+    settings = benchmark.compared_settings(256)[place]
+    found = benchmark.measure(small_config(family), settings)
+    estimated = Estimator(small_config(family), on_gpu=False).estimate(settings).total_bytes
+    assert estimated == pytest.approx(found["live_bytes"], rel=0.005)
+
+
+def test_estimate_of_the_embedded_model():
+    settings = StepSettings(1024, lemo=KEPT_ROWS, batch_size=2, autocast=True, targets=("q_proj", "down_proj"), lora_r=4)
+    config = read_model_config(benchmark.EMBEDDED)
+    found = benchmark.measure(config, settings)
+    estimate = Estimator(benchmark.EMBEDDED, on_gpu=False).estimate(settings)
+    assert estimate.live_bytes == pytest.approx(found["live_bytes"], rel=0.005)
+    assert estimate.layers == 6
+
+
+def test_layers_of_different_kinds_are_laid_together():
+    lemo = LemoConfig(keep_ratio=[0.25, 0.75, 0.25, 0.5, 0.75], dense_layers=[-1], selection="ratio", segment_size=256)
+    settings = StepSettings(512, lemo=lemo, adapter_dtype="bfloat16")
+    model = build_model(small_config(), settings, list(range(5)))
+    real = record_step(model, torch.zeros(1, 512, dtype=torch.long), settings).peak_bytes
+    trace = trace_step(small_config(), settings, on_gpu=False)
+    assert trace.place_of_layer == [0, 1, 2, 3, 4]
+    assert len(set(trace_step(small_config(), replace(settings, lemo=KEPT_ROWS), False).place_of_layer)) == 2
+    estimate = Estimator(small_config(), on_gpu=False).estimate(settings)
+    assert estimate.live_bytes - estimate.parts["optimizer"] == pytest.approx(real, rel=0.002)
+
+
+# Against closed forms
+
+
+def test_parameters_and_optimizer_of_an_8b_model():
+    estimate = Estimator("Llama-3-8B").estimate(StepSettings(1024, adapter_dtype="bfloat16", method="stock"))
+    hidden, key_width, width, vocabulary, layers = 4096, 1024, 14336, 128256, 32
+    layer = 2 * hidden * hidden + 2 * hidden * key_width + 3 * hidden * width + 2 * hidden
+    weights = 2 * (layers * layer + 2 * vocabulary * hidden + hidden)
+    adapter = 2 * layers * 8 * (2 * (hidden + hidden) + 2 * (hidden + key_width))
+    assert estimate.parts["weights"] == pytest.approx(weights, abs=1024)  # rotary frequencies beside them
+    assert estimate.parts["adapter"] == adapter
+    assert estimate.parts["optimizer"] == 2 * adapter
+
+
+@pytest.mark.parametrize(
+    ("method", "lemo", "rows"),
+    [
+        ("stock", None, 18),
+        ("checkpointing", None, 1),
+        ("liger", None, 12.5),
+        ("lemo", LemoConfig(keep_ratio=0.5), 6.25),
+        ("lemo", LemoConfig(keep_ratio=0.25, attention_forward="sparse", selection="ratio"), 3.125),
+        ("lemo", LemoConfig(keep_ratio=0.5, checkpoint="kept_rows"), 1),
+        ("lemo", LemoConfig(keep_ratio=0.5, checkpoint="kept_rows", attention_forward="sparse"), 0.5),
+    ],
+)
+def test_a_layer_leaves_the_rows_that_the_formulae_say(method, lemo, rows):
+    settings = StepSettings(4096, method, lemo, adapter_dtype="bfloat16")
+    trace = trace_step(read_model_config("Llama-3-8B"), settings, on_gpu=True)
+    stretch = trace.stretches["forward", 1]
+    left = stretch.after.total() - stretch.before.total()
+    row = 4096 * 4096 * 2
+    # Log-sum-exp, adapters' r numbers, norms' statistics: at most 0.07 H.
+    assert rows <= left / row <= rows + 0.07
+
+
+def test_flops_are_those_that_the_flop_counter_counts():
+    settings = StepSettings(512, "checkpointing", adapter_dtype="bfloat16")
+    mode = FakeTensorMode()
+    model = fake_model(lambda: build_model(small_config(), settings, list(range(5))), mode)
+    with mode, FlopCounter(model) as counter:
+        forward_loss(model, torch.zeros(1, 512, dtype=torch.long), settings).backward()
+    estimate = Estimator(small_config()).estimate(settings)
+    assert sum(estimate.flops.values()) == counter.flops.total
+    assert set(estimate.flops) == {"layers forward", "head and loss", "layers backward"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        StepSettings(1, "liger+checkpointing", adapter_dtype="bfloat16"),
+        StepSettings(1, lemo=KEPT_ROWS),
+    ],
+    ids=lambda settings: settings.name,
+)
+def test_bytes_by_length_are_the_polynomial_at_a_length_that_was_held_out(settings):
+    estimator = Estimator(small_config())
+    needed = estimator.curve(settings, (1024, 1536, 2048))
+    traced = estimator.estimate(replace(settings, seq_len=4096)).total_bytes
+    assert needed(4096) == pytest.approx(traced, abs=64)  # slack is a whole number of bytes
+
+
+def test_cuda_backward_holds_float32_sums_and_expanded_keys():
+    def query(heads):
+        return torch.empty(2, heads, 200, 80, dtype=torch.bfloat16, device="meta")
+
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    sums = 2 * 4 * 256 * (96 + 1) * 4  # 200 rows in blocks of 128, heads of 80 in steps of 32
+    assert flash_workspace(operator, (query(4), query(4), query(4)), {}) == sums
+    assert flash_workspace(operator, (query(4), query(4), query(2)), {}) == sums + 2 * 2 * 4 * 200 * 80 * 2
+    assert flash_workspace(torch.ops.aten.mm.default, (query(4),), {}) == 0
+
+
+def test_time_is_the_slower_of_computing_and_moving():
+    card = Card("card", GIB, peak_flops=1e12, bandwidth=1e9)
+    half = Efficiency(products=0.5, attention=0.25, movement=0.5, source="test")
+    computing, moving = OperatorCost(10**12, 10, False), OperatorCost(10, 10**9, False)
+    assert seconds([computing, moving], card, FULL) == pytest.approx(2.0)
+    assert seconds([computing, moving], card, half) == pytest.approx(4.0)
+    assert seconds([computing._replace(attention=True)], card, half) == pytest.approx(4.0)
+
+
+# What fits
+
+
+@pytest.mark.parametrize("limit", [0, 5, 49, 50, 1000, 10**6])
+@pytest.mark.parametrize(
+    "needed", [lambda x: 5 * x, lambda x: x * x + 4, lambda x: 5 * (x // 7) + 5], ids=["line", "square", "steps"]
+)
+def test_search_finds_the_largest_that_fits(needed, limit):
+    expected = max((number for number in range(1, 101) if needed(number) <= limit), default=0)
+    assert _largest(needed, limit, (25, 75), 100) == expected
+
+
+def test_longest_sequence_fits_and_the_next_does_not():
+    estimator = Estimator(small_config(), memory=40 * 2**20, on_gpu=False)
+    settings = StepSettings(1024, lemo=LemoConfig(keep_ratio=0.3, checkpoint="kept_rows"))
+    longest = estimator.longest(settings)
+    assert longest % LENGTH_STEP == 0
+    needed = [estimator.estimate(replace(settings, seq_len=length)).total_bytes for length in (longest, longest + LENGTH_STEP)]
+    assert needed[0] <= 40 * 2**20 < needed[1]
+
+
+def test_no_length_fits_where_the_weights_do_not():
+    assert Estimator(small_config(), memory=2**20).longest(StepSettings(1024, "stock")) == 0
+
+
+def test_kept_share_fits_and_a_larger_one_does_not():
+    estimator = Estimator(small_config())
+    settings = StepSettings(2048, lemo=LemoConfig(segment_size=1024))
+    estimator.memory = estimator.estimate(settings).total_bytes  # what 0.5 needs, 16 of 32 blocks
+    share = estimator.kept_share(settings)
+    assert share == 0.5
+    more = replace(settings, lemo=replace(settings.lemo, keep_ratio=0.51))
+    assert estimator.estimate(more).fits is False
+    assert look_out(estimator, estimator.estimate(more)).advice.startswith("2048 tokens do not fit; LeMo keeps up to 0.5")
+
+
+def test_no_kept_share_that_fits_names_the_smallest_memory_that_would():
+    estimator = Estimator(small_config(), memory=5 * 2**20)
+    with pytest.raises(LemoError, match=r"no kept share fits 2048 tokens into 0.0 GiB; the smallest, 0.01, needs 0\.\d GiB; use"):
+        estimator.kept_share(StepSettings(2048))
+
+
+# What a person sees
+
+
+@pytest.fixture(scope="module")
+def card_estimator():
+    return Estimator(small_config(), card=find_card("h100 80gb"))
+
+
+def test_table_adds_up_and_says_what_is_assumed(card_estimator):
+    estimate = card_estimator.estimate(StepSettings(4096, lemo=KEPT_ROWS))
+    shown = table(estimate, Outlook(8192, 0.5, "enough"))
+    assert sum(estimate.parts.values()) == estimate.live_bytes
+    assert estimate.total_bytes == estimate.live_bytes + estimate.slack_bytes + estimate.context_bytes
+    for words in (
+        "assumed, not measured",
+        "CUDA context (assumed)",
+        "highest moment:",
+        "fits into 79.6 GiB of H100-80GB",
+        "advice:",
+    ):
+        assert words in shown
+    assert "note: 4096 tokens are more than the model's context of 2048" in shown
+
+
+def test_methods_stand_side_by_side_without_those_that_do_not_exist():
+    names = [one.settings.name for one in estimate_methods(Estimator(small_config("opt")), StepSettings(256))]
+    assert "Liger" not in names
+    assert names[:2] == ["stock LoRA", "stock + checkpointing"]
+    assert len(names) == 6
+
+
+def test_document_is_json_with_its_provenance(card_estimator):
+    estimate = card_estimator.estimate(StepSettings(1024, lemo=KEPT_ROWS))
+    read = json.loads(json.dumps(document(estimate, Outlook(8192, 0.5, "enough"), [estimate])))
+    assert {"commit", "versions", "machine", "assumptions", "estimate", "outlook"} <= read.keys()
+    assert read["estimate"]["total_bytes"] == estimate.total_bytes
+    assert read["estimate"]["settings"]["lemo"]["checkpoint"] == "kept_rows"
+
+
+def test_command_prints_writes_json_and_draws(tmp_path, capsys, monkeypatch):
+    def two_methods(settings):
+        return [replace(settings, method=method) for method in ("stock", "lemo")]
+
+    for module in (memory_report, memory_plot):
+        monkeypatch.setattr(module, "method_settings", two_methods)
+    files = [tmp_path / "out.json", tmp_path / "out.png"]
+    words = f"estimate --model {config_file(tmp_path)} --seq-len 1024 --gpu-memory 24GiB --method all --keep auto"
+    with pytest.raises(SystemExit) as done:
+        main([*words.split(), "--json", str(files[0]), "--plot", str(files[1])])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert "LeMo exact 1" in shown
+    assert "tokens fit with" in shown
+    assert [one["method"] for one in json.loads(files[0].read_text())["methods"]] == ["stock LoRA", "LeMo exact 1"]
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--gpu", "H10"], "no such card in the table; 'H10'; choose one of A100-40GB"),
+        (["--gpu-memory", "80 gigs"], "not an amount of memory; '80 gigs'; write it as 80GiB or 80GB"),
+        (["--gpu-memory", "1MiB", "--keep", "auto"], "no kept share fits 256 tokens into"),
+        (["--keep", "auto"], "nothing to fit into; neither a card nor an amount of memory is given; add --gpu or --gpu-memory"),
+        (["--keep", "most"], "not a kept share; 'most'; give a number in (0, 1], or auto"),
+        (["--keep", "1.5"], "keep_ratio is the share of blocks kept and must be in (0, 1]; got 1.5"),
+        (["--method", "magic"], "no such method; 'magic'; choose one of stock"),
+        (["--adapter-dtype", "int8"], "no such adapter_dtype; 'int8'; choose one of bfloat16"),
+        (["--targets", "q_proj,qkv"], "no linear layer of this name; 'qkv'; choose targets among down_proj"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(arguments, line, tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["estimate", "--model", str(config_file(tmp_path)), "--seq-len", "256", *arguments])
+    assert done.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lemo: " + line)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"hidden_size": None}, "config lacks hidden_size"),
+        ({"vocab_size": None}, "config lacks vocab_size"),
+        ({"model_type": None}, "config lacks model_type"),
+        ({"model_type": "gpt2"}, "no estimate for model type 'gpt2'"),
+        ({"num_hidden_layers": 0}, "config lacks num_hidden_layers"),
+        ({"rms_norm_eps": "small"}, "config cannot be read"),
+    ],
+)
+def test_bad_config_is_named(changes, line, tmp_path):
+    with pytest.raises(LemoError, match=line):
+        read_model_config(config_file(tmp_path, **changes))
+
+
+def test_model_that_cannot_be_found_is_named(tmp_path):
+    with pytest.raises(LemoError, match="no config found for the model; 'nobody/nothing'"):
+        read_model_config("nobody/nothing")
+    with pytest.raises(LemoError, match="folder holds no config"):
+        read_model_config(tmp_path)
+    with pytest.raises(LemoError, match="Liger has no functions for model type 'opt'"):
+        Estimator(small_config("opt")).estimate(StepSettings(256, "liger"))
+
+
+def test_words_for_cards_memory_and_shapes():
+    assert find_card("NVIDIA GeForce RTX 4090").name == "RTX-4090"
+    assert find_card("a100").name == "A100-80GB"
+    assert [read_bytes(text) for text in ("80GiB", "1.5 gb", "512MiB", "7")] == [80 * GIB, 15 * 10**8, 2**29, 7]
+    assert read_model_config("llama-3-8b").vocab_size == 128256
+    assert all(read_model_config(name).num_hidden_layers == values["num_hidden_layers"] for name, values in SHAPES.items())
+
+
+# The page
+
+
+def test_page_shows_the_committed_result():
+    page = benchmark.PAGE.read_text()
+    assert benchmark.updated(page, json.loads(benchmark.RESULT.read_text())) == page
+
+
+def test_committed_result_is_what_is_estimated_now():
+    rows = json.loads(benchmark.RESULT.read_text())["shapes"]
+    row = next(
+        row for row in rows if row["model"] == "Llama-3-8B" and row["method"] == "LeMo exact 0.5" and row["seq_len"] == 8192
+    )
+    estimate = Estimator("Llama-3-8B", card=find_card(benchmark.CARD)).estimate(StepSettings(8192, adapter_dtype="bfloat16"))
+    # A change of the models that moves memory by more makes the page stale: run benchmarks/memory_estimate.py again.
+    assert estimate.live_bytes == pytest.approx(row["live_bytes"], rel=0.02)
+    assert sum(estimate.flops.values()) == pytest.approx(row["flops"], rel=0.02)
+
+
+def test_gpu_peaks_are_compared_where_a_result_holds_them(tmp_path):
+    settings = {"seq_len": 256, "method": "lemo", "lemo": {"keep_ratio": 0.5}, "adapter_dtype": "bfloat16"}
+    rows = [{"model": "OPT-1.3B", "estimate_settings": settings, "peak_allocated_bytes": 3 * GIB}, {"model": "other"}]
+    (tmp_path / "gpu.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "other.json").write_text(json.dumps([1]))
+    (row,) = benchmark.compare_on_gpu(tmp_path)
+    assert row["source"] == "gpu.json"
+    assert 2.4 * GIB < row["estimated_bytes"] < 4 * GIB
+    assert "3072.00" in benchmark.comparison_table([row])

@@ -114,6 +114,15 @@ def test_a_hole_in_the_padding_mask_is_refused():
         find({"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 1, 1]])})
 
 
+@pytest.mark.parametrize("behind", [[2, 3], [3, 4]], ids=["tokens counted", "places counted"])
+def test_positions_that_count_on_across_a_hole_do_not_make_it_two_documents(behind):
+    rows = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 1, 1]])}
+    with pytest.raises(LemoConfigError, match="row 1"):
+        find(rows | {"position_ids": torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, *behind]])})
+    assert find(rows | {"position_ids": torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]])}).lengths == [5, 2, 2]
+    assert find(rows | {"seq_idx": torch.tensor([[0] * 5, [0, 0, 0, 1, 1]])}).lengths == [5, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("blocks", "ratio", "kept"),
     [

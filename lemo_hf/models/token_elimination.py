@@ -8,7 +8,7 @@ Nothing else knows how they were chosen.
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -147,19 +147,32 @@ def find_documents(
     real_before = real.view(-1).long().cumsum(0)
     counts = torch.diff(real_before[first_rows] - 1, append=real_before[-1:])
     starts, lengths = torch.stack((first_rows, counts)).tolist()
-    rows_of_starts = [start // seq_len for start in starts]
-    if position_ids is None and seq_idx is None and cu_seq_lens is None and len(set(rows_of_starts)) < len(starts):
-        # The stock model lets tokens behind the hole attend to those before it; two documents would not.
-        row = next(row for row, after in pairwise(rows_of_starts) if row == after)
-        raise LemoConfigError(
-            f"the attention mask may pad a row's ends only; got padding between the tokens of row {row}; "
-            "give position_ids that start anew at each document, or train with enabled=False"
-        )
+    if seq_idx is None and cu_seq_lens is None:
+        _refuse_holes(starts, lengths, seq_len, None if position_ids is None else position_ids.expand(batch_size, -1).flatten())
     real_rows = real.view(-1).nonzero().squeeze(1)
     places = real_rows - first_rows.repeat_interleave(counts)
     tokens = None if input_ids is None else input_ids.reshape(-1)[real_rows]
     keys = _document_keys(tokens, places, starts, lengths, device)
     return Documents(starts, lengths, keys, block_size, batch_size * seq_len, device)
+
+
+def _refuse_holes(starts: list[int], lengths: list[int], seq_len: int, positions: Tensor | None) -> None:
+    # Between documents of one row padding may lie, within one it may not: the stock model lets tokens behind a hole attend to
+    # those before it; as two documents they would not. Positions that count on say that it is one.
+    lasts = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
+    holes = [
+        (last, after)
+        for last, after in zip(lasts, starts[1:], strict=False)
+        if last // seq_len == after // seq_len and after > last + 1
+    ]
+    if holes and positions is not None:
+        before, behind = positions[torch.tensor(holes, device=positions.device).T]
+        holes = [hole for hole, counts_on in zip(holes, (behind > before).tolist(), strict=True) if counts_on]
+    if holes:
+        raise LemoConfigError(
+            f"the attention mask may pad a row's ends only; got padding between the tokens of row {holes[0][0] // seq_len}; "
+            "give position_ids that start anew at each document, or train with enabled=False"
+        )
 
 
 def _document_keys(tokens: Tensor | None, places: Tensor, starts: list[int], lengths: list[int], device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ there is no other way: no environment variable, no config field (which kernels r
 
 A kernel is tried on a few rows before its first use with a dtype and a size, forward and backward, outside of any graph that
 `torch.compile` traces. One that fails to compile is logged once, with the reason, and its reference runs instead; under
-`kernel_mode("kernels")` that is an error.
+`kernel_mode("kernels")` that is an error. A device that fails, or runs out of memory, is no reason for the reference: that is raised.
 """
 
 import logging
@@ -96,6 +96,8 @@ def _reason_against(name: str, device_type: str, dtype: torch.dtype, sizes: tupl
         return f"kernels take float32, float16 and bfloat16, not {dtype}"
     try:
         lemo_kernels.probe(name, torch.device(device_type), dtype, *sizes)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # says nothing of the kernel: memory is short for the moment, or the device has failed and no reference can run
     except Exception as failure:  # whatever the compiler or the driver raises: it is the reason
         return f"{type(failure).__name__}: {' '.join(str(failure).split())[:500]}"
     return None

@@ -92,6 +92,34 @@ def test_a_kernel_that_fails_to_compile_says_so_once_and_the_reference_runs(monk
         kernel("take_rows", random(2, 8), 8)
 
 
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_device_that_fails_is_no_reason_for_the_reference_and_is_asked_again(failure, monkeypatch, caplog):
+    answers = [failure("CUDA error: an illegal memory access was encountered"), None]
+
+    def uncertain(*args):
+        if answer := answers.pop(0):
+            raise answer
+
+    monkeypatch.setattr(token_movement, "probe", uncertain)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with pytest.raises(failure, match="illegal memory access"):
+        on_cuda()
+    assert on_cuda()
+    assert not caplog.messages
+
+
+def test_a_fault_of_the_device_is_waited_for(monkeypatch):
+    """A launch returns before its kernel has run."""
+
+    def late(device):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(token_movement, "probe", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", late)
+    with pytest.raises(torch.AcceleratorError, match="unspecified launch failure"):
+        on_cuda()
+
+
 @pytest.mark.parametrize(
     ("change", "dtype", "reason"),
     [

@@ -61,11 +61,12 @@ def probe(name: str, device: Any, dtype: Any, *sizes: int | str) -> None:
     Raises:
         Exception: Whatever the compiler or the driver raises if they cannot.
     """
-    from .host import real_and_differentiable, require_interpreter
+    from .host import real_and_differentiable, require_interpreter, wait_for
 
     require_interpreter(device)
     with real_and_differentiable():
         import_module(f".{_HOMES[name]}", __name__).probe(device, dtype, *sizes)
+    wait_for(device)  # a fault shows here, under the kernel's name, and not somewhere later
 
 
 def __dir__() -> list[str]:

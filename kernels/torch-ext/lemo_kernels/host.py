@@ -40,6 +40,12 @@ def launch_on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def wait_for(device: torch.device) -> None:
+    """Returns when the device has done all that it was given; raises what went wrong there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @contextmanager
 def real_and_differentiable() -> Iterator[None]:
     """Runs its block on real tensors under autograd, whatever traces, fakes or infers around it."""

@@ -88,8 +88,11 @@ def measure(name: str, setting: Setting, bandwidth: float) -> dict[str, Any]:
         return row
     runs = {"ours": case.ours, "naive": case.naive}
     if case.compiles:
+        # For these sizes alone: after the other settings it would be compiled for any size, then no more, and run as it is.
+        torch.compiler.reset()
         # Away from a GPU only that it can be compiled: code for the CPU would compare nothing.
-        runs["compiled"] = torch.compile(case.naive, backend="inductor" if setting.device.type == "cuda" else "eager")
+        backend = "inductor" if setting.device.type == "cuda" else "eager"
+        runs["compiled"] = torch.compile(case.naive, backend=backend, dynamic=False)
     runs |= case.others
     row["seconds"] = {label: seconds_of(run, setting.device) for label, run in runs.items()}
     median = row["seconds"]["ours"]["median"]

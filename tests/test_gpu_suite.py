@@ -52,6 +52,39 @@ def test_a_part_that_fails_is_kept_apart_and_tried_again(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sure.json", "uncertain.json"]
 
 
+def test_what_failed_or_was_killed_comes_last_the_next_time(tmp_path, monkeypatch):
+    order = []
+
+    def killed():
+        order.append("killed")
+        raise KeyboardInterrupt  # as good as a signal: nothing after the part is run
+
+    def part(name):
+        return Part(name, 5, lambda: order.append(name) or {})
+
+    monkeypatch.setattr(gpu_suite, "parts", lambda scale: iter([Part("killed", 5, killed), part("second"), part("third")]))
+    with pytest.raises(KeyboardInterrupt):
+        gpu_suite.main(["--tiny", "--out", str(tmp_path)])
+    assert "did not come to an end" in json.loads((tmp_path / "killed.failed.json").read_text())["failure"]
+    with pytest.raises(KeyboardInterrupt):
+        gpu_suite.main(["--tiny", "--out", str(tmp_path)])
+    assert order == ["killed", "second", "third", "killed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.failed.json", "second.json", "third.json"]
+
+
+def test_after_a_fault_of_the_device_the_other_parts_wait_for_a_process_that_works(tmp_path, monkeypatch):
+    def fault(*_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_suite, "parts", lambda scale: iter([Part("faulty", 5, fault), Part("sure", 5, dict)]))
+    with monkeypatch.context() as broken:
+        broken.setattr(gpu_suite, "clock", fault)
+        assert gpu_suite.main(["--tiny", "--out", str(tmp_path)]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["faulty.failed.json"]
+    assert gpu_suite.main(["--tiny", "--out", str(tmp_path)]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faulty.failed.json", "sure.json"]
+
+
 def test_parts_that_no_time_is_left_for_wait(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_suite, "parts", lambda scale: iter([Part("long", 600, dict), Part("short", 5, dict)]))
     assert gpu_suite.main(["--tiny", "--out", str(tmp_path)]) == 3

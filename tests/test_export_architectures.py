@@ -3,11 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from references.tiny_models import random_tokens
+from references.tiny_models import add_lora, random_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lemo_hf import LemoConfig
-from lemo_hf.hub.export import as_stock
+from lemo_hf.hub.export import as_stock, export_run
+from lemo_hf.hub.lemo_files import save_lemo_files
 from lemo_hf.registry import ARCHITECTURES, lemo_config_from
 
 TOKENS = random_tokens(100, 1)[None]
@@ -62,3 +63,34 @@ def test_peft_adapts_the_same_modules_as_in_the_stock_model(stock_type):
         for model in tiny(stock_type)
     ]
     assert adapted[0] == adapted[1] != set()
+
+
+@pytest.mark.parametrize("kind", ["merged", "remote-code"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"targets": ["q_proj", "embed_tokens"]},
+        {"targets": ["q_proj", "lm_head"]},
+        {"targets": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"targets": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"targets": ["q_proj"], "trainable_token_indices": [3, 4]},
+        {"targets": ["q_proj"]},
+    ],
+    ids=["embeddings", "head", "both, tied", "saved", "some tokens", "neither"],
+)
+def test_merging_changes_the_weights_that_the_adapter_changes_and_no_tied_ones(lora, kind, tmp_path):
+    stock, model = tiny("opt")
+    assert stock.config.tie_word_embeddings
+    stock.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    adapted = add_lora(model, **lora).eval()
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    wanted = adapted(TOKENS).logits
+    assert not torch.allclose(wanted, stock(TOKENS).logits, atol=1e-2)
+    adapted.save_pretrained(tmp_path / "run")
+    save_lemo_files(adapted, tmp_path / "run")
+    found = AutoModelForCausalLM.from_pretrained(export_run(tmp_path / "run", kind))
+    torch.testing.assert_close(found(TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)

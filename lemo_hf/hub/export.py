@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
@@ -209,10 +210,22 @@ def _merged_model(run: Path, saved: SavedAdapter | None, base: str | None, dtype
     kind = model.active_peft_config.peft_type.value
     if not hasattr(model, "merge_and_unload"):
         raise LemoError(f"an adapter of this kind cannot be merged; {kind}; export --to adapter")
+    _untie_adapted_ends(model.get_base_model())
     with one_line_errors("adapter cannot be merged", str(run)):
         merged = model.merge_and_unload(safe_merge=True)
     _make_saveable(merged.generation_config)
     return merged
+
+
+def _untie_adapted_ends(model: Any) -> None:
+    # An adapter on one end changes that end alone; added into a weight that both share it would change the other as well.
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    plain = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    if plain == list(ends) or plain[0].weight is not plain[1].weight:
+        return
+    logger.warning("input embeddings and head are saved apart: the adapter changes them, and the base model ties them")
+    plain[1].weight = torch.nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
 
 
 def _make_saveable(generation: Any) -> None:

@@ -6,16 +6,19 @@ from dataclasses import replace
 import memory_estimate as benchmark
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lemo_hf import LemoConfig
 from lemo_hf.cli import main
 from lemo_hf.errors import LemoError
+from lemo_hf.loading import without_peft_deprecation
 from lemo_hf.profiling import memory_plot, memory_report
 from lemo_hf.profiling.cards import FULL, GIB, Card, Efficiency, find_card, read_bytes, seconds
 from lemo_hf.profiling.fake_model import fake_model
 from lemo_hf.profiling.flops import FlopCounter
+from lemo_hf.profiling.live_bytes import LiveBytes
 from lemo_hf.profiling.memory_estimate import LENGTH_STEP, Estimator, _largest
 from lemo_hf.profiling.memory_report import Outlook, document, estimate_methods, look_out, table
 from lemo_hf.profiling.model_shapes import SHAPES, read_model_config
@@ -47,6 +50,28 @@ def test_estimate_is_the_peak_of_a_real_step(place):
     estimated = Estimator(small_config(), on_gpu=False).estimate(settings).total_bytes
     assert estimated == pytest.approx(found["live_bytes"], rel=0.002)
     assert estimated == pytest.approx(found["allocator_bytes"], rel=0.01)  # operators' own buffers among it
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_estimate_is_the_peak_of_a_plain_call_of_a_plain_model(checkpointing):
+    # Nothing of the tracing in it: the stock class, called as a training loop calls it.
+    with without_peft_deprecation():
+        adapted = get_peft_model(
+            AutoModelForCausalLM.from_config(small_config()),
+            LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+            autocast_adapter_dtype=False,
+        )
+    model = adapted.bfloat16().train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    ids = torch.randint(0, 256, (1, 512))
+    with LiveBytes(model) as live:
+        live.label([ids], "inputs")
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    estimate = Estimator(small_config(), on_gpu=False).estimate(
+        StepSettings(512, "checkpointing" if checkpointing else "stock", adapter_dtype="bfloat16")
+    )
+    assert estimate.live_bytes - estimate.parts["optimizer"] == pytest.approx(live.peak_bytes, rel=0.005)
 
 
 @pytest.mark.parametrize(("family", "place"), [("mistral", 3), ("qwen3", 4), ("opt", 2)])
@@ -185,7 +210,8 @@ def test_no_length_fits_where_the_weights_do_not():
     assert Estimator(small_config(), memory=2**20).longest(StepSettings(1024, "stock")) == 0
 
 
-def test_kept_share_fits_and_a_larger_one_does_not():
+def test_kept_share_fits_and_a_larger_one_does_not(monkeypatch):
+    monkeypatch.setattr(Estimator, "longest", lambda estimator, settings: 1792)
     estimator = Estimator(small_config())
     settings = StepSettings(2048, lemo=LemoConfig(segment_size=1024))
     estimator.memory = estimator.estimate(settings).total_bytes  # what 0.5 needs, 16 of 32 blocks
@@ -193,7 +219,9 @@ def test_kept_share_fits_and_a_larger_one_does_not():
     assert share == 0.5
     more = replace(settings, lemo=replace(settings.lemo, keep_ratio=0.51))
     assert estimator.estimate(more).fits is False
-    assert look_out(estimator, estimator.estimate(more)).advice.startswith("2048 tokens do not fit; LeMo keeps up to 0.5")
+    assert look_out(estimator, estimator.estimate(more)).advice == (
+        "2048 tokens do not fit; LeMo keeps up to 0.5 of the blocks in 0.6 GiB (exact, checkpoint none); LeMo exact 0.51 fits 1792 tokens"
+    )
 
 
 def test_no_kept_share_that_fits_names_the_smallest_memory_that_would():

@@ -165,7 +165,7 @@ class Estimator:
     def longest(self, settings: StepSettings) -> int:
         """The longest sequence that fits the memory, in tokens, a multiple of `LENGTH_STEP`; 0 if none does.
 
-        Found by [`curve`] from lengths up to the step's own; up to `TRIED_LENGTH` the answer is tried.
+        Found by [`curve`] from lengths up to the step's own; up to `TRIED_LENGTH` the answer and the next length are tried.
 
         Args:
             settings: The step.
@@ -174,15 +174,18 @@ class Estimator:
             LemoError: If no limit is given.
         """
         limit = self._limit()
-        known = min(max(settings.seq_len, 4096), TRIED_LENGTH) // (4 * LENGTH_STEP) * LENGTH_STEP
+        # From two segments of the loss on, the first of which is there while the second is computed, bytes grow evenly.
+        shortest = 2 * settings.lemo_config.segment_size if settings.lemo_config is not None else 4 * LENGTH_STEP
+        known = max(min(settings.seq_len, TRIED_LENGTH) // 4, shortest) // LENGTH_STEP * LENGTH_STEP
         needed = self.curve(settings, (known, 2 * known, 4 * known))
-        # A polynomial of degree 2 or less that does not fall: halving finds where it passes the limit.
-        steps = bisect_right(range(LENGTH_LIMIT // LENGTH_STEP), limit, key=lambda step: int(needed((step + 1) * LENGTH_STEP)))
-        longest = steps * LENGTH_STEP
-        # The polynomial knows whole kept blocks only; a length between keeps one more.
-        while 0 < longest <= TRIED_LENGTH and self.estimate(replace(settings, seq_len=longest)).total_bytes > limit:
-            longest -= LENGTH_STEP
-        return longest
+        # It does not fall, so halving finds where it passes the limit.
+        top = LENGTH_LIMIT // LENGTH_STEP
+        steps = bisect_right(range(1, top + 1), limit, key=lambda step: int(needed(step * LENGTH_STEP)))
+        if steps * LENGTH_STEP > TRIED_LENGTH:
+            return steps * LENGTH_STEP
+        # The polynomial knows whole kept blocks only, and no length below its first: so the last steps are tried.
+        guess = max(1, steps)
+        return LENGTH_STEP * _largest(lambda step: self._needed(settings, step * LENGTH_STEP), limit, (guess, guess + 1), top)
 
     def kept_share(self, settings: StepSettings) -> float:
         """The largest kept share, in hundredths, with which the step fits; every layer that is not dense gets it.
@@ -234,6 +237,9 @@ class Estimator:
 
         return at
 
+    def _needed(self, settings: StepSettings, seq_len: int) -> int:
+        return self.estimate(replace(settings, seq_len=seq_len)).total_bytes
+
     def _keeping(self, settings: StepSettings, share: float) -> StepSettings:
         return replace(settings, lemo=replace(settings.lemo or LemoConfig(), keep_ratio=share))
 
@@ -258,13 +264,6 @@ class Estimator:
         if settings.method.startswith("liger"):
             notes.append("Liger is computed from what its functions allocate and save, not run")
         return notes
-
-
-def estimate(
-    model: str | Path | PreTrainedConfig, settings: StepSettings, card: Card | None = None, memory: int | None = None
-) -> Estimate:
-    """What a training step on a GPU needs; for several of one model make an [`Estimator`]. Arguments as there."""
-    return Estimator(model, card, memory).estimate(settings)
 
 
 def _slack(parts: Mapping[str, int], on_gpu: bool) -> int:

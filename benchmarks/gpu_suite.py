@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def run_tests(scale: Scale) -> dict[str, Any]:
     # What is compiled for a GPU that is not there says nothing here, and takes minutes.
     without = [f"--ignore=tests/kernels/{name}.py" for name in ("test_compilation", "test_compiles_for_gpu")]
     chosen = ["tests/kernels/test_loss_kernel.py", "-k", "bits"] if scale.tiny else ["tests/kernels", "-m", "", *without]
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-rf", *chosen]
+    # Most of the time goes into compiling kernels, on one core each.
+    side_by_side = [] if scale.tiny or find_spec("xdist") is None else ["-n", "8"]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-rf", *side_by_side, *chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     require(done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:])
     return {"summary": done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""}
@@ -92,11 +95,7 @@ def arms(tokens: int, tiny: bool) -> dict[str, StepSettings]:
 
 def has_liger() -> bool:
     """Whether Liger's kernels are installed."""
-    try:
-        import liger_kernel  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return find_spec("liger_kernel") is not None
 
 
 def headline_model(settings: StepSettings, scale: Scale) -> nn.Module:

@@ -221,7 +221,7 @@ def test_flash_serves_16_bit_rows_without_a_window_and_triton_the_rest(monkeypat
     with FakeTensorMode():
         query = torch.empty(20, 4, 128, dtype=torch.bfloat16, device="cuda")
         places = torch.empty(20, dtype=torch.int64, device="cuda")
-        chosen = document_attention._backend
+        chosen = document_attention.fastest_backend
         assert chosen(query, [20], None, None) == "flash"
         assert chosen(query, [20], 20, None) == "flash", "a window as long as the longest document hides nothing"
         assert chosen(query, [20], 19, None) == "triton"

@@ -75,6 +75,15 @@ def _flash_backward(
     )  # fmt: skip
 
 
+def fastest_backend(query: Tensor, lengths: list[int], window: int | None, positions: Tensor | None) -> str:
+    """Which of the two backends serves rows like these best. Asked within the operators, where torch.compile does not trace."""
+    if query.device.type != "cuda" or query.dtype == torch.float32 or query.shape[2] % 8:
+        return "triton"
+    moot = window is None or (positions is None and window >= max(lengths, default=0))
+    # Flash operators are built for compute capability 8.0 and later.
+    return "flash" if moot and torch.cuda.get_device_capability(query.device) >= (8, 0) else "triton"
+
+
 @operator("attend")
 def attend_operator(
     query: Tensor,
@@ -84,12 +93,12 @@ def attend_operator(
     scale: float,
     window: int | None,
     positions: Tensor | None,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; arguments as in `attend`."""
     query, key, value = (unit_stride(tensor) for tensor in (query, key, value))
     num_rows, heads, _ = query.shape
-    if num_rows and backend == "flash":
+    if num_rows and (backend or fastest_backend(query, lengths, window, positions)) == "flash":
         output, lse = _flash_forward(query, key, value, lengths, scale)
         return output, lse.contiguous()
     if not num_rows:
@@ -115,13 +124,13 @@ def attend_backward_operator(
     scale: float,
     window: int | None,
     positions: Tensor | None,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; arguments as in `with_kept_row_gradient`."""
     query, key, value = (unit_stride(tensor) for tensor in (query, key, value))
     grad, output, lse = grad.contiguous(), output.contiguous(), lse.contiguous()
     num_rows = query.shape[0]
-    if num_rows and backend == "flash":
+    if num_rows and (backend or fastest_backend(query, lengths, window, positions)) == "flash":
         return _flash_backward(grad, query, key, value, output, lse, lengths, scale)
     if not num_rows:
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
@@ -168,14 +177,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window
         require(fits, f"positions must be {rows} whole numbers, one a row", got, "pass the original positions of these rows")
 
 
-def _backend(query: Tensor, lengths: list[int], window: int | None, positions: Tensor | None) -> str:
-    if query.device.type != "cuda" or query.dtype == torch.float32 or query.shape[2] % 8:
-        return "triton"
-    moot = window is None or (positions is None and window >= max(lengths, default=0))
-    # Flash operators are built for compute capability 8.0 and later.
-    return "flash" if moot and torch.cuda.get_device_capability(query.device) >= (8, 0) else "triton"
-
-
 @torch.no_grad()
 def attend(
     query: Tensor,
@@ -205,7 +206,6 @@ def attend(
         KernelInputError: For shapes, dtypes, devices, lengths or windows that do not fit.
     """
     _check(query, key, value, lengths, window, positions)
-    backend = backend or _backend(query, lengths, window, positions)
     return attend_operator(query, key, value, lengths, scale, window, positions, backend)
 
 
@@ -256,12 +256,12 @@ def with_kept_row_gradient(
         KernelInputError: As in `attend`.
     """
     _check(query, key, value, lengths, window, positions)
-    backend = backend or _backend(query, lengths, window, positions)
     return _KeptRowGradient.apply(query, key, value, output, lse, positions, lengths, scale, window, backend)
 
 
 def probe(device: torch.device, dtype: torch.dtype, head_dim: int, visible: str) -> None:
     """Attends with heads of this size, and back; `visible` is "window" or "all"."""
-    query, key, value = (torch.zeros(2, 1, head_dim, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+    # Grouped: triton would compile a loop over one head away, and with it what the loop needs.
+    query, key, value = (torch.zeros(2, heads, head_dim, dtype=dtype, device=device, requires_grad=True) for heads in (4, 2, 2))
     settings = ([2], 1.0, *((1, torch.arange(2, device=device)) if visible == "window" else ()))
     with_kept_row_gradient(query, key, value, *attend(query, key, value, *settings), *settings).sum().backward()

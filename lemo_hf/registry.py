@@ -111,6 +111,8 @@ def read_config(location: str, **kwargs: Any) -> tuple[PreTrainedConfig, dict[st
     try:
         # First as it is: upstream's own error for a type that it does not know advises to run the repository's code.
         values, _ = PreTrainedConfig.get_config_dict(location, **where)
+        if not values:
+            raise LemoError(f"no model is there; {location!r} has no config.json; name the folder or Hub id of a model")
         _classes_for(values.get("model_type"), values.get("attn_logit_softcapping"))
         config, rest = AutoConfig.from_pretrained(location, return_unused_kwargs=True, trust_remote_code=False, **kwargs)
     except (LemoError, LemoConfigError, OSError):
@@ -136,7 +138,8 @@ class AutoLemoModelForCausalLM:
             lemo: How to eliminate tokens; the checkpoint's own block, or the defaults, if not given. A LeMo model or adapter keeps
                 its predictors' sizes whatever is given here, and its thresholds where none are given.
             **kwargs: As for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, ...). Config fields
-                such as `rope_parameters` are taken too. `trust_remote_code` has no effect: only code of this package runs. For an adapter also `is_trainable` (default `False`), as for `PeftModel`.
+                such as `rope_parameters` are taken too. For an adapter also `is_trainable` (default `False`), as for `PeftModel`.
+                `trust_remote_code` has no effect: only code of this package runs.
 
         Returns:
             The model, in evaluation mode; a `PeftModel` for an adapter. Its evaluation and generation are the stock model's, bit

@@ -99,7 +99,7 @@ def require_adapter_rank(weights: Path, config: Any) -> None:
     pattern = getattr(config, "rank_pattern", None)
     claimed = [getattr(config, "r", 0), *(pattern.values() if isinstance(pattern, dict) else [])]
     for rank in claimed:
-        if not isinstance(rank, int) or rank > largest:
+        if rank is not None and (not isinstance(rank, int) or rank > largest):
             raise LemoError(
                 f"adapter's rank is {shown(rank)}, its weights have no dimension above {largest}; {str(weights)!r}; copy it from its run"
             )

@@ -217,6 +217,11 @@ def test_loaded_predictors_of_a_layer_survive_when_others_are_missing(tmp_path):
     assert not distances.any()
 
 
+def test_a_folder_without_config_is_said_to_be_one(tmp_path):
+    with pytest.raises(LemoError, match=r"no model is there; .* has no config.json; name the folder or Hub id of a model"):
+        AutoLemoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path):
     GPT2Config(n_layer=1).save_pretrained(tmp_path)
     with pytest.raises(

@@ -73,7 +73,9 @@ def run_tests(scale: Scale) -> dict[str, Any]:
     chosen = ["tests/kernels/test_loss_kernel.py", "-k", "bits"] if scale.tiny else ["tests/kernels", "-m", "", *without]
     # Most of the time goes into compiling kernels, on one core each.
     side_by_side = [] if scale.tiny or find_spec("xdist") is None else ["-n", "8"]
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-rf", *side_by_side, *chosen]
+    # Deprecations are for `make test` to find, with the versions that it has.
+    warnings = [f"-Wignore::{kind}" for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")]
+    command = [sys.executable, "-m", "pytest", "--no-header", "-rf", *warnings, *side_by_side, *chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     require(done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:])
     return {"summary": done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""}

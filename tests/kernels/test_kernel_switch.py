@@ -2,6 +2,7 @@ import importlib.util
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import lemo_kernels
 import pytest
@@ -9,6 +10,7 @@ import torch
 import triton
 from lemo_kernels import pattern_predictor, token_movement
 from references.kernel_inputs import DEVICE, random, split_rows
+from torch.library import CustomOpDef
 
 from lemo_hf.models import kernel_switch
 from lemo_hf.models.kernel_switch import kernel, kernel_mode
@@ -187,6 +189,20 @@ def test_the_switch_and_the_kernels_stay_within_one_compiled_graph(backend):
     with kernel_mode("reference"):
         assert compiled(stream) is stream, "another mode must compile anew"
     torch._dynamo.reset()
+
+
+def test_operators_that_copy_host_numbers_stay_out_of_cuda_graphs():
+    """A graph would read the numbers' pinned memory again after it has been given to somebody else."""
+    folder = Path(lemo_kernels.__file__).parent
+    reading = set()
+    for path in folder.glob("*.py"):
+        module = importlib.import_module(f"lemo_kernels.{path.stem}") if path.stem != "__init__" else lemo_kernels
+        if path.stem != "host" and "on_device(" in path.read_text():
+            operators = [value._opoverload for value in vars(module).values() if isinstance(value, CustomOpDef)]
+            assert operators
+            assert all(torch.Tag.cudagraph_unsafe in found.tags for found in operators), path.stem
+            reading.add(path.stem)
+    assert reading == {"document_attention", "token_informativeness"}
 
 
 def test_probes_heed_what_a_kernel_cannot_take():

@@ -84,7 +84,7 @@ def fastest_backend(query: Tensor, lengths: list[int], window: int | None, posit
     return "flash" if moot and torch.cuda.get_device_capability(query.device) >= (8, 0) else "triton"
 
 
-@operator("attend")
+@operator("attend", reads_host=True)
 def attend_operator(
     query: Tensor,
     key: Tensor,
@@ -112,7 +112,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     return query.new_empty(query.shape), query.new_empty(*query.shape[:2], 1, dtype=torch.float32)
 
 
-@operator("attend_backward")
+@operator("attend_backward", reads_host=True)
 def attend_backward_operator(
     grad: Tensor,
     query: Tensor,

@@ -30,9 +30,14 @@ class KernelInputError(ValueError):
     """Arguments that a kernel cannot take: one line with the fact, the value and the fix."""
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a host function as a custom operator: opaque to torch.compile, callable on fake tensors once it has a fake."""
-    return torch.library.custom_op(add_op_namespace_prefix(name), mutates_args=())
+def operator(name: str, reads_host: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a host function as a custom operator: opaque to torch.compile, callable on fake tensors once it has a fake.
+
+    One that copies host numbers with `on_device` says so by `reads_host`: a CUDA graph would copy them again at each replay from
+    memory that is no longer theirs, so `torch.compile(mode="reduce-overhead")` runs it outside of its graphs.
+    """
+    tags = (torch.Tag.cudagraph_unsafe,) if reads_host else ()
+    return torch.library.custom_op(add_op_namespace_prefix(name), mutates_args=(), tags=tags)
 
 
 def launch_on(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -113,7 +113,7 @@ def _tile_table(lengths: tuple[int, ...], block_size: int, chunks: int, slots: i
     return torch.tensor(rows, dtype=torch.int64).view(-1, 4), widest
 
 
-@operator("block_scores")
+@operator("block_scores", reads_host=True)
 def block_scores_operator(
     query: Tensor, key: Tensor, lengths: list[int], block_size: int, scale: float, window: int | None
 ) -> Tensor:
@@ -148,7 +148,7 @@ def _(query: Tensor, key: Tensor, lengths: list[int], block_size: int, *_: Any) 
     return query.new_empty(sum(blocks**2 for blocks in _block_counts(lengths, block_size)), dtype=torch.float32)
 
 
-@operator("block_informativeness")
+@operator("block_informativeness", reads_host=True)
 def block_informativeness_operator(scores: Tensor, counts: list[int]) -> Tensor:
     """I of all documents' blocks from S as `block_scores_operator` lays it out; `counts` are the documents' blocks."""
     result = torch.empty(sum(counts), dtype=torch.float32, device=scores.device)

@@ -7,7 +7,7 @@ Every part is one JSON file in `--out` and is skipped when that file is there; a
 and while the device answers: a kernel's fault ends its process, so the rest waits for the next call. Exit code 0: all there and
 right; 1: a part failed; 3: parts are left to do. Parts, in order, by the beginning of their names for `--part`:
 
-    tests                 the kernels' own tests on this device, bfloat16 included
+    tests_*               the kernels' own tests on this device, bfloat16 included
     attention_*           flash operators and Triton kernels against dense float32 attention at real sizes, windows, offsets
                           beyond 2^31 elements, the same bits twice
     training_<type>       every architecture in bfloat16, both forms, both checkpointings, packed: first loss and gradients
@@ -66,19 +66,12 @@ class Part:
     run: Callable[[], dict[str, Any]]
 
 
-def run_tests(scale: Scale) -> dict[str, Any]:
-    """Pytest in a process of its own."""
-    # What is compiled for a GPU that is not there says nothing here, and takes minutes.
-    without = [f"--ignore=tests/kernels/{name}.py" for name in ("test_compilation", "test_compiles_for_gpu")]
-    chosen = ["tests/kernels/test_loss_kernel.py", "-k", "bits"] if scale.tiny else ["tests/kernels", "-m", "", *without]
-    # Most of the time goes into compiling kernels, on one core each.
-    side_by_side = [] if scale.tiny or find_spec("xdist") is None else ["-n", "8"]
-    # Deprecations are for `make test` to find, with the versions that it has.
-    warnings = [f"-Wignore::{kind}" for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")]
-    command = [sys.executable, "-m", "pytest", "--no-header", "-rf", *warnings, *side_by_side, *chosen]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+def run_tests(path: Path, tiny: bool) -> dict[str, Any]:
+    """One file's tests, the slow ones too, by pytest in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-rf", "-m", "", str(path), *(("-k", "bits") if tiny else ())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     require(done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:])
-    return {"summary": done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""}
+    return {"summary": done.stdout.strip().splitlines()[-1]}
 
 
 def arms(tokens: int, tiny: bool) -> dict[str, StepSettings]:
@@ -209,7 +202,9 @@ def run_times(scale: Scale, name: str) -> dict[str, Any]:
 
 def parts(scale: Scale) -> Iterator[Part]:
     """All parts in order; the seconds are bounds for an H200, compilation included."""
-    yield Part("tests", 420, partial(run_tests, scale))
+    for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")):
+        if not scale.tiny or path.stem == "test_loss_kernel":
+            yield Part(path.stem.replace("test_", "tests_", 1), 240, partial(run_tests, path, scale.tiny))
     for head_dim in (16,) if scale.tiny else (64, 128, 256):
         yield Part(f"attention_{head_dim}", 150, partial(run_attention, scale, head_dim))
     yield Part("attention_offsets", 60, partial(attention_offsets, scale))
@@ -220,7 +215,7 @@ def parts(scale: Scale) -> Iterator[Part]:
         for name, settings in [*chosen.items()][1::3] if scale.tiny else chosen.items():
             yield Part(f"headline_{tokens}_{name}", seconds, partial(run_headline, scale, settings, steps))
     for name in ("scatter_add",) if scale.tiny else CASES:
-        yield Part(f"times_{name}", 100, partial(run_times, scale, name))
+        yield Part(f"times_{name}", 170, partial(run_times, scale, name))
 
 
 def answers(scale: Scale) -> bool:

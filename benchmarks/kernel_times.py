@@ -90,7 +90,9 @@ def measure(name: str, setting: Setting, bandwidth: float) -> dict[str, Any]:
     if case.compiles:
         # For these sizes alone: after the other settings it would be compiled for any size, then no more, and run as it is.
         torch.compiler.reset()
-        # Away from a GPU only that it can be compiled: code for the CPU would compare nothing.
+        # Anew at each size, or it would give up after eight. Away from a GPU only that it can be compiled: code for the CPU
+        # would compare nothing.
+        torch._dynamo.reset()
         backend = "inductor" if setting.device.type == "cuda" else "eager"
         runs["compiled"] = torch.compile(case.naive, backend=backend, dynamic=False)
     runs |= case.others

@@ -57,7 +57,8 @@ def check_versions(requirements: Iterable[str]) -> None:
             installed = Version(metadata.version(requirement.name))
         except (metadata.PackageNotFoundError, InvalidVersion):
             continue
-        if requirement.specifier.contains(installed, prereleases=True):
+        # Vendors' containers carry builds such as 2.11.0a0+nv25.11, which are as good as the release.
+        if requirement.specifier.contains(installed.base_version):
             continue
         # Lower bound first, whatever order the file or the metadata has.
         bounds = sorted(requirement.specifier, key=lambda bound: Version(bound.version))

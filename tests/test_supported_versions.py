@@ -39,6 +39,7 @@ def seems_installed(monkeypatch):
         {"transformers": "5.17.0"},
         {"transformers": "5.23.9"},
         {"torch": "2.11.0"},
+        {"torch": "2.11.0a0+nv25.11"},
         {"torch": "2.12.0.dev20260101+cu130"},
         {"peft": "0.99"},
         {"torch": "not a version"},

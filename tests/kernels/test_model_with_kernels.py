@@ -191,14 +191,14 @@ def test_a_layer_with_kernels_compiles_without_a_graph_break():
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["sparse", "exact"])
 def test_fifty_steps_with_kernels_and_with_the_reference_end_alike(form):
-    batches = [documents("right", (40, 23, 31)) for _ in range(2)]
+    batches = [documents("right", (33, 17)) for _ in range(2)]
     for seed, batch in enumerate(batches):
         batch["input_ids"] = (batch["input_ids"] + seed) % 90
     runs = []
     for mode in ("kernels", "reference"):
         # sampled: other blocks at each step, the same ones in both runs
         model = tiny(attention_forward=form, layers=2).to(DEVICE if mode == "kernels" else "cpu")
-        optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+        optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=3e-3)
         losses = []
         with kernel_mode(mode):
             for step in range(50):
@@ -208,10 +208,10 @@ def test_fifty_steps_with_kernels_and_with_the_reference_end_alike(form):
         runs.append((torch.stack(losses), [weight.detach().cpu() for weight in model.parameters() if weight.requires_grad]))
     (losses, weights), (wanted_losses, wanted_weights) = runs
     assert wanted_losses[-2:].mean() < 0.8 * wanted_losses[:2].mean(), "it must learn"
-    torch.testing.assert_close(losses, wanted_losses, rtol=1e-3, atol=1e-4)
-    assert (losses - wanted_losses).mean().abs() < 1e-4, "no drift to one side"
+    torch.testing.assert_close(losses, wanted_losses, rtol=1e-4, atol=0)
+    assert (losses - wanted_losses).mean().abs() < 1e-5, "no drift to one side"
     for got, wanted in zip(weights, wanted_weights, strict=True):
-        assert error_ratio(got, wanted) < 5e-3
+        assert error_ratio(got, wanted) < 1e-3
 
 
 def test_adapters_in_16_bits_on_16_bit_weights():

@@ -10,12 +10,12 @@ Windows of 4096 tokens of packages that neither base nor predictors have seen, k
 - `partners_<n>`: exact scores against n of the document's blocks, drawn at random, combined with `positions`: a quadratic method
   at n / 64 of the cost.
 - `strangers`: exact queries and keys, no low rank, no training, but the partners are blocks of other documents at the same
-  distances, combined with `positions`. The ceiling of every predictor that reads a block by itself, whatever its size, up to what a
-  better average of strangers would add (`strangers_half` has half as many).
+  distances, combined with `positions`: about what any predictor can reach, whatever its size, that reads a block by itself and does
+  not know the blocks it will meet. `strangers_half` has half as many strangers: what more of them would still add.
 - `strangers_for_queries`, `strangers_for_keys`: the same with one half of I exact.
 - `predictors`: the shipped ones, if they fit the model.
 
-Linear combinations are fitted on the other windows. Memory 2 GB; about ten minutes on one core.
+Linear combinations are fitted on the other windows. Memory 2 GB; a few minutes of one core.
 """
 
 import argparse

@@ -187,9 +187,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_transport(error: BaseException) -> bool:
-    # A thread that finds the Hub gone closes the client, so another one's upload ends in a plain RuntimeError.
+    # A thread that finds the Hub gone closes the client, so another one's upload ends in an error about that: closed, or no more.
+    gone = ("client has been closed", "'NoneType' object has no attribute 'request'")
     return any(
-        isinstance(each, _TRANSPORT_ERROR | ConnectionError | TimeoutError) or "client has been closed" in str(each)
+        isinstance(each, _TRANSPORT_ERROR | ConnectionError | TimeoutError) or any(words in str(each) for words in gone)
         for each in _chain(error)
     )
 

@@ -34,7 +34,8 @@ for turn in (1, 2):
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
     assert all(0 < share < 1 for share in model.model.lemo_kept_shares), model.model.lemo_kept_shares
-    save_file({"logits": logits, "loss": loss.detach()}, f"{files}/result_{turn}.safetensors")
+    grads = {"grad." + name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    save_file({"logits": logits, "loss": loss.detach(), **grads}, f"{files}/result_{turn}.safetensors")
     source = f"{files}/saved_{turn}"
     model.save_pretrained(source)
 """
@@ -50,7 +51,7 @@ def run_remote(source: str | Path, folder: Path, tokens: torch.Tensor, **environ
         **environment: Variables of the process.
 
     Returns:
-        Logits and loss of both.
+        Logits, loss and, as "grad.<name>", gradients of both.
     """
     folder.mkdir(exist_ok=True)
     save_file({"tokens": tokens}, folder / "tokens.safetensors")

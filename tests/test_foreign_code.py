@@ -1,9 +1,6 @@
 """What other packages do to a LeMo model: patch its modules, or call its parts themselves."""
 
 import functools
-import os
-import subprocess
-import sys
 import types
 
 import pytest
@@ -18,7 +15,7 @@ from references.tiny_models import (
     random_tokens,
     stock_model,
 )
-from safetensors.torch import load_file, save_file
+from remote_process import run_remote
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -93,52 +90,13 @@ def test_a_trainer_that_calls_the_backbone_itself_trains_sparsely_too(form, layo
     assert_same_gradients(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-REMOTE_PROGRAM = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "lemo_hf":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Refuse())
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-folder, files = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__name__ == "LemoLlamaForCausalLM" and type(model).__module__.startswith("transformers_modules"), type(model)
-tokens = load_file(files + "/tokens.safetensors")["tokens"]
-with torch.no_grad():
-    logits = model.eval()(tokens).logits
-model.train()
-assert model.config.lemo.keep_ratio == 0.4
-loss = model(input_ids=tokens, labels=tokens).loss
-loss.backward()
-assert max(model.model.lemo_kept_shares) < 0.6, model.model.lemo_kept_shares
-grads = {"grad." + name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-save_file({"logits": logits, "loss": loss.detach(), **grads}, files + "/result.safetensors")
-"""
-
-
 def test_a_saved_model_runs_and_trains_as_remote_code_without_this_package(tmp_path):
     stock = stock_model()
     model = lemo_model(stock, selection="ratio", keep_ratio=0.4)
-    folder = tmp_path / "model"
-    model.save_pretrained(folder)
-    save_file({"tokens": TOKENS}, tmp_path / "tokens.safetensors")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, "-c", REMOTE_PROGRAM, str(folder), str(tmp_path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    found = load_file(tmp_path / "result.safetensors")
-    assert torch.equal(found.pop("logits"), stock(TOKENS).logits)
+    model.save_pretrained(tmp_path / "model")
     loss, wanted = loss_and_gradients(model, BATCH)
-    assert torch.equal(found.pop("loss"), loss)
-    assert_same_gradients({name.removeprefix("grad."): grad for name, grad in found.items()}, wanted, rtol=1e-5, atol=1e-7)
+    logits = stock(TOKENS).logits
+    for found in run_remote(tmp_path / "model", tmp_path / "remote", TOKENS):
+        assert torch.equal(found.pop("logits"), logits)
+        assert torch.equal(found.pop("loss"), loss)
+        assert_same_gradients({name.removeprefix("grad."): grad for name, grad in found.items()}, wanted, rtol=1e-5, atol=1e-7)

@@ -6,7 +6,7 @@ import torch
 from lemo_kernels import document_attention
 from lemo_kernels.document_attention import attend, attend_backward_operator, attend_operator, with_kept_row_gradient
 from lemo_kernels.host import KernelInputError
-from references.kernel_inputs import ALLOWED, DEVICE, DTYPES, error_ratio, random, strided
+from references.kernel_inputs import ALLOWED, DEVICE, DTYPES, error_ratio, far_rows, random, strided
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -147,6 +147,22 @@ def test_inputs_that_are_not_contiguous_are_read_as_they_are():
         upstream_too = upstream.permute(2, 1, 0).contiguous().permute(2, 1, 0)
         again = attend_backward_operator(upstream_too, *inputs, *wanted, [70], SCALE, 11, None, "triton")
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, grads, strict=True))
+
+
+@pytest.mark.parametrize("far", ["rows", "heads"])
+def test_offsets_beyond_32_bits(far):
+    """Rows, or heads, whose offsets do not fit 32 bits although their numbers and strides do."""
+    parts = far_rows(48, 3)
+    inputs = [part.unflatten(1, (3, 16)) if far == "rows" else part.unflatten(1, (3, 16)).transpose(0, 1) for part in parts]
+    near = [part.contiguous() for part in inputs]
+    count = inputs[0].shape[0]
+    output, lse = attend(*near, [count], SCALE, backend="triton")
+    again = attend(*inputs, [count], SCALE, backend="triton")
+    grads = [
+        attend_backward_operator(output, *which, output, lse, [count], SCALE, None, None, "triton") for which in (near, inputs)
+    ]
+    pairs = [*zip((output, lse), again, strict=True), *zip(*grads, strict=True)]
+    assert all(torch.equal(wanted, got) for wanted, got in pairs)
 
 
 def test_the_same_bits_twice():

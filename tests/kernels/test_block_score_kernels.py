@@ -9,7 +9,7 @@ from lemo_kernels.token_informativeness import (
     block_scores_operator,
     informativeness_by_document,
 )
-from references.kernel_inputs import DEVICE, DTYPES, error_ratio, random, strided
+from references.kernel_inputs import DEVICE, DTYPES, error_ratio, far_rows, random, strided
 
 from lemo_hf.models import token_informativeness as reference
 from lemo_hf.models.kernel_switch import kernel_mode
@@ -95,6 +95,13 @@ def test_inputs_that_are_not_contiguous_are_read_as_they_are():
     dims_first = [part.permute(2, 1, 0).contiguous().permute(2, 1, 0) for part in (query, key)]
     assert torch.equal(block_scores(*apart, 16, SCALE), wanted)
     assert torch.equal(block_scores(*dims_first, 16, SCALE), wanted)
+
+
+@pytest.mark.parametrize("far", ["rows", "heads"])
+def test_offsets_beyond_32_bits(far):
+    inputs = [part.unflatten(1, (3, 16)) for part in far_rows(48, 2)]
+    query, key = inputs if far == "rows" else (part.transpose(0, 1) for part in inputs)
+    assert torch.equal(block_scores(query, key, 2, SCALE), block_scores(query.contiguous(), key.contiguous(), 2, SCALE))
 
 
 def test_operators_are_registered_as_torch_expects():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lemo_kernels.host import KernelInputError
 from lemo_kernels.segmented_loss import cross_entropy_in_place, cross_entropy_in_place_operator
 from peft import LoraConfig, get_peft_model
-from references.kernel_inputs import DEVICE, DTYPES, assert_close, random
+from references.kernel_inputs import DEVICE, DTYPES, assert_close, far_rows, random
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -76,6 +76,13 @@ def test_rows_with_a_stride_are_written_where_they_lie():
     torch.testing.assert_close(wide[:, 30:70], wanted.float(), rtol=1e-5, atol=1e-6)
     wide[:, 30:70] = 7.0
     assert torch.equal(wide, torch.full((6, 100), 7.0, device=DEVICE)), "nothing else was touched"
+
+
+def test_offsets_beyond_32_bits():
+    (logits,), labels = far_rows(40), torch.arange(5, device=DEVICE)
+    near = logits.clone()
+    assert torch.equal(cross_entropy_in_place(logits, labels), cross_entropy_in_place(near, labels))
+    assert torch.equal(logits, near)
 
 
 def test_the_same_bits_twice():

@@ -67,7 +67,7 @@ def _forward_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, num_rows, heads, group, scale_log2,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
     # The last tiles see most keys: they start first, so that no long one is left over at the end.
     tile = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
     begin = tile * BLOCK_M
@@ -129,7 +129,7 @@ def _query_gradient_kernel(
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Gradient dq of a tile of queries, and their D for the other kernel. output and grad are contiguous."""
-    head = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
     tile = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
     begin = tile * BLOCK_M
     end = tl.minimum(begin + BLOCK_M, num_rows)
@@ -172,7 +172,7 @@ def _key_gradient_kernel(
 ):  # fmt: skip
     """Gradients dk and dv of a tile of keys: one program sums over all queries of all heads that share them, in a fixed order."""
     key_heads = heads // group
-    key_head = tl.program_id(0) % key_heads
+    key_head = (tl.program_id(0) % key_heads).to(tl.int64)
     begin = (tl.program_id(0) // key_heads) * BLOCK_N
     end = tl.minimum(begin + BLOCK_N, num_rows)
     columns = begin + tl.arange(0, BLOCK_N)

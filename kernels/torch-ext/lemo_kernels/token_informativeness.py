@@ -63,11 +63,12 @@ def _block_score_kernel(
         key_mask = key_real[:, None] & (dims < HEAD_DIM)[None, :]
         queries = query_ptr + (start + query_row)[:, None] * q_row + dims[None, :]
         keys = key_ptr + (start + key_row)[:, None] * k_row + dims[None, :]
+        query_step, key_step = tl.zeros((), tl.int64) + q_head, tl.zeros((), tl.int64) + k_head
         total = tl.zeros((SLOTS * SLOT, SLOTS * SLOT), tl.float32)
         for key_head in range(heads // group):
-            key = tl.load(keys + key_head * k_head, mask=key_mask, other=0.0)
+            key = tl.load(keys + key_head * key_step, mask=key_mask, other=0.0)
             for member in range(group):
-                query = tl.load(queries + (key_head * group + member) * q_head, mask=query_mask, other=0.0)
+                query = tl.load(queries + (key_head * group + member) * query_step, mask=query_mask, other=0.0)
                 total += tl.maximum(tl.dot(query, tl.trans(key), input_precision="ieee"), 0.0)
         seen = key_row[None, :] <= query_row[:, None]
         if WINDOWED:

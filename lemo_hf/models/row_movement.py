@@ -218,8 +218,10 @@ def _output_determines_input(norm: nn.Module, dtype: torch.dtype) -> bool:
     parts = [weight] if bias is None else [weight, bias]
     if any(part.requires_grad for part in parts):
         return False
+    if torch.promote_types(weight.dtype, dtype) != dtype:
+        return False  # the result is wider than the rows
     if torch.compiler.is_compiling():
-        return known is not None and known[1]
+        return known is not None and known[0][0] == dtype and known[1]
     if any(type(part) is not nn.Parameter for part in parts):
         return False  # a view of something sharded, whose changes do not show
     key = (dtype, *((id(part), part._version) for part in parts))

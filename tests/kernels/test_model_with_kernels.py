@@ -153,6 +153,7 @@ def test_weights_that_change_are_asked_about_again():
     with kernel_mode("kernels"):
         norm.weight.data.fill_(1.0)
         assert row_movement._output_determines_input(norm, torch.float32)
+        assert not row_movement._output_determines_input(norm, torch.float16), "the result would be wider than the rows"
         with torch.no_grad():
             norm.weight[3] = 0.0
         assert not row_movement._output_determines_input(norm, torch.float32)

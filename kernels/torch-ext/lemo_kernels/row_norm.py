@@ -11,11 +11,11 @@ Bytes that must move, in rows of the stream for K rows of N:
 
 The last line is the norm's backward, the sum with the residual path and the scatter into the stream's gradient in one pass.
 
-Saved for backward: one float32 a row, and either the rows that went in, or the result (section 3 of the paper's system: y is
-what the projections behind the norm save anyway, so with adapters in y's dtype on them that is one row less per norm, 2 of
-the 11.5 of a Llama-3-8B layer; without adapters, or with float32 ones, it costs what the rows would). x / rms is then
-y / w, or (y - b) / w, as exact as y itself unless a weight is near zero or a bias large against its weight:
-`output_determines_input` says so, once, for frozen weights. Otherwise the rows are saved.
+Saved for backward: one float32 a row, and either the rows that went in, or the result. The result is what the projections behind
+the norm save anyway where they carry adapters in its dtype: one row less per norm then, 2 of the 11.5 of a Llama-3-8B layer; without
+such adapters it costs what the rows would. x / rms is y / w, or (y - b) / w, as exact as y itself unless a weight is near zero or
+a bias large against its weight: `output_determines_input` says so, once, for frozen weights. Otherwise the rows are saved.
+(The paper recovers a norm's input by subtraction.)
 """
 
 from typing import Any

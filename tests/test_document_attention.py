@@ -170,6 +170,6 @@ def test_a_document_alone_and_in_a_batch_gives_the_same_bits():
 
 def test_other_devices_are_refused_in_one_line():
     query, key, value = (part.to("meta") for part in heads(4))
-    with pytest.raises(LemoConfigError, match="a reference for the CPU only; got torch.float64 on meta") as error:
+    with pytest.raises(LemoConfigError, match=r"a reference for the CPU only; got torch\.float64 on meta") as error:
         attend(query, key, value, scope_of([4]))
     assert "\n" not in str(error.value)

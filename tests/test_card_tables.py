@@ -1,5 +1,6 @@
 from card_results import STOCK, results
 
+from lemo_hf.hub.card_tables import literal
 from lemo_hf.hub.model_card import Interval, render_card
 from lemo_hf.models.lemo_config import LemoConfig
 
@@ -47,3 +48,10 @@ def test_every_selection_has_its_words():
         (LemoConfig(checkpoint="kept_rows"), "stores its kept rows and recomputes"),
     ):
         assert words in render_card(results(lemo=lemo.to_dict()), "mine"), lemo
+
+
+def test_values_in_a_card_are_formatted_python():
+    value = {"rope_type": "yarn", "factor": 4.0, "say": 'a "b"', "on": True, "none": None, "layers": [1, "x"]}
+    text = literal(value)
+    assert eval(text) == value
+    assert text.startswith('{"rope_type": "yarn", "factor": 4.0,')

@@ -1,7 +1,8 @@
 """The tables and sentences of a model card, from a run's results; a row whose value was not measured is not there."""
 
+import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..models.lemo_config import LemoConfig
 from .card_metadata import public_name
@@ -150,3 +151,12 @@ def decimals(value: float | None) -> str:
 def cell(text: str) -> str:
     """Text that fits into one cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "/")
+
+
+def literal(value: Any) -> str:
+    """A plain value as formatted Python code writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(key)}: {literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -21,7 +21,7 @@ from ..evaluation.perplexity import Perplexity, paired_difference
 from ..models.lemo_config import LemoConfig
 from ..profiling.provenance import provenance
 from .card_metadata import card_metadata, is_hub_id, merged_metadata, public_name
-from .card_tables import cell, comparison_rows, cost_rows, decimals, introduction, training_rows
+from .card_tables import cell, comparison_rows, cost_rows, decimals, introduction, literal, training_rows
 from .lemo_files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ def render_card(
     pairs = zip(labels, (results.perplexity_before, results.perplexity_after), strict=True)
     perplexities = [(label, found) for label, found in pairs if found is not None]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"cell": cell, "decimals": decimals}
+    environment.filters |= {"cell": cell, "decimals": decimals, "literal": literal}
     text = environment.from_string(template_path().read_text(encoding="utf-8")).render(
         run=results,
         title=title,

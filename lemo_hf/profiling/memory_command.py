@@ -57,7 +57,7 @@ def run_estimate(
     if plot_path is not None:
         from .memory_plot import plot_memory
 
-        lines.append(f"wrote {plot_memory(estimator, settings, plot_path, max(2048, 2 * settings.seq_len))}")
+        lines.append(f"wrote {plot_memory(estimator, settings, plot_path, max(8, settings.seq_len))}")
     return "\n".join(lines)
 
 

@@ -165,10 +165,10 @@ class Estimator:
     def longest(self, settings: StepSettings) -> int:
         """The longest sequence that fits the memory, in tokens, a multiple of `LENGTH_STEP`; 0 if none does.
 
-        Found by [`curve`] from lengths up to the step's own; up to `TRIED_LENGTH` the answer and the next length are tried.
+        Up to `TRIED_LENGTH` the answer and the next length are tried; a longer one is extrapolated by [`curve`].
 
         Args:
-            settings: The step.
+            settings: The step; its own length does not matter.
 
         Raises:
             LemoError: If no limit is given.
@@ -176,7 +176,7 @@ class Estimator:
         limit = self._limit()
         # From two segments of the loss on, the first of which is there while the second is computed, bytes grow evenly.
         shortest = 2 * settings.lemo_config.segment_size if settings.lemo_config is not None else 4 * LENGTH_STEP
-        known = max(min(settings.seq_len, TRIED_LENGTH) // 4, shortest) // LENGTH_STEP * LENGTH_STEP
+        known = max(2048, shortest) // LENGTH_STEP * LENGTH_STEP
         needed = self.curve(settings, (known, 2 * known, 4 * known))
         # It does not fall, so halving finds where it passes the limit.
         top = LENGTH_LIMIT // LENGTH_STEP

@@ -1,5 +1,6 @@
 """Memory by length for every method, with the card's limit: one PNG that reads in grey print and for the colour-blind."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,26 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 def plot_memory(estimator: Estimator, settings: StepSettings, path: Path, longest: int) -> Path:
     """Draws what every method needs by length.
 
-    Lines are the polynomials through three lengths that are traced: an eighth, a quarter and a half of `longest`.
+    Marks are lengths that are traced, four of them up to `longest`; lines join them.
 
     Args:
         estimator: Of the model; its limit is drawn if it has one.
         settings: The step; LeMo's kept share and the adapters are taken from it.
         path: PNG file.
-        longest: Last length of the axis, in tokens; at least 2048.
+        longest: Last length of the axis, in tokens; at least 8.
     """
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     axis = figure.subplots()
-    marks = [longest >> halvings for halvings in range(4, -1, -1)]
-    lengths = [longest * step // 64 for step in range(2, 65)]
+    lengths = [longest >> halvings for halvings in (3, 2, 1, 0)]
     top = 0.0
     for index, variant in enumerate(method_settings(settings)):
         try:
-            needed = estimator.curve(variant, (longest // 8, longest // 4, longest // 2))
+            needed = [estimator.estimate(replace(variant, seq_len=length)).total_bytes / GIB for length in lengths]
         except LemoError:
             continue  # Liger has no functions for every architecture
         style: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "linestyle": LINES[index % len(LINES)]}
-        axis.plot(lengths, [needed(length) / GIB for length in lengths], **style)
-        axis.plot(marks, [needed(length) / GIB for length in marks], linestyle="", marker=_MARKERS[index], color=style["color"])
-        # One legend entry for line and marks.
-        axis.plot([], [], marker=_MARKERS[index], label=variant.name, **style)
-        top = max(top, needed(longest) / GIB)
+        axis.plot(lengths, needed, marker=_MARKERS[index], label=variant.name, **style)
+        top = max(top, *needed)
     if estimator.memory is not None:
         limit = estimator.memory / GIB
         name = estimator.card.name if estimator.card is not None and estimator.card.memory == estimator.memory else "limit"
@@ -50,7 +47,7 @@ def plot_memory(estimator: Estimator, settings: StepSettings, path: Path, longes
         axis.annotate(label, (longest, limit), xytext=(0, 4), textcoords="offset points", ha="right", color="0.25")
         top = min(top, 1.7 * limit)
     axis.set(ylim=(0, top * 1.05), xlabel="tokens of the sequence", ylabel="GiB needed, slack and context included")
-    axis.set_xticks(marks, [f"{mark // 1024}K" if mark >= 1024 else str(mark) for mark in marks])
+    axis.set_xticks(lengths, [f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths])
     title = f"{estimator.model}, batch {settings.batch_size}, LoRA r={settings.lora_r}, {settings.adapter_dtype} adapters"
     axis.set_title(title + (", autocast" if settings.autocast else "") + ": estimated, not measured", fontsize=10)
     axis.grid(alpha=0.3)

@@ -4,12 +4,16 @@ import re
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from inspect import getsource
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.opt.modeling_opt import OPTDecoder
 
 from ..errors import LemoError
 from ..loading import without_peft_deprecation
@@ -106,7 +110,8 @@ def build_model(config: PreTrainedConfig, settings: StepSettings, layers: list[i
         layers: Which of its layers to build, in order.
 
     Raises:
-        LemoError: If an adapter's target is not there, or the method does not exist for the architecture.
+        LemoError: If an adapter's target is not there, the method does not exist for the architecture, or an older release of
+            transformers runs it in a way that no trace shows.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -118,10 +123,12 @@ def build_model(config: PreTrainedConfig, settings: StepSettings, layers: list[i
     model.tie_weights()
     if settings.method.startswith("liger"):
         use_liger_functions(model)
+    _refuse_older_transformers(config, settings)
     if settings.method.endswith("checkpointing"):
-        # The second is its name in the older releases that are supported, deprecated in the newer ones.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module._can_checkpoint_with_cache = True  # type: ignore[assignment]  # the one of `forward_loss` keeps nothing
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if settings.targets == ("all-linear",):
         targets = sorted(names - {"lm_head"})
@@ -136,6 +143,20 @@ def build_model(config: PreTrainedConfig, settings: StepSettings, layers: list[i
             wanted = settings.adapter_dtype if resident_part(name) == "adapter" else settings.dtype
             parameter.data = parameter.data.to(DTYPES[wanted])
     return adapted.train()
+
+
+def _refuse_older_transformers(config: PreTrainedConfig, settings: StepSettings) -> None:
+    # Within the supported range: they checkpoint around a layer's call, so what is saved belongs to no layer, and their OPT
+    # compares a drawn number with layerdrop=0 in training, which has no value on the meta device.
+    if settings.method.endswith("checkpointing") and "__call__" in vars(GradientCheckpointingLayer):
+        what = "stock checkpointing"
+    elif stock_type(config) == "opt" and "self.layerdrop > 0" not in getsource(OPTDecoder.forward):
+        what = "OPT"
+    else:
+        return
+    raise LemoError(
+        f"{what} cannot be estimated with this release of transformers; {transformers.__version__}; upgrade transformers"
+    )
 
 
 def resident_part(parameter_name: str) -> str:

@@ -3,6 +3,11 @@
 import pytest
 import torch
 
+# A device context knows constructors by identity and collects them once, at its first use: before any is replaced. Else every
+# later `with torch.device("meta")` of the process would build its tensors on the CPU.
+with torch.device("meta"):
+    assert torch.empty(0).is_meta
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):

@@ -14,7 +14,7 @@ from lemo_hf import LemoConfig
 from lemo_hf.cli import main
 from lemo_hf.errors import LemoError
 from lemo_hf.loading import without_peft_deprecation
-from lemo_hf.profiling import memory_plot, memory_report
+from lemo_hf.profiling import memory_estimate, memory_plot, memory_report
 from lemo_hf.profiling.cards import FULL, GIB, Card, Efficiency, find_card, read_bytes, seconds
 from lemo_hf.profiling.fake_model import fake_model
 from lemo_hf.profiling.flops import FlopCounter
@@ -214,13 +214,16 @@ def test_search_finds_the_largest_that_fits(needed, limit):
     assert _largest(needed, limit, (25, 75), 100) == expected
 
 
-def test_longest_sequence_fits_and_the_next_does_not():
-    estimator = Estimator(small_config(), memory=40 * 2**20, on_gpu=False)
-    settings = StepSettings(1024, lemo=LemoConfig(keep_ratio=0.3, checkpoint="kept_rows"))
+@pytest.mark.parametrize("tried", [2048, 8192])  # the answer lies beyond the one and within the other
+def test_longest_sequence_fits_and_the_next_does_not(tried, monkeypatch):
+    monkeypatch.setattr(memory_estimate, "TRIED_LENGTH", tried)
+    estimator = Estimator(small_config(), memory=25 * 2**20, on_gpu=False)
+    settings = StepSettings(1024, lemo=LemoConfig(checkpoint="kept_rows", segment_size=512))
     longest = estimator.longest(settings)
     assert longest % LENGTH_STEP == 0
+    assert 2048 < longest < 8192
     needed = [estimator.estimate(replace(settings, seq_len=length)).total_bytes for length in (longest, longest + LENGTH_STEP)]
-    assert needed[0] <= 40 * 2**20 < needed[1]
+    assert needed[0] <= 25 * 2**20 < needed[1]
 
 
 def test_kept_share_fits_and_a_larger_one_does_not(monkeypatch):
@@ -280,6 +283,7 @@ def test_command_prints_writes_json_and_draws(tmp_path, capsys, monkeypatch):
     def two_methods(settings):
         return [replace(settings, method=method) for method in ("stock", "lemo")]
 
+    monkeypatch.setattr(memory_estimate, "TRIED_LENGTH", 2048)
     for module in (memory_report, memory_plot):
         monkeypatch.setattr(module, "method_settings", two_methods)
     files = [tmp_path / "out.json", tmp_path / "out.png"]

@@ -11,7 +11,6 @@ see is added as a stated assumption: the allocator's rounding and fragmentation,
 """
 
 import math
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -165,7 +164,7 @@ class Estimator:
     def longest(self, settings: StepSettings) -> int:
         """The longest sequence that fits the memory, in tokens, a multiple of `LENGTH_STEP`; 0 if none does.
 
-        Up to `TRIED_LENGTH` the answer and the next length are tried; a longer one is extrapolated by [`curve`].
+        Up to `TRIED_LENGTH` the answer and the next length are tried; a longer one is on the line through that length and its half.
 
         Args:
             settings: The step; its own length does not matter.
@@ -173,19 +172,12 @@ class Estimator:
         Raises:
             LemoError: If no limit is given.
         """
-        limit = self._limit()
-        # From two segments of the loss on, the first of which is there while the second is computed, bytes grow evenly.
-        shortest = 2 * settings.lemo_config.segment_size if settings.lemo_config is not None else 4 * LENGTH_STEP
-        known = max(2048, shortest) // LENGTH_STEP * LENGTH_STEP
-        needed = self.curve(settings, (known, 2 * known, 4 * known))
-        # It does not fall, so halving finds where it passes the limit.
-        top = LENGTH_LIMIT // LENGTH_STEP
-        steps = bisect_right(range(1, top + 1), limit, key=lambda step: int(needed(step * LENGTH_STEP)))
-        if steps * LENGTH_STEP > TRIED_LENGTH:
-            return steps * LENGTH_STEP
-        # The polynomial knows whole kept blocks only, and no length below its first: so the last steps are tried.
-        guess = max(1, steps)
-        return LENGTH_STEP * _largest(lambda step: self._needed(settings, step * LENGTH_STEP), limit, (guess, guess + 1), top)
+        limit, top = self._limit(), TRIED_LENGTH // LENGTH_STEP
+        whole = self._needed(settings, TRIED_LENGTH)
+        if whole > limit:
+            return LENGTH_STEP * _largest(lambda step: self._needed(settings, step * LENGTH_STEP), limit, (top // 8, top), top)
+        slope = (whole - self._needed(settings, TRIED_LENGTH // 2)) / (top - top // 2)
+        return LENGTH_STEP * min(top + int((limit - whole) / slope), LENGTH_LIMIT // LENGTH_STEP)
 
     def kept_share(self, settings: StepSettings) -> float:
         """The largest kept share, in hundredths, with which the step fits; every layer that is not dense gets it.

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from references.block_scores import brute_block_scores
-from references.decoder_layer import heads_of
-from references.one_layer import layer_under_test, rotary_of, run_layer, slowly
+from references.one_layer import layer_under_test, run_layer, slowly
 from references.tiny_models import (
     ARCHITECTURES,
     add_lora,
@@ -35,7 +33,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.opt.modeling_opt import OPTDecoder
 
 from lemo_hf import AutoLemoModelForCausalLM, LemoTrainer, registry
-from lemo_hf.evaluation.layer_scores import visit_layers
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.fake_model import fake_model
 
@@ -333,24 +330,6 @@ def test_the_code_that_travels_with_a_model_is_whole_and_trains_alike(architectu
     (loss, got), (wanted_loss, wanted) = (loss_and_gradients(each.train(), BATCH) for each in (remote, model))
     assert torch.equal(loss, wanted_loss)
     assert_same_gradients(got, wanted)
-
-
-def test_true_scores_of_a_visited_layer_are_those_of_its_own_queries_and_keys(architecture):
-    model = lemo_model(stock_of(architecture), block_size=4).double()
-    batch = place([random_tokens(length, length) for length in (14, 23)], "left").batch
-    visited = []
-    visit_layers(sparse_backbone(model), batch, visited.append)
-    assert len(visited) == 2
-    for scores in visited:
-        layer = scores.module
-        rotary = rotary_of(sparse_backbone(model), torch.zeros(2, 23, 1, dtype=torch.float64))
-        places = torch.cat((torch.arange(9, 23), torch.arange(23)))
-        query, key, _ = (
-            part.transpose(0, 1) for part in heads_of(layer.self_attn, scores.hidden, tuple(part[0, places] for part in rotary))
-        )
-        for q, k, found in zip(query.split([14, 23]), key.split([14, 23]), scores.scores, strict=True):
-            wanted = brute_block_scores(q, k, 4, layer.self_attn.head_dim**-0.5, layer.attention_window)
-            torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("form", FORMS)

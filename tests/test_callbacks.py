@@ -87,7 +87,7 @@ def recalls(trainer):
 
 def test_probes_do_not_disturb_the_curve(tmp_path):
     quiet = trained(tmp_path / "a", SPARSE, NoisyText())
-    probed = trained(tmp_path / "b", SPARSE, NoisyText(), probe_steps=2, recall_floor=0.0)
+    probed = trained(tmp_path / "b", SPARSE, NoisyText(), probe_steps=2, refit_limit=0)
     assert [step for step, _ in recalls(quiet)] == [0]
     assert [step for step, _ in recalls(probed)] == [0, 2, 4, 6]
     assert curve(quiet) == curve(probed)
@@ -233,7 +233,7 @@ def test_draws_follow_the_step(tmp_path, accumulation):
     args = tiny_arguments(tmp_path, max_steps=3, gradient_accumulation_steps=accumulation, eval_strategy="steps", eval_steps=1)
     data = {"train_dataset": RandomText(), "eval_dataset": RandomText(samples=2)}
     LemoTrainer(model=tiny_lemo_model(**SAMPLED), args=args, callbacks=[watch], **data).train()
-    assert watch.draws == [accumulation * step + accumulation - 1 for step in range(3)]
+    assert watch.draws == [0, 1, 2]
 
 
 def test_the_dense_tail_keeps_everything_and_leaves_the_config_alone(tmp_path):
@@ -246,8 +246,8 @@ def test_the_dense_tail_keeps_everything_and_leaves_the_config_alone(tmp_path):
     assert watch.dense == [[0]] * 6
 
 
-def test_low_recall_refits_within_the_limit(tmp_path):
-    trainer = tiny_trainer(tmp_path, SPARSE, probe_steps=1, recall_floor=1.0, refit_limit=2, refit_documents=1)
+def test_refits_at_every_probe_end_at_the_limit(tmp_path):
+    trainer = tiny_trainer(tmp_path, SPARSE, probe_steps=1, recall_drop=-1, refit_limit=2, refit_documents=1)
     before = []
 
     class Remember(TrainerCallback):
@@ -280,7 +280,7 @@ def test_only_drawn_predictors_start_anew(tmp_path, monkeypatch):
         untouched(self, *args, **kwargs)
 
     monkeypatch.setattr(PredictorTraining, "__init__", watched)
-    first = trained(tmp_path / "first", SPARSE, probe_steps=3, recall_floor=1.0, refit_limit=1, refit_documents=1)
+    first = trained(tmp_path / "first", SPARSE, probe_steps=3, recall_drop=-1, refit_limit=1, refit_documents=1)
     assert fresh == [True, False]
     first.save_model(str(tmp_path / "shipped"))
     first.train()
@@ -332,7 +332,7 @@ def test_skipped_phases_are_said(tmp_path, caplog):
         ("predictor_documents", -1),
         ("predictor_passes", 0),
         ("calibrate_eta", 0.0),
-        ("recall_floor", 1.5),
+        ("recall_drop", 1.5),
         ("prune_share", 0.0),
         ("dense_tail_share", 1.0),
         ("probe_steps", -1),

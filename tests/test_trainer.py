@@ -81,7 +81,7 @@ def _trained(folder, lemo, **changes):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resumed_at_a_step_gives_the_same_curve(tmp_path, lemo, accumulation):
     changes = {"save_strategy": "steps", "save_steps": 2, "probe_steps": 3, "dense_tail_share": 0.2, "max_steps": 5}
-    changes |= {"gradient_accumulation_steps": accumulation, "refit_limit": 1, "recall_floor": 1.0, "refit_documents": 1}
+    changes |= {"gradient_accumulation_steps": accumulation, "refit_limit": 1, "recall_drop": -1.0, "refit_documents": 1}
     never_stopped = _trained(tmp_path / "whole", lemo, **changes)
     killed(tiny_trainer(tmp_path / "cut", lemo, **changes), 3)
     resumed = tiny_trainer(tmp_path / "cut", lemo, **changes)
@@ -322,7 +322,7 @@ def test_the_best_model_has_its_predictors_and_thresholds(tmp_path):
         "load_best_model_at_end": True,
     }
     changes |= {"greater_is_better": True, "metric_for_best_model": "eval_loss"}  # the first one: loss falls
-    changes |= {"probe_steps": 4, "recall_floor": 1.0, "refit_limit": 1, "refit_documents": 2}
+    changes |= {"probe_steps": 4, "recall_drop": -1.0, "refit_limit": 1, "refit_documents": 2}
     trainer = LemoTrainer(
         model=tiny_lemo_model(**SPARSE),
         args=tiny_arguments(tmp_path, **changes),

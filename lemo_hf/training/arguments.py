@@ -62,7 +62,14 @@ class LemoTrainingArguments(TrainingArguments):
     # Recall probes during the sparse phase: a dense forward without autograd on fixed text.
     probe_steps: int = field(default=100, metadata={"help": "Steps between recall probes; 0 never probes."})
     probe_documents: int = field(default=1, metadata={"help": "Documents that a probe reads."})
-    recall_floor: float = field(default=0.8, metadata={"help": "Mean recall below which the predictors are fitted again."})
+    recall_drop: float = field(
+        # Relative: what recall a model and a text allow differs. A tenth of what predictors commonly have above chance.
+        default=0.03,
+        metadata={
+            "help": "Mean recall, in points of 1, that may be lost since the last fit before the predictors are fitted again; "
+            "-1 fits them again at every probe."
+        },
+    )
     refit_documents: int = field(default=8, metadata={"help": "Documents that a refit reads."})
     refit_limit: int = field(default=2, metadata={"help": "Most refits in a run."})
 
@@ -84,7 +91,7 @@ class LemoTrainingArguments(TrainingArguments):
             self._require(name, getattr(self, name) > 0, "above 0", "leave it out for the default")
         documents = self.predictor_documents
         self._require("predictor_documents", documents is None or documents >= 0, "0 or more", "set it to 0 to skip the phase")
-        self._require("recall_floor", 0 <= self.recall_floor <= 1, "a share in [0, 1]", "set it to 0 to never refit")
+        self._require("recall_drop", -1 <= self.recall_drop <= 1, "a share in [-1, 1]", "set refit_limit=0 to never refit")
         self._require("prune_share", 0 < self.prune_share <= 1, "a share in (0, 1]", "leave it out for the default")
         self._require("dense_tail_share", 0 <= self.dense_tail_share < 1, "a share in [0, 1)", "0.05 is a short tail")
 

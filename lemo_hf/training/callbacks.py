@@ -24,20 +24,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import LemoError
-from ..evaluation.block_recall import RecallReport, measure_recall
 from ..hub.lemo_files import load_predictors, record_predictor_sizes
 from .arguments import LemoTrainingArguments
 from .layer_metrics import LayerMetrics
-from .lemo_callback import LemoCallback, by_layer, precision
+from .lemo_callback import LemoCallback, by_layer
 from .lemo_run import LemoRun
 from .phase_cost import LARGE_SHARE, estimate_cost
-from .phase_documents import require_blocks, untouched_randomness
+from .phase_documents import require_blocks
 from .predictor_training import PredictorTraining, parameter_share
-from .threshold_search import ThresholdSearch
+from .recall_probe import DEFAULT_DOCUMENTS, RecallProbe, probe, threshold_search
+from .run_record import RunRecord
 
 logger = logging.getLogger(__name__)
-
-_DEFAULT_DOCUMENTS = 64
 
 
 def lemo_callbacks(args: LemoTrainingArguments) -> list[TrainerCallback]:
@@ -55,17 +53,14 @@ def lemo_callbacks(args: LemoTrainingArguments) -> list[TrainerCallback]:
 def callbacks_of(run: LemoRun) -> list[TrainerCallback]:
     """The callbacks that share `run`, in the order in which they act."""
     # Metrics before the probe: what they read of the step's last forward, a refit overwrites.
-    phases = PredictorPhase, CalibratePhase, SparsePhase, LayerMetrics, RecallProbe
+    phases = PredictorPhase, CalibratePhase, SparsePhase, LayerMetrics, RecallProbe, RunRecord
     return [phase(run) for phase in phases]
-
-
-def probe(run: LemoRun, training: PredictorTraining | None = None) -> RecallReport:
-    """Recall on the run's probe documents, which no phase fits on unless there is only one document."""
-    return measure_recall(run.backbone, run.documents.probes(), training.positions if training is not None else None)
 
 
 class PredictorPhase(LemoCallback):
     """Fits the predictors on the frozen model before the first step."""
+
+    begins = "predictor"
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         run, own = self.run, self.run.args
@@ -74,7 +69,7 @@ class PredictorPhase(LemoCallback):
             return
         documents = own.predictor_documents
         if documents is None:
-            documents = _DEFAULT_DOCUMENTS if run.lemo.needs_predictors else 0
+            documents = DEFAULT_DOCUMENTS if run.lemo.needs_predictors else 0
         if documents:
             documents = self._available(documents)
         self._say_cost(args, state, documents * own.predictor_passes)
@@ -142,6 +137,7 @@ class PredictorPhase(LemoCallback):
         record_predictor_sizes(run.backbone)
         run.predictors_fitted = run.fitted_now = True
         report = probe(run, training)
+        run.fitted_recall = None if math.isnan(report.mean) else report.mean
         run.report(
             {
                 **by_layer("recall", report.layers),
@@ -155,6 +151,8 @@ class PredictorPhase(LemoCallback):
 
 class CalibratePhase(LemoCallback):
     """Finds the thresholds before the first step, where the selection reads them."""
+
+    begins = "calibrate"
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         run = self.run
@@ -194,12 +192,6 @@ class CalibratePhase(LemoCallback):
         )
 
 
-def threshold_search(run: LemoRun) -> ThresholdSearch:
-    """The search over the run's profile documents."""
-    own = run.args
-    return ThresholdSearch(run.model, run.backbone, run.documents.profile(), own.calibrate_eta, own.calibrate_epsilon)
-
-
 class SparsePhase(LemoCallback):
     """Ties draws to the step, makes the last steps dense, writes checkpoints' LeMo files, stops at a gradient that is not finite."""
 
@@ -208,11 +200,10 @@ class SparsePhase(LemoCallback):
         self._dense_layers: list[int] | None = None
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        # The draw of a forward depends on its step only: a run that was stopped and resumed draws alike.
-        self._set_draw(args, state)
+        self._set_draw(state)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._set_draw(args, state)
+        self._set_draw(state)
         lemo = self.run.lemo
         tail = self.run.args.dense_tail_share
         if lemo.enabled and tail and state.global_step >= round(state.max_steps * (1 - tail)):
@@ -221,8 +212,13 @@ class SparsePhase(LemoCallback):
             self._dense_layers = lemo.dense_layers
             lemo.update(dense_layers=list(range(len(self.run.backbone.layers))))
 
-    def _set_draw(self, args: TrainingArguments, state: TrainerState) -> None:
-        self.run.backbone.lemo_draw = state.global_step * args.gradient_accumulation_steps
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._set_draw(state)
+
+    def _set_draw(self, state: TrainerState) -> None:
+        # What a document draws depends on its tokens and the step alone: a run that was stopped and resumed draws alike, and so
+        # does a batch that is accumulated from smaller ones or split among processes.
+        self.run.backbone.lemo_draw = state.global_step
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # With a float16 scaler infinite gradients are its business: it skips the step.
@@ -270,41 +266,3 @@ def not_finite(what: str, value: float, state: TrainerState, args: TrainingArgum
         f"{what} is not finite; {value} at step {state.global_step + 1}, last good checkpoint: {folder or 'none yet'}; "
         "lower learning_rate and resume from it"
     )
-
-
-class RecallProbe(LemoCallback):
-    """Measures recall on fixed text every so many steps, and fits the predictors again when it falls too low."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        run, own = self.run, self.run.args
-        if not run.lemo.enabled or not run.predictors_fitted or not own.probe_steps or state.global_step % own.probe_steps:
-            return
-        with untouched_randomness(), precision(args):
-            report = probe(run)
-            if run.lemo.needs_predictors and report.mean < own.recall_floor and run.refits < own.refit_limit:
-                before = report.mean
-                self._refit()
-                report = probe(run)
-                logger.info("recall fell to %.3f; predictors fitted again: %.3f", before, report.mean)
-                run.metrics["recall_before_refit"] = before
-        run.metrics |= by_layer("recall", report.layers)
-
-    def _refit(self) -> None:
-        run, own = self.run, self.run.args
-        run.refits += 1
-        shares = None
-        if run.lemo.selection == "threshold":
-            search = threshold_search(run)
-            search.begin(keep_thresholds=True)
-            shares = search.kept_shares()
-        rate = own.predictor_learning_rate / 3
-        training = PredictorTraining(run.backbone, own.refit_documents, own.predictor_steps, rate, fresh=False)
-        # Each refit reads documents that neither the phase nor an earlier refit read.
-        fitted = (own.predictor_documents or _DEFAULT_DOCUMENTS) + (run.refits - 1) * own.refit_documents
-        for index in tqdm(range(own.refit_documents), desc="refit", unit="doc", leave=False, disable=not run.shows_progress):
-            training.fit(run.documents.fitting(fitted + index))
-        if shares is not None:
-            # The new predictors may have another scale: the layers' kept shares stay, the thresholds follow.
-            search = threshold_search(run)
-            search.begin(keep_thresholds=True)
-            search.keep_shares(shares)

@@ -29,8 +29,10 @@ from ..hub.lemo_files import (
 )
 from ..models.lemo_config import LemoConfig
 from ..models.sparse_decoder import sparse_backbone
+from ..profiling.process_memory import memory_metrics
 from .arguments import LemoTrainingArguments
 from .phase_documents import PhaseDocuments
+from .run_clock import RunClock
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,11 @@ class LemoRun:
         self.finished: list[str] = []
         self.phase = "predictor"
         self.refits = 0
+        # Mean recall after the last fit, and whether no more refits are made: none are left, or the last one did not help.
+        self.fitted_recall: float | None = None
+        self.refits_over = False
         self.metrics: dict[str, float] = {}
+        self.clock = RunClock()
         self.predictors_fitted = False
         # Since training began: thresholds from before belong to predictors of another scale.
         self.fitted_now = False
@@ -106,6 +112,7 @@ class LemoRun:
         if self._attached_to is state:
             return
         self._attached_to = state
+        self.clock.start(state.log_history)
         self.model, self.backbone = model, sparse_backbone(model)
         seed = args.seed if args.data_seed is None else args.data_seed
         parts = self.args.probe_documents, self.args.calibrate_documents
@@ -119,6 +126,7 @@ class LemoRun:
         block = {name: value for name, value in self.lemo.to_dict().items() if name not in FOUND_FIELDS}
         self._settings = json.loads(json.dumps({**block, **phase_arguments, "phase_seed": seed}))
         self.finished, self.refits, self.metrics, self.fitted_now = [], 0, {}, False
+        self.fitted_recall, self.refits_over = None, False
         if state.global_step > 0:
             self._load_checkpoint(Path(self.checkpoint or self.folder / f"checkpoint-{state.global_step}"))
         elif (self.folder / PROGRESS_FILE).is_file():
@@ -126,11 +134,17 @@ class LemoRun:
 
     def report(self, metrics: dict[str, float]) -> None:
         """Logs the outcome of a phase through the Trainer, or into its history where only the callbacks are used."""
+        self.clock.charge(self.phase)
+        metrics = {**metrics, **self.resources()}
         if self.send is not None:
             self.send(metrics)
         elif self._attached_to is not None:
             self._attached_to.log_history.append({**metrics, "step": self._attached_to.global_step})
             logger.info("%s", metrics)
+
+    def resources(self) -> dict[str, float]:
+        """Time and memory that the run took so far, as metrics."""
+        return {**self.clock.metrics(), **memory_metrics(next(self.backbone.parameters()).device)}
 
     def take_metrics(self) -> dict[str, float]:
         """The metrics gathered since the last log."""
@@ -185,6 +199,7 @@ class LemoRun:
         save_lemo_files(self.model, folder)
         if with_state:
             values = {"phase": self.phase, "finished": self.finished, "refits": self.refits, "settings": self._settings}
+            values |= {"fitted_recall": self.fitted_recall, "refits_over": self.refits_over}
             write_json(Path(folder) / STATE_FILE, {**values, "predictors_fitted": self.predictors_fitted})
 
     def _load_checkpoint(self, folder: Path) -> None:
@@ -199,6 +214,7 @@ class LemoRun:
         self.lemo.update(thresholds=read_lemo_files(folder)[0].thresholds)
         self.phase, self.finished, self.refits = stored["phase"], stored["finished"], stored["refits"]
         self.predictors_fitted = stored["predictors_fitted"]
+        self.fitted_recall, self.refits_over = stored.get("fitted_recall"), stored.get("refits_over", False)
 
     def _require_same_settings(self, stored: dict[str, Any], source: Path) -> None:
         for name, value in self._settings.items():

@@ -2,7 +2,8 @@
 
 The unit is a dense forward of one sample. In the sparse form the MLP's share of it, about 0.8 up to 16K tokens, is computed for
 every row and the rest for the share k of kept blocks; the exact form's forward is dense. Backward costs k: frozen weights have no
-gradient. Fitting predictors on a document costs its dense forward and about 0.2 more: block scores and the predictors' steps.
+gradient. Fitting predictors on a document costs its dense forward and about 0.2 more: block scores and the predictors' steps; a
+recall probe has no steps and costs 0.05 more.
 Attention, quadratic in length, counts like everything else, so these are estimates: right to tens of percent
 (benchmarks/phase_flops.py counts the phases).
 """
@@ -12,9 +13,12 @@ from dataclasses import dataclass
 from ..models.lemo_config import LemoConfig
 
 _FIT = 1.2
+_PROBE = 1.05
 _MLP = 0.8
 # Share of a run's compute from which the phases are worth a warning.
 LARGE_SHARE = 0.05
+# The same for recall probes and refits during the steps.
+LARGE_PROBE_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,72 @@ def estimate_cost(
         rounds: Rounds of central differences.
         samples: Training samples of all steps.
     """
-    dense = [lemo.is_dense(layer, num_layers) for layer in range(num_layers)]
-    kept = sum(1.0 if dense[layer] else lemo.ratio_of(layer) for layer in range(num_layers)) / num_layers
-    sparse = lemo.attention_forward == "sparse"
-    forward = _MLP + (1 - _MLP) * kept if sparse else 1.0
+    chosen = sum(not lemo.is_dense(layer, num_layers) for layer in range(num_layers))
+    forward, backward = _step(lemo, num_layers)
     # The first pass profiles the dense model; in the exact form there is nothing to differentiate.
-    passes = 1 + (2 * dense.count(False) * rounds * forward if sparse else 0)
+    passes = 1 + (2 * chosen * rounds * forward if lemo.attention_forward == "sparse" else 0)
     return PhaseCost(
         predictor=_FIT * fitted_documents,
         calibrate=passes * profile_documents,
-        steps=(forward + kept) * samples,
+        steps=(forward + backward) * samples,
     )
+
+
+def _step(lemo: LemoConfig, num_layers: int) -> tuple[float, float]:
+    """Forward and backward of a training sample."""
+    shares = [1.0 if lemo.is_dense(layer, num_layers) else lemo.ratio_of(layer) for layer in range(num_layers)]
+    kept = sum(shares) / num_layers
+    return (_MLP + (1 - _MLP) * kept if lemo.attention_forward == "sparse" else 1.0), kept
+
+
+@dataclass(frozen=True)
+class ProbeCost:
+    """Compute of recall probes and refits beside the steps, in dense forwards of one sample.
+
+    Args:
+        probes: All probes.
+        refits: All refits that the run may make.
+        steps: All training steps.
+        refit_limit: How many refits these are.
+    """
+
+    probes: float
+    refits: float
+    steps: float
+    refit_limit: int
+
+    @property
+    def share(self) -> float:
+        """Share of the compute of the steps, probes and refits that probes and refits take, in [0, 1]."""
+        extra = self.probes + self.refits
+        return extra / max(extra + self.steps, 1e-12)
+
+    def __str__(self) -> str:
+        whole = max(self.probes + self.refits + self.steps, 1e-12)
+        refits = f", {self.refit_limit} refits at most {self.refits / whole:.2%}" if self.refit_limit else ""
+        return f"recall probes take {self.probes / whole:.2%} of the run's compute{refits} (estimated)"
+
+
+def estimate_probe_cost(
+    lemo: LemoConfig,
+    num_layers: int,
+    probed_documents: int,
+    refits: int,
+    refit_documents: int,
+    profile_documents: int,
+    samples: int,
+) -> ProbeCost:
+    """Estimates what recall probes and refits cost.
+
+    Args:
+        lemo: The model's lemo block.
+        num_layers: Layers of the model.
+        probed_documents: Documents that all probes of the run read.
+        refits: Refits that the run may make.
+        refit_documents: Documents that each reads; a probe follows.
+        profile_documents: Documents on which a refit's thresholds are set; 0 where there are none.
+        samples: Training samples of all steps.
+    """
+    # Thresholds follow by what they kept before and keep after: two dense passes over the profile set.
+    refit = _FIT * refit_documents + _PROBE + 2 * profile_documents
+    return ProbeCost(_PROBE * probed_documents, refits * refit, sum(_step(lemo, num_layers)) * samples, refits)

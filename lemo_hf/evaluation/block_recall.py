@@ -5,7 +5,7 @@ chance (the share kept: what a random choice finds) and a predictor that knows p
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,13 +89,19 @@ class RecallReport:
         return _mean(self.positions)
 
 
-def measure_recall(backbone: Any, batches: Iterable[dict[str, Any]], positions: PositionProfile | None = None) -> RecallReport:
+def measure_recall(
+    backbone: Any,
+    batches: Iterable[dict[str, Any]],
+    positions: PositionProfile | None = None,
+    also: Callable[[LayerScores], None] | None = None,
+) -> RecallReport:
     """Recall of a model's predictors at the keep ratio of its config, by a dense forward without autograd.
 
     Args:
         backbone: A model with `SparseBackbone` among its bases.
         batches: Collated batches of text that the predictors were not fitted on.
         positions: A fitted position profile to compare with.
+        also: Is shown every layer of every document on the way.
     """
     num_layers = len(backbone.layers)
     recalls: list[list[float]] = [[] for _ in range(num_layers)]
@@ -103,6 +109,8 @@ def measure_recall(backbone: Any, batches: Iterable[dict[str, Any]], positions: 
     chances: list[float] = []
 
     def visit(found: LayerScores) -> None:
+        if also is not None:
+            also(found)
         ratio = backbone.config.lemo.ratio_of(found.layer)
         for true, predicted in zip(found.informativeness(), found.predicted(), strict=True):
             recall, chance = document_recall(true, predicted, ratio)

@@ -6,6 +6,7 @@ from transformers import IntervalStrategy, TrainerControl, TrainerState, Trainin
 from transformers.trainer_utils import has_length
 
 from ..profiling.activation_memory import ActivationMemory
+from ..profiling.process_memory import after_forward_metrics
 from .lemo_callback import LemoCallback, by_layer
 from .lemo_run import LemoRun
 
@@ -18,6 +19,9 @@ class LayerMetrics(LemoCallback):
         self._hooks: list[Any] = []
         self._memory: ActivationMemory | None = None
         self._measured = False
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._remove_hooks()  # that an interrupted step left
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.run.lemo.enabled and _is_logged(args, state, kwargs.get("train_dataloader")):
@@ -41,17 +45,21 @@ class LayerMetrics(LemoCallback):
             self.run.metrics |= {f"saved_bytes/layer_{layer}": value for layer, value in enumerate(layers)}
             # The whole forward: beside the layers the embeddings, the last norm and the loss.
             self.run.metrics["saved_bytes"] = self._memory.saved.total
+            self.run.metrics |= after_forward_metrics(next(self.run.backbone.parameters()).device)
             self._memory, self._measured = None, True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._hooks:
             return
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._remove_hooks()
         self.run.metrics |= by_layer("kept_share", list(self.run.backbone.lemo_kept_shares))
         if self.run.lemo.selection == "threshold" and self.run.lemo.thresholds is not None:
             self.run.metrics |= by_layer("threshold", self.run.lemo.thresholds)
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]

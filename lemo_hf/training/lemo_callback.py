@@ -17,6 +17,9 @@ class LemoCallback(TrainerCallback):
         run: What the callbacks share.
     """
 
+    # What the time of `begin` goes into.
+    begins = "other"
+
     def __init__(self, run: LemoRun) -> None:
         self.run = run
 
@@ -25,6 +28,7 @@ class LemoCallback(TrainerCallback):
         if self.run.lemo.enabled:
             with untouched_randomness(), precision(args):
                 self.begin(args, state)
+        self.run.clock.charge(self.begins)
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         """What the callback does before the first step."""

@@ -102,6 +102,11 @@ class LemoRun:
         return self._attached_to is not None
 
     @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return 0 if self._attached_to is None else self._attached_to.global_step
+
+    @property
     def lemo(self) -> LemoConfig:
         """The model's lemo block."""
         block: LemoConfig = self.backbone.config.lemo
@@ -129,6 +134,8 @@ class LemoRun:
         self.fitted_recall, self.refits_over = None, False
         if state.global_step > 0:
             self._load_checkpoint(Path(self.checkpoint or self.folder / f"checkpoint-{state.global_step}"))
+        elif state.is_hyper_param_search:
+            self.forget_progress()  # of a trial that was cut short: this one may have other settings
         elif (self.folder / PROGRESS_FILE).is_file():
             self._load_progress(self.folder / PROGRESS_FILE)
 

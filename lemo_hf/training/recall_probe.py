@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..evaluation.block_recall import RecallReport, measure_recall
+from .block_score_maps import BlockScoreMaps
 from .lemo_callback import LemoCallback, by_layer, precision
 from .lemo_run import LemoRun
 from .phase_cost import LARGE_PROBE_SHARE, estimate_probe_cost
@@ -29,7 +30,11 @@ DEFAULT_DOCUMENTS = 64
 
 def probe(run: LemoRun, training: PredictorTraining | None = None) -> RecallReport:
     """Recall on the run's probe documents, which no phase fits on unless there is only one document."""
-    return measure_recall(run.backbone, run.documents.probes(), training.positions if training is not None else None)
+    maps = BlockScoreMaps(run)
+    positions = training.positions if training is not None else None
+    report = measure_recall(run.backbone, run.documents.probes(), positions, also=maps)
+    maps.save()
+    return report
 
 
 def threshold_search(run: LemoRun) -> ThresholdSearch:
@@ -40,6 +45,8 @@ def threshold_search(run: LemoRun) -> ThresholdSearch:
 
 class RecallProbe(LemoCallback):
     """Measures recall on fixed text every so many steps, and fits the predictors again when it has fallen."""
+
+    begins = "probes"
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         run, own = self.run, self.run.args
@@ -67,11 +74,13 @@ class RecallProbe(LemoCallback):
         run, own = self.run, self.run.args
         if not run.lemo.enabled or not run.predictors_fitted or not own.probe_steps or state.global_step % own.probe_steps:
             return
+        run.clock.charge("other")
         with untouched_randomness(), precision(args):
             report = probe(run)
             if run.lemo.needs_predictors and not run.refits_over and self._has_fallen(report.mean):
                 report = self._answer(report)
         run.metrics |= by_layer("recall", report.layers)
+        run.clock.charge("probes")
 
     def _has_fallen(self, recall: float) -> bool:
         fitted = self.run.fitted_recall

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .registry import AutoLemoModelForCausalLM
     from .training.arguments import LemoTrainingArguments
     from .training.callbacks import lemo_callbacks
+    from .training.sft_trainer import LemoSFTConfig, LemoSFTTrainer
     from .training.trainer import LemoTrainer
 
 __version__ = "0.1.0.dev0"
@@ -46,6 +47,8 @@ __all__ = [
     "LemoQwen2ForCausalLM",
     "LemoQwen3Config",
     "LemoQwen3ForCausalLM",
+    "LemoSFTConfig",
+    "LemoSFTTrainer",
     "LemoTrainer",
     "LemoTrainingArguments",
     "lemo_callbacks",
@@ -65,6 +68,8 @@ _HOME = {
     "LemoQwen2ForCausalLM": ".models.modeling_lemo_qwen2",
     "LemoQwen3Config": ".models.configuration_lemo_qwen3",
     "LemoQwen3ForCausalLM": ".models.modeling_lemo_qwen3",
+    "LemoSFTConfig": ".training.sft_trainer",
+    "LemoSFTTrainer": ".training.sft_trainer",
     "LemoTrainer": ".training.trainer",
     "LemoTrainingArguments": ".training.arguments",
     "lemo_callbacks": ".training.callbacks",

@@ -73,6 +73,15 @@ class LemoTrainingArguments(TrainingArguments):
     refit_documents: int = field(default=8, metadata={"help": "Documents that a refit reads."})
     refit_limit: int = field(default=2, metadata={"help": "Most refits in a run."})
 
+    # Evaluation during training: dense, as the model is served.
+    eval_sparse: bool = field(
+        default=False,
+        metadata={
+            "help": "Also measure the loss of the sparse training-time forward, as eval_sparse_forward_loss: optimistic, since "
+            "a block is kept for what later tokens see in it, and a second pass over the evaluation set."
+        },
+    )
+
     # Dense tail: the last steps keep every token, which closes most of the perplexity gap of the sparse form.
     dense_tail_share: float = field(default=0.0, metadata={"help": "Share of the steps, at the end, that keep every token."})
 

@@ -2,9 +2,10 @@
 
     Trainer(model=model, args=args, callbacks=lemo_callbacks(LemoTrainingArguments(...)), ...)
 
-`LemoTrainer` installs the same ones and also hands their metrics to TensorBoard, W&B or trackio. A stock Trainer calls those
-reporters before callbacks that a user passes, so there the metrics land in `state.log_history` and trainer_state.json; give the
-reporter among `callbacks`, after these, to have them reported too.
+`LemoTrainer` and `LemoSFTTrainer` install the same ones and also hand their metrics to TensorBoard, W&B or trackio. A stock Trainer
+calls those reporters before callbacks that a user passes, so there the metrics land in `state.log_history` and trainer_state.json;
+give the reporter among `callbacks`, after these, to have them reported too. LeMo's files lie in its checkpoints and, when training
+has ended, in its output folder; what a stock Trainer cannot do is refused before the first step.
 
 Metrics, means over layers and by layer: `kept_share/layer_<i>` (rows kept of the step's last forward, in [0, 1]),
 `saved_bytes/layer_<i>` (measured on logged steps in the step's first forward: every unique storage that autograd keeps),
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 from ..errors import LemoError
-from ..hub.lemo_files import load_predictors, record_predictor_sizes
+from ..hub.lemo_files import load_lemo_files, load_predictors, record_predictor_sizes
 from .arguments import LemoTrainingArguments
 from .layer_metrics import LayerMetrics
 from .lemo_callback import LemoCallback, by_layer
@@ -39,10 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def lemo_callbacks(args: LemoTrainingArguments) -> list[TrainerCallback]:
-    """The callbacks of a LeMo run, for `transformers.Trainer` and, by design, trainers derived from it.
-
-    A trainer that replaces `model.forward` and calls the backbone itself, as `trl.SFTTrainer` may, trains sparsely too; that is
-    tested with a stand-in, not with trl.
+    """The callbacks of a LeMo run, for `transformers.Trainer` and trainers derived from it, `trl.SFTTrainer` among them.
 
     Args:
         args: Arguments of the phases. Output folder, seed and logging are those of the Trainer that the callbacks join.
@@ -64,6 +62,8 @@ class PredictorPhase(LemoCallback):
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         run, own = self.run, self.run.args
+        if not run.trainer_saves:
+            refuse_beyond_stock(own, args, state)
         require_blocks([*run.documents.probes(), *run.documents.profile()], run.lemo, len(run.backbone.layers))
         if "predictor" in run.finished:
             return
@@ -200,6 +200,7 @@ class SparsePhase(LemoCallback):
         self._dense_layers: list[int] | None = None
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._leave_tail()  # that an interrupted step left: auto_find_batch_size begins anew after one
         self._set_draw(state)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -228,6 +229,9 @@ class SparsePhase(LemoCallback):
             raise not_finite("gradient", math.nan, state, args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._leave_tail()
+
+    def _leave_tail(self) -> None:
         if self._dense_layers is not None:
             self.run.lemo.update(dense_layers=self._dense_layers)
             self._dense_layers = None
@@ -249,6 +253,30 @@ class SparsePhase(LemoCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.run.forget_progress()
+        if self.run.trainer_saves or not self.run.is_attached:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            # Predictors and thresholds of another step than the adapter's would choose by other scores.
+            load_lemo_files(self.run.model, state.best_model_checkpoint)
+        if args.save_strategy != "no":
+            self.run.save_files(self.run.folder, with_state=False)
+
+
+def refuse_beyond_stock(own: LemoTrainingArguments, args: TrainingArguments, state: TrainerState) -> None:
+    """Refuses what callbacks in a trainer that is not LeMo's cannot do.
+
+    Raises:
+        LemoError: If such a thing is asked for.
+    """
+    if own.eval_sparse:
+        raise LemoError(
+            "a stock trainer evaluates densely only; eval_sparse=True; use LemoTrainer or LemoSFTTrainer, or leave it out"
+        )
+    if state.is_hyper_param_search and args.save_strategy != "no":
+        raise LemoError(
+            f"callbacks cannot tell where a search saves its trials; save_strategy={SaveStrategy(args.save_strategy).value!r}; "
+            "set it to 'no', or use LemoTrainer"
+        )
 
 
 def all_finite(gradients: Iterable[Tensor]) -> bool:

@@ -1,17 +1,20 @@
-"""`Trainer` with the phases of a LeMo run installed: the same loop, the same arguments, one import to swap."""
+"""`Trainer` with the phases of a LeMo run installed: the same loop, the same arguments, one import to swap.
+
+What LeMo adds to a trainer is a mixin, since trainers are derived from `Trainer` in turn: `LemoSFTTrainer` is `trl.SFTTrainer` with it.
+"""
 
 import logging
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard, get_token
 from peft import PeftModel
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, get_last_checkpoint
 
 from ..errors import LemoError
 from ..hub.lemo_files import CONFIG_FILE, load_lemo_files, load_predictors, write_json
@@ -19,10 +22,11 @@ from ..hub.model_card import CARD_FILE, RESULTS_FILE, Kind, RunResults, write_mo
 from ..hub.push import hub_error, one_line_hub_errors, required_token
 from ..hub.weight_files import refuse_pickled_weights
 from ..models.segmented_loss import IGNORE_INDEX, shift_labels
-from ..models.sparse_decoder import sparse_backbone
+from ..models.sparse_decoder import sparse_backbone, sparse_evaluation
 from .arguments import LemoTrainingArguments
 from .callbacks import callbacks_of, not_finite
 from .lemo_run import LemoRun, has_progress
+from .phase_documents import untouched_randomness
 from .run_card import results_of
 
 logger = logging.getLogger(__name__)
@@ -32,36 +36,53 @@ _RUN_FILES = (CONFIG_FILE, "adapter_model.safetensors", "model.safetensors", "tr
 _PUSH_AGAIN = "the run is whole on disk: call push_to_hub again, or `lemo export` with --push"
 
 
-class LemoTrainer(Trainer):
-    """A `transformers.Trainer` that trains a LeMo model through its phases, predictor -> calibrate -> sparse -> dense tail.
+if TYPE_CHECKING:  # a mixin calls the methods of the trainer that it is put before
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class LemoTrainerMixin(_Trainer):
+    """What LeMo adds to `transformers.Trainer` or a class derived from it (to stand before it in the bases).
 
     It installs the callbacks of `lemo_callbacks`, merges their metrics into every log, so that each reporter receives them, and
     writes `lemo_predictors.safetensors` and `lemo_config.json` wherever it saves the model, and beside a finished one a model card
     and the run's `results.json`. A finished model's folder holds no pickle. With `push_to_hub=True` predictors, settings and card
-    go to the Hub at every push.
+    go to the Hub at every push. Evaluation is dense, leaves the random states alone, and with `eval_sparse=True` also measures the
+    loss of the sparse forward.
 
     Args:
-        model: A model of `AutoLemoModelForCausalLM`, usually wrapped by PEFT.
-        args: `LemoTrainingArguments`.
+        model: A model of `AutoLemoModelForCausalLM`, wrapped by PEFT or to be wrapped by the trainer.
+        args: Of `arguments_class`.
+        *others: Further positional arguments of the trainer.
         callbacks: More callbacks; they act before LeMo's.
-        **kwargs: As for `Trainer`.
+        **kwargs: As for the trainer.
 
     Raises:
-        LemoError: If `args` are not `LemoTrainingArguments`.
+        LemoError: If `args` are of another class, or `model` is a name.
         LemoConfigError: If the model carries no LeMo.
     """
+
+    arguments_class: type[LemoTrainingArguments] = LemoTrainingArguments
 
     def __init__(
         self,
         model: Any = None,
         args: LemoTrainingArguments | None = None,
+        *others: Any,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        args = LemoTrainingArguments() if args is None else args
-        if not isinstance(args, LemoTrainingArguments):
+        args = self.arguments_class() if args is None else args
+        if not isinstance(args, self.arguments_class):
             raise LemoError(
-                f"LemoTrainer needs LemoTrainingArguments; got {type(args).__name__}; replace the class, its fields are the same"
+                f"{type(self).__name__} needs {self.arguments_class.__name__}; got {type(args).__name__}; "
+                "replace the class, its fields are the same"
+            )
+        if isinstance(model, str):
+            raise LemoError(
+                f"{type(self).__name__} needs a model; got the name {model!r}; "
+                "load it with AutoLemoModelForCausalLM.from_pretrained"
             )
         if model is not None:
             sparse_backbone(model)
@@ -72,11 +93,18 @@ class LemoTrainer(Trainer):
         self.results: RunResults | None = None
         self.title: str | None = None
         self._pushes: list[Future[Any]] = []  # of checkpoints, in the background
-        super().__init__(model=model, args=args, callbacks=[*(callbacks or []), *callbacks_of(self.lemo_run)], **kwargs)
+        kwargs["callbacks"] = [*(callbacks or []), *callbacks_of(self.lemo_run)]
+        super().__init__(model, args, *others, **kwargs)
+        _ = self._backbone  # model_init may have made the model
         self.lemo_run.send, self.lemo_run.trainer_saves = self.log, True
         for shown in self.callback_handler.callbacks:
             if isinstance(shown, PrinterCallback | DEFAULT_PROGRESS_CALLBACK):
                 _show_means_only(shown)
+
+    @property
+    def _backbone(self) -> Any:
+        model: Any = self.model
+        return sparse_backbone(model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`; `resume_from_checkpoint=True` also continues a run that was stopped before its first checkpoint.
@@ -138,6 +166,53 @@ class LemoTrainer(Trainer):
             self._said_no_label = True
         return loss
 
+    # Evaluation.
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in the trainer; random states stay as they are, so a run that evaluates trains as one that does not."""
+        with untouched_randomness():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in the trainer; with `eval_sparse` the metrics also hold `<prefix>_sparse_forward_loss`."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        wanted = description == "Evaluation" and self.lemo_run.args.eval_sparse  # and not for predict
+        if wanted and self._backbone.config.lemo.enabled and output.metrics is not None:
+            for shown in self.callback_handler.callbacks:
+                if isinstance(shown, ProgressCallback):  # its bar counts one pass over the data
+                    shown.on_predict(self.args, self.state, self.control, metrics=output.metrics)
+            name = f"{metric_key_prefix}_sparse_forward_loss"
+            output.metrics[name] = self.sparse_forward_loss(dataloader, ignore_keys)
+        return output
+
+    def sparse_forward_loss(self, dataloader: Any, ignore_keys: list[str] | None = None) -> float:
+        """Mean loss of the training-time forward over an evaluation set: optimistic, since blocks are kept for what later tokens
+        see in them; in the exact form it is the dense loss.
+        """
+        with sparse_evaluation(self._backbone):
+            output = super().evaluation_loop(dataloader, "Evaluation of the sparse forward", True, ignore_keys, "sparse")
+        return float((output.metrics or {})["sparse_loss"])
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the trainer: every trial has a model of its own and goes through its own phases.
+
+        Raises:
+            LemoError: If the trainer was given a model instead of `model_init`.
+        """
+        if self.model_init is None:
+            raise LemoError(
+                f"a search trains a new model in each trial; {type(self).__name__} was given a model; "
+                "use LemoTrainer(model_init=...), a function that returns the model with its adapter"
+            )
+        return super().hyperparameter_search(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self.lemo_run.take_metrics()}
@@ -190,7 +265,7 @@ class LemoTrainer(Trainer):
         elif self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             known: dict[str, Any] = {"license": kwargs.get("license")} if kwargs.get("license") else {}
-            for ours, theirs in (("language", "language"), ("datasets", "dataset")):
+            for ours, theirs in (("language", "language"), ("datasets", "dataset"), ("datasets", "dataset_name")):
                 if kwargs.get(theirs):
                     known[ours] = _as_list(kwargs[theirs])
             self._write_card(folder, _with_tags(_card_in(folder), _as_list(kwargs.get("tags") or [])), **known)
@@ -228,6 +303,13 @@ class LemoTrainer(Trainer):
                 logger.warning(hub_error(error, str(self.hub_model_id), token, "training goes on, the next push sends it too"))
 
 
+class LemoTrainer(LemoTrainerMixin, Trainer):
+    """A `transformers.Trainer` that trains a LeMo model through its phases, predictor -> calibrate -> sparse -> dense tail.
+
+    Args and errors: see `LemoTrainerMixin`; `args` are `LemoTrainingArguments`.
+    """
+
+
 def _card_in(folder: Path) -> str | None:
     path = folder / CARD_FILE
     return path.read_text(encoding="utf-8") if path.is_file() else None
@@ -247,10 +329,15 @@ def _with_tags(card: str | None, tags: list[str]) -> str | None:
 
 
 def _show_means_only(terminal: Any) -> None:
-    """Keeps metrics by layer, a line of dozens a step, from a callback that writes to the terminal; all others receive them."""
+    """Keeps metrics by layer and sums by phase, dozens a step, from a callback that writes to the terminal; others receive them."""
     on_log = terminal.on_log
 
     def without_layers(*args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        return on_log(*args, logs={name: value for name, value in (logs or {}).items() if "/layer_" not in name}, **kwargs)
+        return on_log(*args, logs=_means(logs or {}), **kwargs)
 
     terminal.on_log = without_layers
+
+
+def _means(logs: dict[str, Any]) -> dict[str, Any]:
+    hidden = ("/layer_", "seconds/", "memory/")
+    return {name: value for name, value in logs.items() if not any(part in name for part in hidden)}

@@ -5,6 +5,7 @@ from references.tiny_models import add_lora, lemo_model, random_tokens, stock_mo
 from torch import nn
 
 from lemo_hf.models.configuration_lemo_llama import LemoLlamaConfig
+from lemo_hf.models.documents import find_documents
 from lemo_hf.models.lemo_config import LemoConfig, LemoConfigError
 from lemo_hf.models.modeling_lemo_llama import LemoLlamaModel
 from lemo_hf.models.pattern_predictor import (
@@ -12,7 +13,6 @@ from lemo_hf.models.pattern_predictor import (
     predicted_block_scores,
     predicted_informativeness,
 )
-from lemo_hf.models.token_elimination import find_documents
 from lemo_hf.models.token_informativeness import block_informativeness
 from lemo_hf.training.predictor_training import parameter_share
 

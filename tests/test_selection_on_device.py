@@ -8,9 +8,10 @@ from references.tiny_models import lemo_model, random_tokens, stock_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lemo_hf.models.documents import Documents, find_documents
 from lemo_hf.models.lemo_config import LemoConfig
 from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone
-from lemo_hf.models.token_elimination import Documents, choose_blocks, find_documents
+from lemo_hf.models.token_elimination import choose_blocks
 
 # Functions that wait for the device, whatever they are called by; operators that size their result by values do as well.
 READING = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}

@@ -19,9 +19,10 @@ from references.tiny_models import (
 from torch import nn
 
 from lemo_hf.models import sparse_decoder
+from lemo_hf.models.documents import find_documents
 from lemo_hf.models.lemo_config import LemoConfigError
 from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone, sparse_evaluation
-from lemo_hf.models.token_elimination import find_documents, selection_of_blocks
+from lemo_hf.models.token_elimination import selection_of_blocks
 
 FORMS = ["sparse", "exact"]
 

@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references.tiny_models import place, random_tokens
 
+from lemo_hf.models.documents import find_documents
 from lemo_hf.models.lemo_config import LemoConfig, LemoConfigError
 from lemo_hf.models.token_elimination import (
     choose_blocks,
-    find_documents,
     gather_rows,
     keep_everything,
     kept_block_count,

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.documents import Documents, find_documents
 from ..models.sparse_decoder import SparseBatch, SparseDecoderLayer
-from ..models.token_elimination import Documents, find_documents, gather_rows
+from ..models.token_elimination import gather_rows
 from ..models.token_informativeness import block_informativeness
 
 # Arguments of the backbone that say where documents lie; everything else of a batch (labels, counts) belongs to the head.
@@ -45,6 +46,8 @@ class LayerScores:
     @torch.no_grad()
     def predicted(self) -> list[Tensor]:
         """The same as this layer's predictor sees it."""
+        if not self.scores:
+            return []
         return self.module.lemo_predictor.informativeness(self.hidden, self.documents)
 
 
@@ -89,17 +92,19 @@ def visit_layers(backbone: Any, batch: dict[str, Any], visit: Callable[[LayerSco
     Args:
         backbone: A model with `SparseBackbone` among its bases.
         batch: A collated batch with `input_ids` (or `inputs_embeds`) and, where there are any, mask and positions.
-        visit: Receives the layer's scores; it may train that layer's predictor under `torch.enable_grad()`.
+        visit: Receives the layer's scores, none of a batch that is padding alone; it may train that layer's predictor under
+            `torch.enable_grad()`, together with other processes, which are at the same layer then.
     """
     lemo = backbone.config.lemo
     inputs = backbone_inputs(batch, next(backbone.parameters()).device)
     documents = documents_of(inputs, lemo.block_size)
-    if not documents.lengths:
-        return
     shared = SparseBatch(documents, lemo, len(backbone.layers), draw=0)
 
     def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         residual = (args[0] if args else kwargs["hidden_states"]).flatten(0, 1)
+        if not documents.lengths:
+            visit(LayerScores(module.layer_idx, module, residual[:0], [], documents))
+            return
         hidden = module.attention_norm(gather_rows(residual, documents.rows))
         rotary = shared.flat_rotary(module.position_embeddings(kwargs))
         rotary = tuple(part.index_select(0, documents.rows) for part in rotary)

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import LemoError
+from ..models.documents import find_documents
 from ..models.segmented_loss import IGNORE_INDEX
 from ..models.sparse_decoder import sparse_backbone, sparse_evaluation
-from ..models.token_elimination import find_documents
 from .layer_scores import evaluation_mode
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .document_attention import AttentionScope, attend, with_kept_row_gradient
+from .documents import Documents
 from .row_movement import TakenRows, add_and_norm, interleave, merge, rest_norm, take
-from .token_elimination import Documents, Selection
+from .token_elimination import Selection
 
 
 class RowLayer(Protocol):

@@ -17,11 +17,11 @@ from transformers.models.opt.modeling_opt import (
 )
 
 from .configuration_lemo_opt import LemoOPTConfig
+from .documents import Documents
 from .lemo_config import LemoConfigError
 from .row_operations import shared_adapter_input, unpatched
 from .sparse_causal_lm import SparseCausalLM, SparsePreTrainedModel, with_segmented_loss
 from .sparse_decoder import SparseBackbone, SparseDecoderLayer
-from .token_elimination import Documents
 
 
 class LemoOPTDecoderLayer(SparseDecoderLayer, OPTDecoderLayer):
@@ -84,8 +84,7 @@ class LemoOPTDecoder(SparseBackbone, LemoOPTPreTrainedModel, OPTDecoder):
         if given is not None:
             return given
         # Stock code would count the padding mask's ones, and count on through packed documents.
-        positions = documents.rows.new_full((documents.num_rows,), -1)  # as stock code places padding
-        return positions.index_copy_(0, documents.rows, documents.place_of_row).view(batch_size, -1)
+        return documents.positions(padding=-1).view(batch_size, -1)  # where stock code places padding
 
 
 class LemoOPTModel(LemoOPTPreTrainedModel, OPTModel):

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .documents import Documents
 from .lemo_config import LemoConfig
-from .token_elimination import Documents
 
 # Entries of a distance profile, four to a doubling: the last one begins at 3444 blocks.
 _DISTANCES = 48

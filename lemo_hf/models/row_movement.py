@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .documents import Documents
 from .kernel_switch import kernel
 from .pattern_predictor import PatternPredictor
-from .token_elimination import Documents, Selection, gather_rows, merge_rows
+from .token_elimination import Selection, gather_rows, merge_rows
 
 Norm = Callable[[Tensor], Tensor]
 

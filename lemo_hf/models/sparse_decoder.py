@@ -21,20 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .documents import Documents, PaddingMaskError, find_documents
 from .kept_and_rest_rows import KeptAndRestRows, rows_of
 from .kept_row_checkpoint import checkpoint_kept_rows, random_state, random_state_restored
 from .kernel_switch import kernel
 from .lemo_config import LemoConfig, LemoConfigError
 from .pattern_predictor import PatternPredictor
 from .row_movement import predicted_features
-from .token_elimination import (
-    Documents,
-    Selection,
-    choose_blocks,
-    find_documents,
-    gather_rows,
-    keep_everything,
-)
+from .token_elimination import Selection, choose_blocks, gather_rows, keep_everything
 from .token_informativeness import block_informativeness, block_scores
 
 
@@ -48,6 +42,7 @@ class SparseBatch:
         config: The model's `LemoConfig`.
         num_layers: Layers of the model.
         draw: Number of this training forward, for sampled selection.
+        keeps_everything: Whether no layer chooses: evaluation of packed documents.
         selections: What each layer chose, filled as the layers run.
         rotary: Position tensors by flat row, filled by the first layer.
     """
@@ -56,6 +51,7 @@ class SparseBatch:
     config: LemoConfig
     num_layers: int
     draw: int
+    keeps_everything: bool = False
     selections: dict[int, Selection] = field(default_factory=dict)
     rotary: tuple[Tensor, ...] = ()
 
@@ -65,7 +61,7 @@ class SparseBatch:
         documents = self.documents
         if documents.lengths:
             _ = documents.rows, documents.block_of_row, documents.place_of_row
-            if self.config.needs_predictors:
+            if self.config.needs_predictors and not self.keeps_everything:
                 _ = documents.block_spans
 
     def flat_rotary(self, rotary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -145,7 +141,7 @@ class SparseDecoderLayer:
             batch: The batch; it remembers the result.
         """
         if self.layer_idx not in batch.selections:
-            if batch.config.is_dense(self.layer_idx, batch.num_layers):
+            if batch.keeps_everything or batch.config.is_dense(self.layer_idx, batch.num_layers):
                 selection = keep_everything(batch.documents)
             else:
                 scores = self.informativeness(residual, rotary, batch) if batch.config.needs_scores else None
@@ -203,7 +199,12 @@ class SparseDecoderLayer:
 
 
 class SparseBackbone:
-    """Mixin of a stock backbone (before it in the bases): finds documents and runs the layers sparsely in training mode."""
+    """Mixin of a stock backbone (before it in the bases): finds documents and runs the layers sparsely in training mode.
+
+    In evaluation it is the stock backbone, but for one kind of batch: several documents in a row. Stock code keeps these apart
+    only where it finds restarts in `position_ids`, no mask and no cache (which it makes by default), OPT never. Here every layer
+    keeps all rows of a sparse forward then: the dense values, each document's as if it were alone.
+    """
 
     config: Any
     training: bool
@@ -231,27 +232,18 @@ class SparseBackbone:
                     "LeMo trains without a cache; got past_key_values, as prefix tuning passes them; use LoRA, or train with enabled=False"
                 )
             active = False  # generation, which is inference whatever the mode
-        if not active:
+        documents = None
+        if active:
+            self._refuse_unsupported(kwargs)
+            documents = self._documents(input_ids, attention_mask, kwargs)
+        elif lemo.enabled and not self.training and kwargs.get("past_key_values") is None:
+            documents = self._packed_documents(input_ids, attention_mask, kwargs)
+        if documents is None:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
-        self._refuse_unsupported(kwargs)
-        shape_of = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-        if shape_of is None:
-            raise ValueError("the model needs tokens; got neither input_ids nor inputs_embeds; pass one of them")
-        batch_size, seq_len = shape_of.shape[:2]
-        documents = find_documents(
-            batch_size,
-            seq_len,
-            lemo.block_size,
-            shape_of.device,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=kwargs.get("position_ids"),
-            seq_idx=kwargs.get("seq_idx"),
-            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
-        )
         # Only sampled selection reads the number: elsewhere it would make torch.compile compile every step anew.
-        sampled = lemo.selection == "sampled"
-        batch = SparseBatch(documents, lemo, self.config.num_hidden_layers, self.lemo_draw if sampled else 0)
+        sampled = active and lemo.selection == "sampled"
+        draw = self.lemo_draw if sampled else 0
+        batch = SparseBatch(documents, lemo, self.config.num_hidden_layers, draw, keeps_everything=not active)
         if self.training and sampled:
             self.lemo_draw += 1
         if not documents.lengths:
@@ -259,22 +251,53 @@ class SparseBackbone:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         # A mask that is 4-dimensional already is passed through by the stock code: no (seq_len, seq_len) mask is ever formed,
         # and the layers read documents instead.
-        no_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=shape_of.device)
+        no_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=documents.device)
         kwargs["use_cache"] = False
-        kwargs["position_ids"] = self.sparse_position_ids(documents, batch_size, kwargs.get("position_ids"))
+        kwargs["position_ids"] = self.sparse_position_ids(documents, _shape_of(input_ids, kwargs)[0], kwargs.get("position_ids"))
         output = super().forward(input_ids=input_ids, attention_mask=no_mask, sparse_batch=batch, **kwargs)  # type: ignore[misc]
-        self.lemo_kept_shares = tuple(batch.selections[layer].kept_share for layer in range(batch.num_layers))
+        if active:
+            self.lemo_kept_shares = tuple(batch.selections[layer].kept_share for layer in range(batch.num_layers))
         return output
 
+    def _documents(self, input_ids: Tensor | None, attention_mask: Any, kwargs: dict[str, Any]) -> Documents:
+        return find_documents(
+            *_shape_of(input_ids, kwargs),
+            self.config.lemo.block_size,
+            (kwargs["inputs_embeds"] if input_ids is None else input_ids).device,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=kwargs.get("position_ids"),
+            seq_idx=kwargs.get("seq_idx"),
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+        )
+
+    def _packed_documents(self, input_ids: Tensor | None, attention_mask: Any, kwargs: dict[str, Any]) -> Documents | None:
+        """The documents of a batch of evaluation that has several in a row; `None` for any other, which is the stock model's."""
+        if all(kwargs.get(name) is None for name in ("position_ids", "seq_idx", "cu_seq_lens_q")):
+            return None
+        try:
+            documents = self._documents(input_ids, attention_mask, kwargs)
+        except PaddingMaskError:
+            return None  # training refuses such a mask; what evaluation makes of it is the stock model's
+        if not documents.are_packed(_shape_of(input_ids, kwargs)[0]):
+            return None
+        self._refuse_unsupported(kwargs)
+        return documents
+
     def sparse_position_ids(self, documents: Documents, batch_size: int, given: Tensor | None) -> Tensor | None:
-        """The `position_ids` of a sparse forward, for architectures that would read them off the mask, which is withheld here.
+        """The `position_ids` of a sparse forward: packed documents count from their own start, whatever says where they lie.
 
         Args:
             documents: The batch's documents, at least one.
             batch_size: Rows of the batch.
             given: What the caller passed.
+
+        Returns:
+            `(batch or 1, seq_len)`, or `None` where stock code counts through whole rows.
         """
-        return given
+        if given is not None or not documents.are_packed(batch_size):
+            return given
+        return documents.positions(padding=0).view(batch_size, -1)
 
     def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
         for name, fact in (("attention_dropout", "LeMo attention has no dropout"), ("layerdrop", "LeMo runs every layer")):
@@ -284,8 +307,16 @@ class SparseBackbone:
             raise LemoConfigError("LeMo attention is causal; the config has is_causal=False; train with enabled=False")
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise LemoConfigError(
-                "attention weights are never formed in training; got output_attentions=True; ask for them after model.eval()"
+                "attention weights are never formed here; got output_attentions=True; ask for them after model.eval(), "
+                "one document a row"
             )
+
+
+def _shape_of(input_ids: Tensor | None, kwargs: dict[str, Any]) -> tuple[int, int]:
+    tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+    if tokens is None:
+        raise ValueError("the model needs tokens; got neither input_ids nor inputs_embeds; pass one of them")
+    return tokens.shape[0], tokens.shape[1]
 
 
 @contextmanager

@@ -1,186 +1,19 @@
-"""Documents, the choice of kept blocks, and the movement of kept rows (LeMo paper, sections 4.1 and 5.1).
+"""The choice of kept blocks, and the movement of kept rows (LeMo paper, sections 4.1 and 5.1).
 
-A batch of B samples of N tokens is treated as B * N flat rows. A *document* is a sample, or one of several packed into a row;
-its block grid starts at its first real token, so it chooses the same blocks alone, padded on either side, batched or packed.
 A `Selection` is the one value that the rest of the layer sees: flat sorted rows and how many of them each document kept.
 Nothing else knows how they were chosen.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .documents import Documents
 from .kernel_switch import kernel
 from .lemo_config import LemoConfig, LemoConfigError
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Where the documents of a flattened batch lie.
-
-    Args:
-        starts: First flat row of each document.
-        lengths: Tokens of each document.
-        keys: A number per document, `(documents,)` int64, that depends on its own tokens only; `"sampled"` draws are seeded by
-            it, so that a document draws the same wherever it stands in a batch.
-        block_size: Tokens per block.
-        num_rows: Rows of the flattened batch, padding included.
-        device: Device of the index tensors.
-    """
-
-    starts: list[int]
-    lengths: list[int]
-    keys: Tensor
-    block_size: int
-    num_rows: int
-    device: torch.device
-
-    @cached_property
-    def block_counts(self) -> list[int]:
-        """Blocks of each document."""
-        return [-(-length // self.block_size) for length in self.lengths]
-
-    @property
-    def has_no_padding(self) -> bool:
-        """Whether every row of the batch is a token of some document."""
-        return sum(self.lengths) == self.num_rows
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """Flat rows of all real tokens, `(real_rows,)`, sorted."""
-        if self.has_no_padding:
-            return torch.arange(self.num_rows, device=self.device)
-        spans = [torch.arange(start, start + length) for start, length in zip(self.starts, self.lengths, strict=True)]
-        return torch.cat(spans).to(self.device)
-
-    @cached_property
-    def block_of_row(self) -> Tensor:
-        """Index, over all documents' blocks, of every real row's block, `(real_rows,)`."""
-        offsets = [0, *accumulate(self.block_counts)]
-        spans = [torch.arange(length) // self.block_size + offset for length, offset in zip(self.lengths, offsets, strict=False)]
-        return torch.cat(spans).to(self.device)
-
-    @cached_property
-    def place_of_row(self) -> Tensor:
-        """Place in its document of every real row, from 0, `(real_rows,)`: what sliding windows are measured by."""
-        return torch.cat([torch.arange(length) for length in self.lengths]).to(self.device)
-
-    @cached_property
-    def block_spans(self) -> tuple[Tensor, Tensor]:
-        """First flat row and number of tokens of every block, `(blocks,)` int64 and int32."""
-        size, spans = self.block_size, list(zip(self.starts, self.lengths, strict=True))
-        firsts = [torch.arange(start, start + length, size) for start, length in spans]
-        lengths = [(length - torch.arange(0, length, size)).clamp_max(size) for _, length in spans]
-        return torch.cat(firsts).to(self.device), torch.cat(lengths).int().to(self.device)
-
-    def split_blocks(self, per_block: Tensor) -> list[Tensor]:
-        """Splits a tensor over all blocks `(blocks, ...)` into one per document."""
-        return list(per_block.split(self.block_counts))
-
-
-def find_documents(
-    batch_size: int,
-    seq_len: int,
-    block_size: int,
-    device: torch.device,
-    input_ids: Tensor | None = None,
-    attention_mask: Any = None,
-    position_ids: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    cu_seq_lens: Tensor | None = None,
-) -> Documents:
-    """Finds the documents of a batch: with one transfer to the host, or none for a batch of whole rows.
-
-    Boundaries are row starts, the first real token after padding, a step of `position_ids` other than +1 (as `transformers`
-    reads packed rows), a change of `seq_idx`, and the entries of `cu_seq_lens`.
-
-    Args:
-        batch_size, seq_len: Shape of the batch.
-        block_size: Tokens per block.
-        device: Device of the batch.
-        input_ids: `(batch, seq_len)`; without them a document's draw key is its length.
-        attention_mask: `(batch, seq_len)`, zero at padding.
-        position_ids: `(batch or 1, seq_len)`.
-        seq_idx: `(batch, seq_len)` document numbers of packed rows.
-        cu_seq_lens: `(documents + 1,)` cumulated lengths over the flattened batch.
-
-    Returns:
-        `Documents`; there may be none if every token is padding.
-
-    Raises:
-        LemoConfigError: If the attention mask is no padding mask of this batch, or has padding within a document.
-    """
-    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch_size, seq_len)):
-        found = f"of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise LemoConfigError(
-            f"LeMo trains on causal attention with a padding mask of shape {(batch_size, seq_len)}, (batch, seq_len); got a mask {found}; "
-            "pass the padding mask, or train with enabled=False"
-        )
-    if attention_mask is None and position_ids is None and seq_idx is None and cu_seq_lens is None:
-        starts, lengths = [row * seq_len for row in range(batch_size)], [seq_len] * batch_size
-        places = torch.arange(seq_len, device=device)
-        keys = _document_keys(input_ids, places.repeat(batch_size), starts, lengths, device)
-        return Documents(starts, lengths, keys, block_size, batch_size * seq_len, device)
-    shape = (batch_size, seq_len)
-    starts_here = torch.zeros(shape, dtype=torch.bool, device=device)
-    starts_here[:, 0] = True
-    if position_ids is not None:
-        starts_here[:, 1:] |= (position_ids[:, 1:] - position_ids[:, :-1] != 1).expand(batch_size, -1)
-    if seq_idx is not None:
-        starts_here[:, 1:] |= (seq_idx[:, 1:] != seq_idx[:, :-1]).expand(batch_size, -1)
-    if cu_seq_lens is not None:
-        inner = cu_seq_lens[cu_seq_lens < batch_size * seq_len].long()
-        starts_here.view(-1)[inner] = True
-    if attention_mask is None:
-        real = torch.ones(shape, dtype=torch.bool, device=device)
-    else:
-        real = attention_mask.bool()
-        starts_here[:, 1:] |= real[:, 1:] & ~real[:, :-1]
-    starts_here &= real
-    first_rows = starts_here.view(-1).nonzero().squeeze(1)
-    # A document's real rows are contiguous: its length is the number of real rows up to the next start.
-    real_before = real.view(-1).long().cumsum(0)
-    counts = torch.diff(real_before[first_rows] - 1, append=real_before[-1:])
-    starts, lengths = torch.stack((first_rows, counts)).tolist()
-    if seq_idx is None and cu_seq_lens is None:
-        _refuse_holes(starts, lengths, seq_len, None if position_ids is None else position_ids.expand(batch_size, -1).flatten())
-    real_rows = real.view(-1).nonzero().squeeze(1)
-    places = real_rows - first_rows.repeat_interleave(counts)
-    tokens = None if input_ids is None else input_ids.reshape(-1)[real_rows]
-    keys = _document_keys(tokens, places, starts, lengths, device)
-    return Documents(starts, lengths, keys, block_size, batch_size * seq_len, device)
-
-
-def _refuse_holes(starts: list[int], lengths: list[int], seq_len: int, positions: Tensor | None) -> None:
-    # Between documents of one row padding may lie, within one it may not: the stock model lets tokens behind a hole attend to
-    # those before it; as two documents they would not. Positions that count on say that it is one.
-    lasts = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
-    holes = [
-        (last, after)
-        for last, after in zip(lasts, starts[1:], strict=False)
-        if last // seq_len == after // seq_len and after > last + 1
-    ]
-    if holes and positions is not None:
-        before, behind = positions[torch.tensor(holes, device=positions.device).T]
-        holes = [hole for hole, counts_on in zip(holes, (behind > before).tolist(), strict=True) if counts_on]
-    if holes:
-        raise LemoConfigError(
-            f"the attention mask may pad a row's ends only; got padding between the tokens of row {holes[0][0] // seq_len}; "
-            "give position_ids that start anew at each document, or train with enabled=False"
-        )
-
-
-def _document_keys(tokens: Tensor | None, places: Tensor, starts: list[int], lengths: list[int], device: torch.device) -> Tensor:
-    if tokens is None:
-        return torch.tensor(lengths, dtype=torch.int64, device=device)
-    # A token's weight depends on its place in the document, so a permutation has another key; int64 wraps around.
-    terms = (tokens.reshape(-1) + 1) * (places * 0x2545F491 + 0x9E3779B1)
-    return torch.stack([part.sum() for part in terms.split(lengths)]) if starts else terms
 
 
 @dataclass(frozen=True)

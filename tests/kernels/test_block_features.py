@@ -6,9 +6,9 @@ from lemo_kernels.host import KernelInputError
 from lemo_kernels.pattern_predictor import block_features_operator
 from references.kernel_inputs import DEVICE, DTYPES, assert_close, error_ratio, far_rows, random, strided, transposed
 
+from lemo_hf.models.documents import find_documents
 from lemo_hf.models.pattern_predictor import PatternPredictor
 from lemo_hf.models.row_operations import rms_norm
-from lemo_hf.models.token_elimination import find_documents
 
 EPSILON = 1e-5
 

@@ -17,9 +17,9 @@ from references.tiny_models import (
 )
 
 from lemo_hf.models import row_movement
+from lemo_hf.models.documents import find_documents
 from lemo_hf.models.kernel_switch import kernel_mode
 from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone
-from lemo_hf.models.token_elimination import find_documents
 
 
 def tiny(architecture="llama", lora=None, layers=1, **lemo):

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lemo_hf.models.documents import find_documents
 from lemo_hf.models.sparse_decoder import SparseBatch, SparseDecoderLayer, sparse_backbone
-from lemo_hf.models.token_elimination import find_documents, selection_of_blocks
+from lemo_hf.models.token_elimination import selection_of_blocks
 
 from .decoder_layer import lemo_layer
 from .tiny_models import lemo_model, stock_model, with_varied_vectors

@@ -9,6 +9,7 @@ runs, a segment's 16-bit logits become their gradient in place: segment_size * v
 Exact for any head that maps `(rows, hidden)` to `(rows, vocabulary)`: frozen, trained, tied or wrapped by an adapter.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ def _sum_of_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
 
 class _SegmentedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, segment_size: int, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], segment_size: int, *weights: Tensor
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         needs_hidden = ctx.needs_input_grad[0]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
@@ -77,6 +80,20 @@ class _SegmentedLoss(torch.autograd.Function):
         return grad_hidden, None, None, None, *weights
 
 
+def _with_gathered_weights(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The head to be called on each segment; sharded by FSDP2, with its weights gathered once.
+
+    FSDP2's hooks would gather them at every call, and each segment's own little backward would make it free them (and every
+    other unit's) again. Processes have different numbers of segments, and the one without a label has none: all would wait for
+    each other. The gradients of a trained head are reduced, and its weights freed, when the whole backward ends.
+    """
+    if not hasattr(head, "unshard"):
+        return head
+    head.unshard()
+    forward: Callable[[Tensor], Tensor] = head.forward
+    return forward
+
+
 def segmented_causal_lm_loss(
     hidden_states: Tensor,
     labels: Tensor | None,
@@ -107,8 +124,9 @@ def segmented_causal_lm_loss(
     hidden = hidden_states.flatten(0, -2)
     if labelled.numel() < targets.numel():
         hidden, targets = hidden.index_select(0, labelled), targets[labelled]
+    project = _with_gathered_weights(head)
     trainable = [weight for weight in head.parameters() if weight.requires_grad]
-    total = _SegmentedLoss.apply(hidden, targets, head, segment_size, *trainable)
+    total = _SegmentedLoss.apply(hidden, targets, project, segment_size, *trainable)
     divisor = labelled.numel() if num_items_in_batch is None else num_items_in_batch
     if torch.is_tensor(divisor):
         divisor = divisor.to(total.device)

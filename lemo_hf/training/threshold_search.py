@@ -12,11 +12,14 @@ layers pay most, c takes the blocks back evenly. Cost: 1 forward a document, and
 
 In the exact form the loss is the dense one whatever T is, so there is nothing to differentiate: every layer's threshold is the
 quantile of its I that keeps its own ratio of blocks.
+
+Several processes share the profile set: each runs its part of the documents, and what they found is put together in the order of
+the documents, so that thresholds are the same bits on all of them, and the same as of one process alone.
 """
 
 import logging
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +27,11 @@ from torch import Tensor
 from ..evaluation.layer_scores import backbone_inputs, evaluation_mode
 from ..models.segmented_loss import shift_labels
 from ..models.sparse_decoder import sparse_evaluation
+from .processes import Processes
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _BISECTIONS = 60
 
@@ -55,9 +61,19 @@ class ThresholdSearch:
         batches: The profile set: collated batches with labels.
         eta: Largest move of a threshold in a round, in standard deviations of the layer's I.
         epsilon: Half width of the central difference, in the same unit.
+        processes: Those that search together.
     """
 
-    def __init__(self, model: Any, backbone: Any, batches: Iterable[dict[str, Any]], eta: float, epsilon: float) -> None:
+    def __init__(
+        self,
+        model: Any,
+        backbone: Any,
+        batches: Iterable[dict[str, Any]],
+        eta: float,
+        epsilon: float,
+        processes: Processes | None = None,
+    ) -> None:
+        self.processes = Processes() if processes is None else processes
         self.model = model
         self.backbone = backbone
         self.batches = list(batches)
@@ -98,29 +114,37 @@ class ThresholdSearch:
         Args:
             keep_thresholds: Leaves the model's thresholds as they are, to look at what they keep.
         """
-        self._profile = {layer: [] for layer in self.searched}
+        profile: dict[int, list[list[float]]] = {layer: [] for layer in self.searched}
         lemo = self.backbone.config.lemo
 
         def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module.layer_idx in self._profile:
-                batch = kwargs["sparse_batch"]
+            batch = kwargs.get("sparse_batch")  # none where all is padding
+            if batch is not None and module.layer_idx in profile:
                 residual = args[0].flatten(0, 1)
                 values = module.informativeness(residual, batch.flat_rotary(module.position_embeddings(kwargs)), batch)
-                self._profile[module.layer_idx] += [part.float().cpu() for part in values]
+                profile[module.layer_idx] += [part.float().tolist() for part in values]
+
+        def of_document(batch: dict[str, Any]) -> dict[int, list[list[float]]]:
+            for values in profile.values():
+                values.clear()
+            self._sum_of_losses(batch)
+            return {layer: list(values) for layer, values in profile.items()}
 
         # Every layer kept whole: informativeness is profiled on the dense model.
         chosen = lemo.dense_layers
         hooks = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in self.backbone.layers]
         try:
             lemo.update(dense_layers=list(range(len(self.backbone.layers))))
-            for batch in self.batches:
-                self.loss([batch])
+            found = self._of_all(of_document, self.batches)
         finally:
             lemo.update(dense_layers=chosen)
             for hook in hooks:
                 hook.remove()
-        for layer, values in self._profile.items():
-            together = torch.cat(values)
+        self._profile = {
+            layer: [torch.tensor(values) for document in found for values in document[layer]] for layer in self.searched
+        }
+        for layer, parts in self._profile.items():
+            together = torch.cat(parts)
             deviation = together.std().item() if together.numel() > 1 else 0.0
             self._scale[layer] = (together.mean().item(), max(deviation, 1e-12))
         if keep_thresholds and lemo.thresholds is not None:
@@ -177,23 +201,36 @@ class ThresholdSearch:
         finally:
             self.offsets = start
 
-    @torch.no_grad()
     def loss(self, batches: list[dict[str, Any]]) -> float:
         """Mean loss a token of the sparse forward on `batches`; a forward pass of each is counted."""
-        total, count = 0.0, 0
+        sums = self._of_all(self._sum_of_losses, batches)
+        return sum(total for total, _ in sums) / max(sum(count for _, count in sums), 1)
+
+    def _of_all(self, measure: Callable[[dict[str, Any]], T], batches: list[dict[str, Any]]) -> list[T]:
+        """What `measure` finds on every batch, in their order, each looked at by one process."""
+        total = len(batches)
+        found: list[T] = []
+        for first in range(0, total, self.processes.count):
+            place, together, _ = self.processes.turn(first, total)
+            # All processes measure, so that all run the same layers; in the last round some do for nothing.
+            found += self.processes.gather(measure(batches[place]))[:together]
+        self.forward_passes += total
+        return found
+
+    @torch.no_grad()
+    def _sum_of_losses(self, batch: dict[str, Any]) -> tuple[float, int]:
+        """Summed loss of the sparse forward on a batch, and its labelled tokens."""
+        total = 0.0
         device = next(self.backbone.parameters()).device
         head = _head_of(self.model)
         with evaluation_mode(self.model), sparse_evaluation(self.backbone):
-            for batch in batches:
-                inputs = backbone_inputs(batch, device)
-                hidden = self.backbone(**inputs).last_hidden_state.flatten(0, 1)
-                targets = shift_labels(batch["labels"]).flatten().to(device)
-                size = self.backbone.config.lemo.segment_size
-                for rows, labels in zip(hidden.split(size), targets.split(size), strict=True):
-                    total += torch.nn.functional.cross_entropy(head(rows).float(), labels, reduction="sum").item()
-                count += int((targets != -100).sum())
-                self.forward_passes += 1
-        return total / max(count, 1)
+            inputs = backbone_inputs(batch, device)
+            hidden = self.backbone(**inputs).last_hidden_state.flatten(0, 1)
+            targets = shift_labels(batch["labels"]).flatten().to(device)
+            size = self.backbone.config.lemo.segment_size
+            for rows, labels in zip(hidden.split(size), targets.split(size), strict=True):
+                total += torch.nn.functional.cross_entropy(head(rows).float(), labels, reduction="sum").item()
+        return total, int((targets != -100).sum())
 
     def _renormalise(self) -> None:
         lemo = self.backbone.config.lemo

@@ -7,6 +7,7 @@ the movement of kept rows. `other` is a module that fits none of them.
 
 import re
 import sys
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
@@ -146,6 +147,49 @@ class RunningModules:
         owner = self.innermost or Owner("", None, "other")
         part = _part_of_running_code() if owner.part in ("residual", "loss", "other") else None
         return owner if part is None else owner._replace(part=part)
+
+
+class RunningOwners:
+    """Context manager that also knows whose operation the backward pass runs: that of the module that ran it forward.
+
+    Backward must run in the thread of the forward (it does on the CPU, and on a GPU with
+    `torch.autograd.set_multithreading_enabled(False)`).
+
+    Args:
+        model: See [`RunningModules`].
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = RunningModules(model, on_change=self._mark)
+        # Autograd numbers its nodes as they are made, so the numbers at which modules begin and end tell a node's module.
+        self._marks: list[int] = []
+        self._owner_from: list[Owner] = []
+
+    def __enter__(self) -> "RunningOwners":
+        self._marks.clear()
+        self._owner_from.clear()
+        self._modules.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._modules.__exit__(*exception)
+
+    def owner(self) -> Owner:
+        """Who runs now."""
+        # A module that runs within backward is being recomputed: it is the owner itself.
+        if torch._C._current_autograd_node() is None or self._modules.innermost is not None:
+            return self._modules.owner()
+        return self._owner_of_running_node()
+
+    def _mark(self) -> None:
+        owner = self._modules.innermost or self._owner_of_running_node()
+        self._marks.append(torch._C._autograd._get_sequence_nr())
+        self._owner_from.append(owner)
+
+    def _owner_of_running_node(self) -> Owner:
+        node = torch._C._current_autograd_node()
+        place = bisect_right(self._marks, node._sequence_nr()) - 1 if node is not None else -1
+        return self._owner_from[place] if place >= 0 else Owner("", None, "other")
 
 
 def _layer_and_part(path: str, module: nn.Module) -> tuple[int | None, str]:

@@ -20,7 +20,6 @@ form the frozen weights' gradients, so a stock step costs 2 P + 3.5 A (494.9 M a
 before selection and prediction.
 """
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
-from .breakdown import Breakdown, Owner, RunningModules
+from .breakdown import Breakdown, RunningOwners
 
 FIELDS = ("module", "layer", "part", "phase", "operator")
 
@@ -162,23 +161,18 @@ class FlopCounter:
         counting = {operator: self._counting(operator, formula) for operator, formula in flop_formulas().items()}
         self._mode = FlopCounterMode(display=False, custom_mapping=counting)
         self._mode.mod_tracker = _NoTracker()
-        self._modules = RunningModules(model, on_change=self._mark)
+        self._owners = RunningOwners(model)
         self._amounts: Counter[tuple[str, int | None, str, str, str]] = Counter()
-        # Autograd numbers its nodes as they are made, so the numbers at which modules begin and end tell a node's module.
-        self._marks: list[int] = []
-        self._owner_from: list[Owner] = []
 
     def __enter__(self) -> "FlopCounter":
         self._amounts.clear()
-        self._marks.clear()
-        self._owner_from.clear()
-        self._modules.__enter__()
+        self._owners.__enter__()
         self._mode.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._mode.__exit__(kind, error, trace)
-        self._modules.__exit__(kind, error, trace)
+        self._owners.__exit__(kind, error, trace)
 
     @property
     def flops(self) -> Breakdown:
@@ -190,7 +184,7 @@ class FlopCounter:
 
         def counted(*args: Any, **kwargs: Any) -> int:
             flops = formula(*args, **kwargs)
-            owner = self._owner()
+            owner = self._owners.owner()
             part = "attention" if is_attention(operator) else owner.part
             phase = "backward" if torch._C._current_graph_task_id() != -1 else "forward"
             self._amounts[owner.module, owner.layer, part, phase, name] += flops
@@ -199,22 +193,3 @@ class FlopCounter:
         # FlopCounterMode replaces tensors by shapes otherwise, and formulas of its registry expect tensors.
         counted._get_raw = True  # type: ignore[attr-defined]
         return counted
-
-    def _mark(self) -> None:
-        owner = self._modules.innermost or self._owner_of_running_node()
-        self._marks.append(torch._C._autograd._get_sequence_nr())
-        self._owner_from.append(owner)
-
-    def _owner(self) -> Owner:
-        # A module that runs within backward is being recomputed: it is the owner itself.
-        if torch._C._current_autograd_node() is None or self._modules.innermost is not None:
-            return self._modules.owner()
-        return self._owner_of_running_node()
-
-    def _owner_of_running_node(self) -> Owner:
-        node = torch._C._current_autograd_node()
-        place = bisect_right(self._marks, node._sequence_nr()) - 1 if node is not None else -1
-        return self._owner_from[place] if place >= 0 else _OUTSIDE
-
-
-_OUTSIDE = Owner("", None, "other")

@@ -50,6 +50,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"model_type": "mistral", "vocab_size": 32768, "max_position_embeddings": 32768, "sliding_window": None, "head_dim": 128},
     "OPT-6.7B": _OPT | {"hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32, "word_embed_proj_dim": 4096},
     "OPT-1.3B": _OPT | {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "word_embed_proj_dim": 2048},
+    "OPT-2.7B": _OPT | {"hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "word_embed_proj_dim": 2560},
+    "OPT-125M": _OPT
+    | {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "word_embed_proj_dim": 768},
     "Qwen3-8B": {
         "model_type": "qwen3",
         "hidden_size": 4096,

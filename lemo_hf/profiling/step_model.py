@@ -19,6 +19,7 @@ from ..errors import LemoError
 from ..loading import without_peft_deprecation
 from ..models.lemo_config import LemoConfig
 from ..registry import ARCHITECTURES, lemo_config_from
+from .baselines.baseline import Baseline
 from .liger_functions import use_liger_functions
 from .model_shapes import stock_type
 
@@ -44,6 +45,7 @@ class StepSettings:
         dtype: Float type of the base model: "bfloat16", "float16" or "float32".
         adapter_dtype: Float type of the adapters: "float32" is PEFT's default.
         autocast: Whether the forward runs under bfloat16 autocast.
+        baseline: What takes LeMo's place in the stock model, for `method="stock"`.
     """
 
     seq_len: int
@@ -55,6 +57,7 @@ class StepSettings:
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     autocast: bool = False
+    baseline: Baseline | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -65,6 +68,10 @@ class StepSettings:
         for name in ("seq_len", "batch_size", "lora_r"):
             if getattr(self, name) < 1:
                 raise LemoError(f"{name} must be at least 1; got {getattr(self, name)}; set it to 1 or more")
+        if self.baseline is not None and self.method != "stock":
+            raise LemoError(
+                f"a baseline changes the stock model; {self.baseline.name!r} with method {self.method!r}; use method stock"
+            )
 
     @property
     def lemo_config(self) -> LemoConfig | None:
@@ -75,15 +82,17 @@ class StepSettings:
     def name(self) -> str:
         """The method in words, kept share included."""
         lemo = self.lemo_config
+        if self.baseline is not None:
+            return self.baseline.words
         if lemo is None:
             return {"stock": "stock LoRA", "checkpointing": "stock + checkpointing"}.get(self.method, self.method.capitalize())
         kept = lemo.keep_ratio if isinstance(lemo.keep_ratio, float | int) else sum(lemo.keep_ratio) / len(lemo.keep_ratio)
         rows = ", kept-row checkpointing" if lemo.checkpoint == "kept_rows" else ""
         return f"LeMo {lemo.attention_forward} {kept:g}{rows}"
 
-    def running(self) -> AbstractContextManager[Any]:
-        """The context of the forward pass."""
-        return torch.autocast("cpu", dtype=torch.bfloat16) if self.autocast else nullcontext()
+    def running(self, device_type: str = "cpu") -> AbstractContextManager[Any]:
+        """The context of the forward pass on a type of device."""
+        return torch.autocast(device_type, dtype=torch.bfloat16) if self.autocast else nullcontext()
 
 
 def layer_kinds(config: PreTrainedConfig, settings: StepSettings) -> list[Hashable]:
@@ -97,6 +106,8 @@ def layer_kinds(config: PreTrainedConfig, settings: StepSettings) -> list[Hashab
             dense = lemo.is_dense(layer, layers)
             sizes = tuple(lemo.predictor_sizes[layer]) if lemo.predictor_sizes else None
             of_lemo = (dense, None if dense else lemo.ratio_of(layer), sizes)
+        elif settings.baseline is not None:
+            of_lemo = settings.baseline.kind_of_layer(layer, layers)
         kinds.append((layer == 0, types[layer], of_lemo))
     return kinds
 
@@ -121,6 +132,8 @@ def build_model(config: PreTrainedConfig, settings: StepSettings, layers: list[i
     else:
         model = AutoModelForCausalLM.from_config(small, attn_implementation="sdpa")
     model.tie_weights()
+    if settings.baseline is not None:
+        settings.baseline.apply(model, layers, config.num_hidden_layers)
     if settings.method.startswith("liger"):
         use_liger_functions(model)
     _refuse_older_transformers(config, settings)
@@ -171,7 +184,7 @@ def forward_loss(model: Any, input_ids: Tensor, settings: StepSettings) -> Tenso
     inputs: dict[str, Any] = {}
     if settings.method != "lemo":
         inputs["past_key_values"] = _PassingCache(config=model.config)
-    with settings.running():
+    with settings.running(input_ids.device.type):
         return model(input_ids=input_ids, labels=input_ids, use_cache=False, **inputs).loss
 
 

@@ -1,7 +1,7 @@
+import dataclasses
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from references.tiny_models import place, random_tokens
 
 from lemo_hf.models.documents import find_documents
@@ -16,7 +16,6 @@ from lemo_hf.models.token_elimination import (
 )
 
 CPU = torch.device("cpu")
-LAYOUTS = ["left", "right", "left_positions", "packed_positions", "packed_seq_idx", "packed_cu"]
 
 
 def find(batch, block_size=4):
@@ -32,95 +31,6 @@ def of_lengths(*lengths, block_size=4):
 def draw(config, documents, layer=0, number=0, scores=None):
     marks = choose_blocks(scores, documents, config, layer, number).kept_blocks
     return [part.tolist() for part in documents.split_blocks(marks)]
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 19), min_size=1, max_size=5), st.sampled_from(LAYOUTS), st.integers(0, 3), st.integers(1, 8))
-def test_documents_are_found_wherever_they_lie(lengths, layout, extra, block_size):
-    tokens = [random_tokens(length, seed) for seed, length in enumerate(lengths)]
-    placed = place(tokens, layout, extra)
-    documents = find(placed.batch, block_size)
-    width = placed.batch["input_ids"].shape[1]
-    assert documents.starts == [row * width + start for row, start, _ in placed.places]
-    assert documents.lengths == lengths
-    assert documents.block_counts == [-(-length // block_size) for length in lengths]
-    flat = placed.batch["input_ids"].flatten()
-    assert torch.equal(flat[documents.rows], torch.cat(tokens))
-    alone = [int(find({"input_ids": part[None]}, block_size).keys[0]) for part in tokens]
-    assert documents.keys.tolist() == alone
-    # Blocks are counted through, start anew in each document, and hold block_size rows but for each document's last.
-    counted = [number // block_size for length in lengths for number in range(length)]
-    offsets = [sum(documents.block_counts[:index]) for index, length in enumerate(lengths) for _ in range(length)]
-    assert documents.block_of_row.tolist() == [block + offset for block, offset in zip(counted, offsets, strict=True)]
-
-
-def test_padding_on_both_sides_and_a_row_of_nothing_else():
-    mask = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]])
-    documents = find({"input_ids": torch.arange(20).view(4, 5), "attention_mask": mask}, 2)
-    assert (documents.starts, documents.lengths) == ([1, 10, 19], [3, 1, 1])
-    assert documents.rows.tolist() == [1, 2, 3, 10, 19]
-
-
-def test_a_batch_of_padding_has_no_documents():
-    documents = find({"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": torch.zeros(2, 3)})
-    assert documents.lengths == []
-    assert documents.starts == []
-
-
-def test_packed_documents_with_padding_behind_them():
-    batch = {
-        "input_ids": torch.arange(9)[None],
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0, 0]]),
-        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 0]]),
-    }
-    documents = find(batch)
-    assert (documents.starts, documents.lengths) == ([0, 3], [3, 4])
-
-
-def test_positions_that_do_not_start_at_zero_are_one_document():
-    assert find({"input_ids": torch.arange(6)[None], "position_ids": torch.arange(40, 46)[None]}).lengths == [6]
-
-
-def test_one_row_of_positions_serves_every_row_of_the_batch():
-    documents = find({"input_ids": torch.arange(12).view(2, 6), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1]])})
-    assert documents.lengths == [4, 2, 4, 2]
-
-
-def test_keys_depend_on_the_tokens_and_their_order_alone():
-    tokens = random_tokens(10, 0)
-    key = find({"input_ids": tokens[None]}).keys
-    assert find({"input_ids": tokens.flip(0)[None]}).keys != key
-    assert find({"input_ids": tokens[:9][None]}).keys != key
-
-
-@pytest.mark.parametrize(
-    ("mask", "found"),
-    [
-        (torch.ones(1, 1, 4, 4), r"of shape \(1, 1, 4, 4\)"),
-        (torch.ones(4), r"of shape \(4,\)"),
-        (torch.ones(1, 5), r"of shape \(1, 5\)"),
-        ({"full_attention": None}, "dict"),
-    ],
-    ids=["4 dimensions", "1 dimension", "another length", "one per layer type"],
-)
-def test_other_masks_are_refused(mask, found):
-    with pytest.raises(LemoConfigError, match=f"got a mask {found}; pass the padding mask"):
-        find({"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": mask})
-
-
-def test_a_hole_in_the_padding_mask_is_refused():
-    """The stock model lets tokens behind a hole attend to those before it; as two documents they would not."""
-    with pytest.raises(LemoConfigError, match="row 1"):
-        find({"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 1, 1]])})
-
-
-@pytest.mark.parametrize("behind", [[2, 3], [3, 4]], ids=["tokens counted", "places counted"])
-def test_positions_that_count_on_across_a_hole_do_not_make_it_two_documents(behind):
-    rows = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 1, 1]])}
-    with pytest.raises(LemoConfigError, match="row 1"):
-        find(rows | {"position_ids": torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, *behind]])})
-    assert find(rows | {"position_ids": torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]])}).lengths == [5, 2, 2]
-    assert find(rows | {"seq_idx": torch.tensor([[0] * 5, [0, 0, 0, 1, 1]])}).lengths == [5, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -203,19 +113,28 @@ def test_threshold_without_thresholds_says_what_to_do():
         choose_blocks([torch.zeros(2)], of_lengths(8), LemoConfig(selection="threshold"), 0, 0)
 
 
-def test_a_draw_repeats_and_differs_by_step_layer_seed_and_document():
+def test_a_draw_repeats_and_differs_by_step_seed_and_document():
     documents = of_lengths(200, 200)
     config = LemoConfig(block_size=4, keep_ratio=0.3)
     first = draw(config, documents)
     assert first == draw(config, documents)
-    others = [
-        draw(config, documents, number=1),
-        draw(config, documents, layer=1),
-        draw(LemoConfig(block_size=4, keep_ratio=0.3, seed=1), documents),
-    ]
+    others = [draw(config, documents, number=1), draw(LemoConfig(block_size=4, keep_ratio=0.3, seed=1), documents)]
     assert all(other != first for other in others)
-    assert others[0] != others[1] != others[2] != others[0]
+    assert others[0] != others[1]
     assert first[0] != first[1]
+
+
+def test_layers_draw_the_same_blocks_or_each_its_own():
+    documents = of_lengths(200, 200)
+    shared = LemoConfig(block_size=4, keep_ratio=[0.3, 0.3, 0.6])
+    first, second, wider = (torch.tensor(draw(shared, documents, layer)) for layer in range(3))
+    assert torch.equal(first, second)
+    assert (wider | ~first).all(), "what the smaller share keeps, the larger one keeps too"
+    assert wider.sum() == 60
+    own = [draw(dataclasses.replace(shared, draws="by_layer"), documents, layer) for layer in range(3)]
+    assert own[0] != own[1]
+    assert own[0] != first.tolist()
+    assert (~torch.tensor(own[2]) & torch.tensor(own[0])).any(), "draws of their own are not nested"
 
 
 def test_drawing_leaves_the_global_generator_alone():
@@ -227,7 +146,7 @@ def test_drawing_leaves_the_global_generator_alone():
 
 def test_uniform_draws_keep_every_inner_block_equally_often():
     documents = of_lengths(48)
-    config = LemoConfig(block_size=4, keep_ratio=0.5)
+    config = LemoConfig(block_size=4, keep_ratio=0.5, draws="by_layer")
     number = 1500
     counts = sum(
         torch.tensor(draw(config, documents, layer, step)[0]).double() for step in range(number // 3) for layer in range(3)

@@ -188,7 +188,7 @@ def _refuse_holes(
     cu_seq_lens: Tensor | None,
 ) -> None:
     # Between documents of one row padding may lie, within one it may not: the stock model lets tokens behind a hole attend to
-    # those before it; as two documents they would not. Whatever the batch says of documents must say that these are two.
+    # those before it; as two documents they would not. So something in the batch has to say that they are two.
     lasts = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
     holes = [
         (last, after)
@@ -201,13 +201,14 @@ def _refuse_holes(
     last, after = torch.tensor(holes, device=device).T
     apart = torch.zeros(len(holes), dtype=torch.bool, device=device)
     if position_ids is not None:
-        positions = position_ids.expand(-(-(holes[-1][1] + 1) // seq_len), -1) if len(position_ids) == 1 else position_ids
-        before, behind = positions.flatten()[last], positions.flatten()[after]
-        apart |= behind <= before  # positions that count on say that it is one
+        size = position_ids.numel()  # one row of them may serve every row of the batch
+        # Positions that count on say that it is one.
+        apart |= position_ids.flatten()[after % size] <= position_ids.flatten()[last % size]
     if seq_idx is not None:
         apart |= seq_idx.flatten()[last] != seq_idx.flatten()[after]
     if cu_seq_lens is not None:
-        apart |= torch.searchsorted(cu_seq_lens, last, right=True) < torch.searchsorted(cu_seq_lens, after, right=True)
+        ends = cu_seq_lens.long()
+        apart |= torch.searchsorted(ends, last, right=True) < torch.searchsorted(ends, after, right=True)
     if not apart.all():
         row = holes[apart.tolist().index(False)][0] // seq_len
         raise PaddingMaskError(

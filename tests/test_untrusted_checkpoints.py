@@ -18,6 +18,7 @@ from lemo_hf import AutoLemoModelForCausalLM, LemoTrainer, cli
 from lemo_hf.errors import LemoError
 from lemo_hf.loading import load_saved_model
 from lemo_hf.models.lemo_config import LemoConfigError
+from lemo_hf.training.whole_checkpoints import SEAL_FILE
 
 OURS = {"api": AutoLemoModelForCausalLM.from_pretrained, "command": load_saved_model}
 
@@ -153,6 +154,7 @@ def checkpoint(tmp_path_factory):
 def test_a_spoilt_checkpoint_is_not_resumed_from(checkpoint, case, tmp_path, pickles_read):
     spoil, says = SPOILT_CHECKPOINTS[case]
     shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / SEAL_FILE).unlink()  # which a stranger writes as well as anything else
     spoil(tmp_path / "checkpoint-1")
     resumed = LemoTrainer(model=tiny_lemo_model(lora=False), args=tiny_arguments(tmp_path / "b"), train_dataset=RandomText())
     with pytest.raises(LemoError, match=says) as refused:

@@ -9,7 +9,7 @@ has ended, in its output folder; what a stock Trainer cannot do is refused befor
 
 Metrics, means over layers and by layer: `kept_share/layer_<i>` (rows kept of the step's last forward, in [0, 1]),
 `saved_bytes/layer_<i>` (measured on logged steps in the step's first forward: every unique storage that autograd keeps),
-`threshold/layer_<i>`, and after a probe `recall/layer_<i>`. Under `LemoTrainer` the terminal shows the means only.
+`threshold/layer_<i>`, and after a probe `recall/layer_<i>`. Of several processes these are means; times and memory are rank 0's. Under `LemoTrainer` the terminal shows the means only.
 """
 
 import logging
@@ -22,21 +22,29 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy
 
-from ..errors import LemoError
-from ..hub.lemo_files import load_lemo_files, load_predictors, record_predictor_sizes
+from ..errors import LemoError, LemoRunError
+from ..hub.lemo_files import load_lemo_files, load_predictors, predictor_tensors, record_predictor_sizes
+from ..profiling.activation_memory import plain_tensors
 from .arguments import LemoTrainingArguments
+from .join_processes import JoinProcesses
 from .layer_metrics import LayerMetrics
+from .leave_on_signal import LeaveOnSignal
 from .lemo_callback import LemoCallback, by_layer
 from .lemo_run import LemoRun
 from .phase_cost import LARGE_SHARE, estimate_cost
 from .phase_documents import require_blocks
+from .poisoned_samples import SampleWatch
 from .predictor_training import PredictorTraining, parameter_share
 from .recall_probe import DEFAULT_DOCUMENTS, RecallProbe, probe, threshold_search
 from .run_record import RunRecord
+from .whole_checkpoints import newest_whole, unseal
 
 logger = logging.getLogger(__name__)
+
+# float16 scales begin at 2 ** 16.
+_MOST_SKIPPED = 32
 
 
 def lemo_callbacks(args: LemoTrainingArguments) -> list[TrainerCallback]:
@@ -51,8 +59,8 @@ def lemo_callbacks(args: LemoTrainingArguments) -> list[TrainerCallback]:
 def callbacks_of(run: LemoRun) -> list[TrainerCallback]:
     """The callbacks that share `run`, in the order in which they act."""
     # Metrics before the probe: what they read of the step's last forward, a refit overwrites.
-    phases = PredictorPhase, CalibratePhase, SparsePhase, LayerMetrics, RecallProbe, RunRecord
-    return [phase(run) for phase in phases]
+    phases = JoinProcesses, PredictorPhase, CalibratePhase, SparsePhase, LayerMetrics, RecallProbe, RunRecord
+    return [*(phase(run) for phase in phases), SampleWatch(run), LeaveOnSignal(run)]
 
 
 class PredictorPhase(LemoCallback):
@@ -92,7 +100,8 @@ class PredictorPhase(LemoCallback):
         run, own = self.run, self.run.args
         searches = run.lemo.selection == "threshold" and (run.lemo.thresholds is None or fitted > 0)
         profile = len(run.documents.profile()) if searches else 0
-        # Every process runs the phases, beside its own part of the samples.
+        # Of one process: all share the documents of the phases, and the samples.
+        fitted, profile = (-(-count // run.processes.count) for count in (fitted, profile))
         samples = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps
         cost = estimate_cost(run.lemo, len(run.backbone.layers), fitted, profile, own.calibrate_rounds, samples)
         if cost.share > LARGE_SHARE:
@@ -105,7 +114,9 @@ class PredictorPhase(LemoCallback):
             logger.info("%s", cost)
 
     def _available(self, wanted: int) -> int:
-        documents, probes = self.run.documents.fitting_count(wanted), self.run.documents.probe_count
+        # Streams may be split among processes, and end early.
+        documents = min(self.run.processes.gather(self.run.documents.fitting_count(wanted)))
+        probes = self.run.documents.probe_count
         if not probes:
             logger.warning("training set has one document: recall is measured on the text that the predictors are fitted on")
         elif documents < wanted:
@@ -122,18 +133,31 @@ class PredictorPhase(LemoCallback):
         # A model that a LeMo run saved brings fitted predictors too; the profile of drawn ones is flat.
         fresh = not run.predictors_fitted and not any(layer.lemo_predictor.distance[0].any() for layer in run.backbone.layers)
         pruning = own.prune_documents, own.prune_share
-        training = PredictorTraining(run.backbone, total, own.predictor_steps, own.predictor_learning_rate, *pruning, fresh=fresh)
+        optimizer = own.predictor_steps, own.predictor_learning_rate
+        training = PredictorTraining(run.backbone, total, *optimizer, *pruning, fresh=fresh, processes=run.processes)
         if taken is not None:
             training.restore(taken[1], taken[0]["done"])
         began = time.perf_counter()
         with tqdm(total=total, initial=training.done, desc="predictor", unit="doc", disable=not run.shows_progress) as bar:
             while training.done < total:
-                losses = training.fit(run.documents.fitting(training.done % documents))
-                bar.update()
-                if losses:  # a document of padding alone has none
-                    bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
-                if training.done % own.phase_save_documents == 0:
+                before = training.done
+                index, together, counted = run.processes.turn(before, total)
+                place = index % documents
+                losses = training.fit(run.documents.fitting(place), together, counted)
+                if not all_finite(predictor_tensors(run.backbone).values()):
+                    raise LemoRunError(
+                        f"predictors are not finite; after {run.documents.name_of_fitting(place)}; look at the sample, and at the "
+                        "model's weights, or lower predictor_learning_rate"
+                    )
+                bar.update(together)
+                if known := [loss for loss in losses if not math.isnan(loss)]:  # a document of padding alone has none
+                    bar.set_postfix(loss=f"{sum(known) / len(known):.3f}")
+                stopped = run.stop_requested()
+                if stopped or training.done // own.phase_save_documents > before // own.phase_save_documents:
                     run.save_progress("predictor", {"done": training.done}, training.tensors())
+                if stopped:
+                    run.stop.leave(f"after {training.done} of {total} documents of the predictor phase")
+        run.processes.require_same_tensors(predictor_tensors(run.backbone))
         record_predictor_sizes(run.backbone)
         run.predictors_fitted = run.fitted_now = True
         report = probe(run, training)
@@ -178,10 +202,14 @@ class CalibratePhase(LemoCallback):
             search.restore(taken[0])
         rounds = own.calibrate_rounds if search.differentiates else 0
         with tqdm(total=rounds, initial=search.round, desc="calibrate", unit="round", disable=not run.shows_progress) as bar:
+            # A round is long, and what it found before its end is not kept.
+            run.stop.leave_at_once = True
             while search.round < rounds:
                 search.step()
                 run.save_progress("calibrate", search.state(), {})
                 bar.update()
+            run.stop.leave_at_once = False
+        run.processes.require_same({"thresholds": search.thresholds}, "see that all run on the same kind of device")
         run.report(
             {
                 **by_layer("threshold", search.thresholds),
@@ -198,6 +226,7 @@ class SparsePhase(LemoCallback):
     def __init__(self, run: LemoRun) -> None:
         super().__init__(run)
         self._dense_layers: list[int] | None = None
+        self._skipped = 0
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         self._leave_tail()  # that an interrupted step left: auto_find_batch_size begins anew after one
@@ -225,11 +254,31 @@ class SparsePhase(LemoCallback):
         # With a float16 scaler infinite gradients are its business: it skips the step.
         if args.fp16:
             return
-        if not all_finite(weight.grad for weight in kwargs["model"].parameters() if weight.grad is not None):
-            raise not_finite("gradient", math.nan, state, args)
+        gradients = (weight.grad for weight in kwargs["model"].parameters() if weight.grad is not None)
+        # Of a sharded gradient this process looks at its part.
+        if not self.run.processes.all(all_finite(part for grad in gradients for part in plain_tensors(grad))):
+            raise not_finite("gradient", math.nan, state, args, self.run.samples.culprit(whole_step=True))
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # It halves its scale each time, which soon is small enough, if it is the scale that is to blame.
+        self._skipped = self._skipped + 1 if getattr(kwargs["optimizer"], "step_was_skipped", False) else 0
+        if self._skipped > _MOST_SKIPPED:
+            raise not_finite(f"float16 gradient of the last {self._skipped} steps", math.nan, state, args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._leave_tail()
+        self._save_ahead(state, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._save_ahead(state, control)
+
+    def _save_ahead(self, state: TrainerState, control: TrainerControl) -> None:
+        # A stock trainer deletes older checkpoints before it calls `on_save`: the new one must not lack anything then.
+        if control.should_save and not self.run.trainer_saves:
+            folder = self.run.folder / f"checkpoint-{state.global_step}"
+            if self.run.writes:
+                unseal(folder)
+            self.run.save_files(folder, with_state=True)
 
     def _leave_tail(self) -> None:
         if self._dense_layers is not None:
@@ -239,6 +288,7 @@ class SparsePhase(LemoCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.run.trainer_saves:
             self.run.save_files(self.run.folder / f"checkpoint-{state.global_step}", with_state=True)
+        self.run.seal(state.global_step)
         self.run.forget_progress()
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -287,10 +337,19 @@ def all_finite(gradients: Iterable[Tensor]) -> bool:
     return all(bool(torch.stack(of_device).all()) for of_device in flags.values())
 
 
-def not_finite(what: str, value: float, state: TrainerState, args: TrainingArguments) -> LemoError:
-    """The error that stops a run whose loss or gradient is not finite."""
-    folder = get_last_checkpoint(args.output_dir)
-    return LemoError(
-        f"{what} is not finite; {value} at step {state.global_step + 1}, last good checkpoint: {folder or 'none yet'}; "
-        "lower learning_rate and resume from it"
-    )
+def not_finite(what: str, value: float, state: TrainerState, args: TrainingArguments, culprit: str | None = None) -> LemoError:
+    """The error that stops a run whose loss or gradient is not finite.
+
+    Args:
+        what: Loss or gradient.
+        value: What it is.
+        state, args: The trainer's.
+        culprit: The samples that give it alone, if it was they.
+    """
+    folder = newest_whole(str(args.output_dir))
+    fact = f"{what} is not finite; {value} at step {state.global_step + 1}"
+    if culprit is not None:
+        return LemoError(
+            f"{fact}, from {culprit} alone, last good checkpoint: {folder or 'none yet'}; repair or leave out what is named, then resume"
+        )
+    return LemoRunError(f"{fact}, last good checkpoint: {folder or 'none yet'}; lower learning_rate and resume from it")

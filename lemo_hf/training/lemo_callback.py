@@ -7,7 +7,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .lemo_run import LemoRun
+from .out_of_memory import is_out_of_memory, out_of_memory
 from .phase_documents import untouched_randomness
+from .processes import within_forward
 
 
 class LemoCallback(TrainerCallback):
@@ -26,8 +28,14 @@ class LemoCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.run.attach(args, state, kwargs["model"], kwargs["train_dataloader"])
         if self.run.lemo.enabled:
-            with untouched_randomness(), precision(args):
-                self.begin(args, state)
+            try:
+                with untouched_randomness(), precision(args):
+                    within_forward(kwargs["model"], lambda: self.begin(args, state))
+            except RuntimeError as error:
+                # No smaller batch would help: phases read one document at a time.
+                if not is_out_of_memory(error):
+                    raise
+                raise out_of_memory(error, self.run, args) from error
         self.run.clock.charge(self.begins)
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:

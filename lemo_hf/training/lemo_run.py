@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
@@ -32,11 +33,14 @@ from ..models.sparse_decoder import sparse_backbone
 from ..profiling.process_memory import memory_metrics
 from .arguments import LemoTrainingArguments
 from .phase_documents import PhaseDocuments
+from .processes import Processes
 from .run_clock import RunClock
+from .sample_checks import require_finite_embeddings, require_sound
+from .stop_signals import StopSignals
+from .whole_checkpoints import STATE_FILE, explained_write_errors, seal, set_aside_cut
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "lemo_state.json"
 PROGRESS_FILE = "lemo_phases.safetensors"
 _PHASE_ARGUMENTS = (
     "predictors",
@@ -88,9 +92,13 @@ class LemoRun:
         self.refits_over = False
         self.metrics: dict[str, float] = {}
         self.clock = RunClock()
+        self.stop = StopSignals()
+        # Set by SampleWatch: names the samples of the running step.
+        self.samples: Any = None
         self.predictors_fitted = False
         # Since training began: thresholds from before belong to predictors of another scale.
         self.fitted_now = False
+        self.processes = Processes()
         self.progress: dict[str, Any] | None = None
         self.progress_tensors: dict[str, Tensor] = {}
         self._settings: dict[str, Any] = {}
@@ -117,11 +125,15 @@ class LemoRun:
         if self._attached_to is state:
             return
         self._attached_to = state
+        self.stop.catch()
         self.clock.start(state.log_history)
         self.model, self.backbone = model, sparse_backbone(model)
+        # Where the model computes: parameters of the others may be offloaded.
+        self.processes = Processes(next(self.backbone.layers[0].lemo_predictor.parameters()).device)
         seed = args.seed if args.data_seed is None else args.data_seed
         parts = self.args.probe_documents, self.args.calibrate_documents
         self.documents = PhaseDocuments(train_dataloader.dataset, train_dataloader.collate_fn, seed, *parts)
+        self.documents.check = self._check_document
         self.folder = Path(str(args.output_dir))
         self.writes = state.is_world_process_zero
         self.shows_progress = self.writes and not args.disable_tqdm
@@ -138,6 +150,23 @@ class LemoRun:
             self.forget_progress()  # of a trial that was cut short: this one may have other settings
         elif (self.folder / PROGRESS_FILE).is_file():
             self._load_progress(self.folder / PROGRESS_FILE)
+        if self.writes and self.folder.is_dir() and not state.is_hyper_param_search:
+            set_aside_cut(self.folder, state.global_step)
+            for partial in self.folder.glob(".*.partial"):  # of files that a kill left half-written
+                partial.unlink(missing_ok=True)
+
+    def _check_document(self, batch: dict[str, Any], name: str) -> None:
+        require_sound(batch, self.backbone.config, lambda row: name)
+        require_finite_embeddings(batch, self.backbone.get_input_embeddings(), lambda row: name)
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self.backbone.parameters()).device
+        return device
+
+    def stop_requested(self) -> bool:
+        """Whether a signal asked the run to leave; all processes ask at the same places."""
+        return self.stop.is_requested(self._device)
 
     def report(self, metrics: dict[str, float]) -> None:
         """Logs the outcome of a phase through the Trainer, or into its history where only the callbacks are used."""
@@ -151,7 +180,7 @@ class LemoRun:
 
     def resources(self) -> dict[str, float]:
         """Time and memory that the run took so far, as metrics."""
-        return {**self.clock.metrics(), **memory_metrics(next(self.backbone.parameters()).device)}
+        return {**self.clock.metrics(), **memory_metrics(self._device)}
 
     def take_metrics(self) -> dict[str, float]:
         """The metrics gathered since the last log."""
@@ -168,7 +197,8 @@ class LemoRun:
         stored |= {"settings": self._settings, "lemo": self.lemo.to_dict()}
         named = {f"predictors.{name}": value for name, value in predictor_tensors(self.backbone).items()}
         named |= {f"phase.{name}": value for name, value in tensors.items()}
-        write_tensors(self.folder / PROGRESS_FILE, named, {"state": json.dumps(stored)})
+        with explained_write_errors(self.folder, "progress of the phases"):
+            write_tensors(self.folder / PROGRESS_FILE, named, {"state": json.dumps(stored)})
 
     def _load_progress(self, path: Path) -> None:
         tensors, metadata = read_tensors(path)
@@ -208,6 +238,14 @@ class LemoRun:
             values = {"phase": self.phase, "finished": self.finished, "refits": self.refits, "settings": self._settings}
             values |= {"fitted_recall": self.fitted_recall, "refits_over": self.refits_over}
             write_json(Path(folder) / STATE_FILE, {**values, "predictors_fitted": self.predictors_fitted})
+
+    def seal(self, step: int) -> None:
+        """Has the checkpoint of a step, in which all files lie now, count as whole."""
+        folder = self.folder / f"checkpoint-{step}"
+        Processes(self._device).all(True)  # every process has written its part
+        if self.writes and folder.is_dir():
+            with explained_write_errors(folder, f"checkpoint of step {step}"):
+                seal(folder)
 
     def _load_checkpoint(self, folder: Path) -> None:
         if not (folder / STATE_FILE).is_file():

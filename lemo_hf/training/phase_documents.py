@@ -52,6 +52,8 @@ class PhaseDocuments:
         self._dataset = dataset
         self._probes, self._profile = probes, profile
         self._collate = collate
+        # Called with every document and its name, before anybody reads it.
+        self.check: Callable[[dict[str, Any], str], None] | None = None
         self._stream = None if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else iter(dataset)
         self._read: list[Any] = []
         self._order: list[int] = []
@@ -65,7 +67,15 @@ class PhaseDocuments:
             raise LemoError("the training set is empty; 0 samples; give it at least one")
         with untouched_randomness():
             place = index % total
-            return self._collate([self._dataset[self._order[place]] if self._stream is None else self._read[place]])
+            batch = self._collate([self._dataset[self._order[place]] if self._stream is None else self._read[place]])
+        if self.check is not None:
+            self.check(batch, self.name(index))
+        return batch
+
+    def name(self, index: int) -> str:
+        """The `index`-th document as a user can find it."""
+        place = index % max(self.count(index + 1), 1)
+        return f"sample {self._order[place] if self._stream is None else place} of the training set"
 
     def span(self, start: int, count: int) -> list[dict[str, Any]]:
         """Documents `start` to `start + count - 1`."""
@@ -104,8 +114,15 @@ class PhaseDocuments:
 
     def fitting(self, index: int) -> dict[str, Any]:
         """The `index`-th document to fit on; when they run out, those of the profile set, and then from their start again."""
+        return self[self._fitting_place(index)]
+
+    def name_of_fitting(self, index: int) -> str:
+        """The name of the `index`-th document to fit on."""
+        return self.name(self._fitting_place(index))
+
+    def _fitting_place(self, index: int) -> int:
         first, place = self.probe_count, self._profile + index
-        return self[first + place % max(self.count(first + place + 1) - first, 1)]
+        return first + place % max(self.count(first + place + 1) - first, 1)
 
 
 def require_blocks(batches: list[dict[str, Any]], lemo: LemoConfig, num_layers: int) -> None:

@@ -5,6 +5,7 @@ What LeMo adds to a trainer is a mixin, since trainers are derived from `Trainer
 
 import logging
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,12 @@ from ..models.sparse_decoder import sparse_backbone, sparse_evaluation
 from .arguments import LemoTrainingArguments
 from .callbacks import callbacks_of, not_finite
 from .lemo_run import LemoRun, has_progress
+from .out_of_memory import is_out_of_memory, out_of_memory
+from .parallel_options import refuse_split_sequences
 from .phase_documents import untouched_randomness
 from .run_card import results_of
+from .sharded_saving import ShardedSavingMixin
+from .whole_checkpoints import explained_write_errors, last_whole_checkpoint, require_whole, unseal
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +47,7 @@ else:
     _Trainer = object
 
 
-class LemoTrainerMixin(_Trainer):
+class LemoTrainerMixin(ShardedSavingMixin, _Trainer):
     """What LeMo adds to `transformers.Trainer` or a class derived from it (to stand before it in the bases).
 
     It installs the callbacks of `lemo_callbacks`, merges their metrics into every log, so that each reporter receives them, and
@@ -86,6 +91,7 @@ class LemoTrainerMixin(_Trainer):
             )
         if model is not None:
             sparse_backbone(model)
+        refuse_split_sequences(args, model)
         self.lemo_run = LemoRun(args)
         self._has_trained = False
         self._said_no_label = False
@@ -117,14 +123,22 @@ class LemoTrainerMixin(_Trainer):
             self._refuse_used_folder(folder)
             resume_from_checkpoint = None
         elif resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+            resume_from_checkpoint = last_whole_checkpoint(folder)
             if resume_from_checkpoint is None and not has_progress(folder):
                 raise LemoError(f"no run to go on from; {folder!r}; start without resume_from_checkpoint")
-        elif not Path(resume_from_checkpoint).is_dir():
-            raise LemoError(f"checkpoint does not exist; {resume_from_checkpoint!r}; name a checkpoint-N folder of the run")
+        else:
+            require_whole(resume_from_checkpoint)
         self._has_trained = True
         self.lemo_run.checkpoint = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except RuntimeError as error:
+            # Outside of Trainer's loop, which lowers the batch size with auto_find_batch_size when it sees PyTorch's own error.
+            if not is_out_of_memory(error) or not self.lemo_run.is_attached:
+                raise
+            raise out_of_memory(error, self.lemo_run, self.args) from error
+        finally:
+            self.lemo_run.stop.release()
 
     def _refuse_used_folder(self, folder: str) -> None:
         # A trainer may train several times into its own folder.
@@ -154,7 +168,8 @@ class LemoTrainerMixin(_Trainer):
         if not torch.isfinite(loss).all():
             labels = inputs.get("labels")
             if labels is None or (shift_labels(labels) != IGNORE_INDEX).any():
-                raise not_finite("loss", loss.item(), self.state, self.args)
+                culprit = self.lemo_run.samples.culprit(whole_step=False)
+                raise not_finite("loss", loss.item(), self.state, self.args, culprit)
             # As in the stock Trainer: the loss is 0 / 0, its gradient 0.
             if not self._said_no_label:
                 logger.warning(
@@ -222,8 +237,19 @@ class LemoTrainerMixin(_Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         # Checkpoints are saved internally into a folder of their own.
         is_checkpoint = _internal_call and output_dir is not None
+        if is_checkpoint and self.args.should_save:
+            unseal(folder)
+        with nullcontext() if is_checkpoint else explained_write_errors(folder, "model"):
+            self._write_model(folder, output_dir, is_checkpoint, _internal_call)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with explained_write_errors(folder, f"checkpoint of step {self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
+    def _write_model(self, folder: Path, output_dir: str | None, is_checkpoint: bool, internal: bool) -> None:
         card = _card_in(folder)
-        super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, internal)
         self.lemo_run.model = self.model
         self.lemo_run.writes = self.args.should_save
         self.lemo_run.save_files(folder, with_state=is_checkpoint)

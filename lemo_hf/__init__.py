@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .training.callbacks import lemo_callbacks
     from .training.sft_trainer import LemoSFTConfig, LemoSFTTrainer
     from .training.trainer import LemoTrainer
+    from .training.whole_checkpoints import last_whole_checkpoint
 
 __version__ = "0.1.0.dev0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "LemoSFTTrainer",
     "LemoTrainer",
     "LemoTrainingArguments",
+    "last_whole_checkpoint",
     "lemo_callbacks",
 ]
 
@@ -72,6 +74,7 @@ _HOME = {
     "LemoSFTTrainer": ".training.sft_trainer",
     "LemoTrainer": ".training.trainer",
     "LemoTrainingArguments": ".training.arguments",
+    "last_whole_checkpoint": ".training.whole_checkpoints",
     "lemo_callbacks": ".training.callbacks",
 }
 

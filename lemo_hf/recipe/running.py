@@ -43,14 +43,15 @@ from ..text_data import (
 from ..training.arguments import LemoTrainingArguments
 from ..training.lemo_run import has_progress
 from ..training.run_card import results_of
-from ..training.trainer import LemoTrainer
+from ..training.trainer import LemoTrainer, holds_run
+from ..training.whole_checkpoints import checkpoints, last_whole_checkpoint, require_whole
 from .reading import DataFields, Recipe
 
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
-# What the value of `resume_from_checkpoint` means "the newest checkpoint of output_dir".
-LAST = "last"
+# Values of `resume_from_checkpoint`: the newest whole checkpoint of output_dir; the same if there is one, else from the start.
+LAST, AUTO = "last", "auto"
 
 
 def read_documents(data: DataFields) -> list[TextDocument]:
@@ -150,10 +151,10 @@ def resume_checkpoint(recipe: Recipe, resume: str | None) -> str | bool | None:
 
     Args:
         recipe: The recipe; its output folder is looked at, not touched.
-        resume: A checkpoint's folder, or "last".
+        resume: A checkpoint's folder, "last" or "auto".
 
     Raises:
-        LemoError: If there is no such checkpoint, or a new run's output folder holds something already.
+        LemoError: If there is no such checkpoint or it is not whole, or a new run's output folder holds something already.
     """
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
@@ -165,13 +166,18 @@ def resume_checkpoint(recipe: Recipe, resume: str | None) -> str | bool | None:
                 f"or go on from its newest checkpoint with --resume_from_checkpoint {LAST}"
             )
         return None
-    found: str | None = resume
-    if resume == LAST:
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if found is None and has_progress(folder):
-            return True
-    if found is None or not Path(found).is_dir():
-        raise LemoError(f"no checkpoint to go on from; {str(folder if resume == LAST else resume)!r}; start without resuming")
+    if resume not in (LAST, AUTO):
+        require_whole(resume)
+        return resume
+    found = last_whole_checkpoint(folder)
+    if found is None and has_progress(folder):
+        return True
+    if found is None and resume == AUTO and not holds_run(folder):
+        return None  # stopped before it had anything to go on from, or never started
+    if found is None:
+        if checkpoints(folder):
+            raise LemoError(f"no whole checkpoint to go on from; {str(folder)!r}; start without resuming in another output_dir")
+        raise LemoError(f"no checkpoint to go on from; {str(folder)!r}; start without resuming")
     return found
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, get_token
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput
 
 from ..errors import LemoError
 from ..hub.lemo_files import CONFIG_FILE, load_lemo_files, load_predictors, write_json
@@ -32,7 +32,7 @@ from .parallel_options import refuse_split_sequences
 from .phase_documents import untouched_randomness
 from .run_card import results_of
 from .sharded_saving import ShardedSavingMixin
-from .whole_checkpoints import explained_write_errors, last_whole_checkpoint, require_whole, unseal
+from .whole_checkpoints import checkpoints, explained_write_errors, last_whole_checkpoint, require_whole, unseal
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +142,7 @@ class LemoTrainerMixin(ShardedSavingMixin, _Trainer):
 
     def _refuse_used_folder(self, folder: str) -> None:
         # A trainer may train several times into its own folder.
-        if self._has_trained or not Path(folder).is_dir():
-            return
-        if get_last_checkpoint(folder) or has_progress(folder) or any((Path(folder) / name).exists() for name in _RUN_FILES):
+        if holds_run(folder) and not self._has_trained:
             raise LemoError(
                 f"output folder holds another run; {folder!r}; choose another output_dir, or go on with resume_from_checkpoint=True"
             )
@@ -334,6 +332,11 @@ class LemoTrainer(LemoTrainerMixin, Trainer):
 
     Args and errors: see `LemoTrainerMixin`; `args` are `LemoTrainingArguments`.
     """
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether an output folder holds what a run has done: a checkpoint, whole or not, the phases' progress, or a model."""
+    return bool(checkpoints(folder)) or has_progress(folder) or any((Path(folder) / name).exists() for name in _RUN_FILES)
 
 
 def _card_in(folder: Path) -> str | None:

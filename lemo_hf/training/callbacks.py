@@ -225,22 +225,16 @@ class SparsePhase(LemoCallback):
 
     def __init__(self, run: LemoRun) -> None:
         super().__init__(run)
-        self._dense_layers: list[int] | None = None
         self._skipped = 0
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._leave_tail()  # that an interrupted step left: auto_find_batch_size begins anew after one
         self._set_draw(state)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._set_draw(state)
-        lemo = self.run.lemo
         tail = self.run.args.dense_tail_share
-        if lemo.enabled and tail and state.global_step >= round(state.max_steps * (1 - tail)):
-            self.run.phase = "dense"
-            # For this step only, so that what is saved between steps is the user's setting.
-            self._dense_layers = lemo.dense_layers
-            lemo.update(dense_layers=list(range(len(self.run.backbone.layers))))
+        if self.run.lemo.enabled and tail and state.global_step >= round(state.max_steps * (1 - tail)):
+            self.run.enter_tail()
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._set_draw(state)
@@ -266,7 +260,7 @@ class SparsePhase(LemoCallback):
             raise not_finite(f"float16 gradient of the last {self._skipped} steps", math.nan, state, args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._leave_tail()
+        self.run.leave_tail()
         self._save_ahead(state, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -279,11 +273,6 @@ class SparsePhase(LemoCallback):
             if self.run.writes:
                 unseal(folder)
             self.run.save_files(folder, with_state=True)
-
-    def _leave_tail(self) -> None:
-        if self._dense_layers is not None:
-            self.run.lemo.update(dense_layers=self._dense_layers)
-            self._dense_layers = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.run.trainer_saves:

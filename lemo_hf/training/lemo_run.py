@@ -103,6 +103,7 @@ class LemoRun:
         self.progress_tensors: dict[str, Tensor] = {}
         self._settings: dict[str, Any] = {}
         self._attached_to: TrainerState | None = None
+        self._outside_tail: list[int] | None = None
 
     @property
     def is_attached(self) -> bool:
@@ -124,6 +125,7 @@ class LemoRun:
         """Looks at the model and the output folder as training begins; every callback may call it, the first call counts."""
         if self._attached_to is state:
             return
+        self.leave_tail()  # that an interrupted step left: auto_find_batch_size begins anew after one
         self._attached_to = state
         self.stop.catch()
         self.clock.start(state.log_history)
@@ -167,6 +169,17 @@ class LemoRun:
     def stop_requested(self) -> bool:
         """Whether a signal asked the run to leave; all processes ask at the same places."""
         return self.stop.is_requested(self._device)
+
+    def enter_tail(self) -> None:
+        """Keeps every token for one step, so that what is saved between steps is the user's setting."""
+        self.phase, self._outside_tail = "dense", self.lemo.dense_layers
+        self.lemo.update(dense_layers=list(range(len(self.backbone.layers))))
+
+    def leave_tail(self) -> None:
+        """Undoes `enter_tail`."""
+        if self._outside_tail is not None:
+            self.lemo.update(dense_layers=self._outside_tail)
+            self._outside_tail = None
 
     def report(self, metrics: dict[str, float]) -> None:
         """Logs the outcome of a phase through the Trainer, or into its history where only the callbacks are used."""

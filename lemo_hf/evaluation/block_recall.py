@@ -109,7 +109,7 @@ def measure_recall(
     chances: list[float] = []
 
     def visit(found: LayerScores) -> None:
-        if also is not None:
+        if also is not None and found.scores:
             also(found)
         ratio = backbone.config.lemo.ratio_of(found.layer)
         for true, predicted in zip(found.informativeness(), found.predicted(), strict=True):

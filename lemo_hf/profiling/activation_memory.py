@@ -23,18 +23,21 @@ MLP width 3.5 H, 8 of 32 heads hold keys and values; SDPA attention):
 To it come 4 adapter rows of r numbers, the log-sum-exp (4 bytes a head) and 2 norm statistics: 0.02 to 0.04 H at r = 8.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .breakdown import Breakdown, Owner, RunningModules, storage_of
 
 FIELDS = ("module", "layer", "part", "dtype")
+_LAYER_PATH = re.compile(r".*?\blayers\.\d+")
 
 
 class ActivationMemory:
@@ -64,11 +67,15 @@ class ActivationMemory:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._ledger = _Ledger()
         self._excluded: frozenset[int] = frozenset()
+        self._is_sharded = False
+        self._looked_at: set[str] = set()
         self._finished: Breakdown | None = None
 
     def __enter__(self) -> "ActivationMemory":
         residents = [*self._model.parameters(), *self._model.buffers()]
-        self._excluded = frozenset(storage_of(part)[0] for tensor in residents for part in plain_tensors(tensor))
+        self._excluded = _storages(residents)
+        self._is_sharded = any(isinstance(tensor, DTensor) for tensor in residents)
+        self._looked_at = set()
         self._ledger = _Ledger()
         self._finished = None
         self._modules.__enter__()
@@ -93,13 +100,26 @@ class ActivationMemory:
     def _pack(self, tensor: Tensor) -> "_Saved":
         # Detached: an operator's saved result points to the operator's node, and the node to it.
         tensor = tensor.detach()
+        if self._is_sharded:
+            self._exclude_gathered()
         storages = {storage_of(part): part.dtype for part in plain_tensors(tensor)}
         counted = {key: (size, dtype) for (key, size), dtype in storages.items() if key not in self._excluded}
         return _Saved(tensor, self._ledger, counted, self._modules.owner() if counted else None)
 
+    def _exclude_gathered(self) -> None:
+        """Has the weights of the running layer not count: FSDP2 has just gathered them, and frees them after the layer."""
+        layer = _LAYER_PATH.match(self._modules.owner().module)
+        if layer is not None and layer[0] not in self._looked_at:
+            self._looked_at.add(layer[0])
+            self._excluded |= _storages(self._model.get_submodule(layer[0]).parameters())
+
     @staticmethod
     def _unpack(saved: "_Saved") -> Tensor:
         return saved.tensor
+
+
+def _storages(tensors: Iterable[Tensor]) -> frozenset[int]:
+    return frozenset(storage_of(part)[0] for tensor in tensors for part in plain_tensors(tensor))
 
 
 class _Ledger:
@@ -155,4 +175,6 @@ def plain_tensors(tensor: Any) -> Iterator[Tensor]:
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from plain_tensors(getattr(tensor, name))
+        inner = getattr(tensor, name)
+        if isinstance(inner, Tensor):  # a sharded tensor also names its devices
+            yield from plain_tensors(inner)

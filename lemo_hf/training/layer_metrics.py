@@ -1,5 +1,6 @@
 """Metrics by layer on the steps that are logged."""
 
+import math
 from typing import Any
 
 from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
@@ -52,9 +53,22 @@ class LayerMetrics(LemoCallback):
         if not self._hooks:
             return
         self._remove_hooks()
-        self.run.metrics |= by_layer("kept_share", list(self.run.backbone.lemo_kept_shares))
+        self.run.metrics |= by_layer("kept_share", self._kept_shares())
         if self.run.lemo.selection == "threshold" and self.run.lemo.thresholds is not None:
             self.run.metrics |= by_layer("threshold", self.run.lemo.thresholds)
+
+    def _kept_shares(self) -> list[float]:
+        """Kept shares by layer. Of several processes: their means, which saved bytes become too."""
+        run = self.run
+        kept = list(run.backbone.lemo_kept_shares)
+        if run.processes:
+            count = len(run.backbone.layers)
+            names = ["saved_bytes", *(f"saved_bytes/layer_{layer}" for layer in range(count))]
+            # A process that has seen padding only has no share yet.
+            means = run.processes.means([*(kept or [math.nan] * count), *(run.metrics.get(name, math.nan) for name in names)])
+            kept = means[:count]
+            run.metrics |= {name: mean for name, mean in zip(names, means[count:], strict=True) if not math.isnan(mean)}
+        return kept
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

@@ -165,14 +165,13 @@ _OF_ONE_PROCESS = (
 )
 
 
-def settings_of(model: Any, lemo: dict[str, Any], arguments: Iterable[Any], samples: int | None) -> dict[str, Any]:
+def settings_of(model: Any, lemo: dict[str, Any], arguments: Iterable[Any]) -> dict[str, Any]:
     """What every process of a run must have alike, by name.
 
     Args:
         model: The model before an engine wraps it.
         lemo: Its `lemo` block.
         arguments: Training arguments: the trainer's, and those of the phases where they stand apart.
-        samples: Size of the training set; `None` for a stream.
     """
     found: dict[str, Any] = {f"lemo.{name}": value for name, value in lemo.items()}
     for part in arguments:
@@ -187,7 +186,7 @@ def settings_of(model: Any, lemo: dict[str, Any], arguments: Iterable[Any], samp
         found |= {f"model.{name}": _plain(value) for name, value in values.items()}
     found["model.parameters"] = sum(weight.numel() for name, weight in model.named_parameters() if "lemo_predictor" not in name)
     found["model.trained"] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return {**found, "samples of the training set": samples}
+    return found
 
 
 def _plain(value: Any) -> Any:

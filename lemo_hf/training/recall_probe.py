@@ -15,12 +15,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..evaluation.block_recall import RecallReport, measure_recall
+from ..hub.lemo_files import predictor_tensors
 from .block_score_maps import BlockScoreMaps
 from .lemo_callback import LemoCallback, by_layer, precision
 from .lemo_run import LemoRun
 from .phase_cost import LARGE_PROBE_SHARE, estimate_probe_cost
 from .phase_documents import untouched_randomness
 from .predictor_training import PredictorTraining
+from .processes import within_forward
 from .threshold_search import ThresholdSearch
 
 logger = logging.getLogger(__name__)
@@ -34,13 +36,17 @@ def probe(run: LemoRun, training: PredictorTraining | None = None) -> RecallRepo
     positions = training.positions if training is not None else None
     report = measure_recall(run.backbone, run.documents.probes(), positions, also=maps)
     maps.save()
-    return report
+    # All processes read the same documents, unless a stream is split among them; what follows is to be decided alike.
+    means = iter(run.processes.means([*report.layers, *report.positions, report.chance]))
+    return RecallReport([next(means) for _ in report.layers], [next(means) for _ in report.positions], next(means))
 
 
 def threshold_search(run: LemoRun) -> ThresholdSearch:
     """The search over the run's profile documents."""
     own = run.args
-    return ThresholdSearch(run.model, run.backbone, run.documents.profile(), own.calibrate_eta, own.calibrate_epsilon)
+    profile = run.documents.profile()
+    profile = profile[: min(run.processes.gather(len(profile)))]
+    return ThresholdSearch(run.model, run.backbone, profile, own.calibrate_eta, own.calibrate_epsilon, run.processes)
 
 
 class RecallProbe(LemoCallback):
@@ -76,11 +82,16 @@ class RecallProbe(LemoCallback):
             return
         run.clock.charge("other")
         with untouched_randomness(), precision(args):
-            report = probe(run)
-            if run.lemo.needs_predictors and not run.refits_over and self._has_fallen(report.mean):
-                report = self._answer(report)
+            report = within_forward(run.model, self._look)
         run.metrics |= by_layer("recall", report.layers)
         run.clock.charge("probes")
+
+    def _look(self) -> RecallReport:
+        run = self.run
+        report = probe(run)
+        if run.lemo.needs_predictors and not run.refits_over and self._has_fallen(report.mean):
+            report = self._answer(report)
+        return report
 
     def _has_fallen(self, recall: float) -> bool:
         fitted = self.run.fitted_recall
@@ -118,11 +129,16 @@ class RecallProbe(LemoCallback):
             search.begin(keep_thresholds=True)
             shares = search.kept_shares()
         rate = own.predictor_learning_rate / 3
-        training = PredictorTraining(run.backbone, own.refit_documents, own.predictor_steps, rate, fresh=False)
+        total = own.refit_documents
+        training = PredictorTraining(run.backbone, total, own.predictor_steps, rate, fresh=False, processes=run.processes)
         # Each refit reads documents that neither the phase nor an earlier refit read.
         fitted = (own.predictor_documents or DEFAULT_DOCUMENTS) + (run.refits - 1) * own.refit_documents
-        for index in tqdm(range(own.refit_documents), desc="refit", unit="doc", leave=False, disable=not run.shows_progress):
-            training.fit(run.documents.fitting(fitted + index))
+        with tqdm(total=total, desc="refit", unit="doc", leave=False, disable=not run.shows_progress) as bar:
+            while training.done < total:
+                index, together, counted = run.processes.turn(training.done, total)
+                training.fit(run.documents.fitting(fitted + index), together, counted)
+                bar.update(together)
+        run.processes.require_same_tensors(predictor_tensors(run.backbone))
         if shares is not None:
             # The new predictors may have another scale: the layers' kept shares stay, the thresholds follow.
             search = threshold_search(run)

@@ -66,7 +66,8 @@ class _KeptRowCheckpoint(torch.autograd.Function):
         grads = list(torch.autograd.grad(again, inputs, gather_rows(grad, rows), allow_unused=True))
         if not leaf.requires_grad:
             return None, None, *grads
-        return replace_rows(grad, split.selection, grads[0]), None, *grads[1:]
+        # The layer's result may be wider than its input.
+        return replace_rows(grad.to(leaf.dtype), split.selection, grads[0]), None, *grads[1:]
 
 
 def checkpoint_kept_rows(residual: Tensor, split: SplitLayer, weights: list[Tensor]) -> Tensor:

@@ -69,9 +69,12 @@ def merge(
         selection: The rows.
 
     Returns:
-        `(all_rows, hidden)`. A rest row's gradient is that of the residual alone, as if its update were a constant.
+        `(all_rows, hidden)`, in the widest dtype of all. A rest row's gradient is that of the residual alone, as if its update
+        were a constant.
     """
     stream, slots = taken.stream, taken.slots
+    # Float32 norms over 16-bit embeddings widen the first layer's updates: the stream is then as wide, as stock sums make it.
+    stream = stream.to(torch.promote_types(stream.dtype, torch.promote_types(kept.dtype, kept_update.dtype)))
     if slots is not None:  # as `take` did: the two go together
         merge_rows_kernel = kernel("merge_rows", stream, stream.shape[1])
         assert merge_rows_kernel is not None

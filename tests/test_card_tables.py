@@ -40,6 +40,7 @@ def test_a_run_that_went_on_from_an_adapter_compares_with_that_one(tmp_path):
 def test_every_selection_has_its_words():
     for lemo, words in (
         (LemoConfig(), "sampled: drawn anew at each step, uniformly |"),
+        (LemoConfig(draws="by_layer"), "sampled: drawn anew at each step and layer, uniformly |"),
         (LemoConfig(sampling_temperature=0.5), "by informativeness, temperature 0.5, as the pattern predictors see it"),
         (LemoConfig(selection="ratio", score_source="true"), "the most informative ones, by the layer's own queries and keys"),
         (LemoConfig(selection="threshold", keep_ratio=[0.25, 0.75]), "| Budget of the thresholds | 0.25 to 0.75, by layer of"),

@@ -17,6 +17,7 @@ CHANGED = {
     "selection": "threshold",
     "thresholds": [0.1, -0.2],
     "sampling_temperature": 2.0,
+    "draws": "by_layer",
     "score_source": "true",
     "attention_forward": "sparse",
     "checkpoint": "kept_rows",

@@ -163,8 +163,8 @@ def test_long_documents_of_real_blocks_too(form, selection, checkpoint, layout):
 
 
 def test_sampled_documents_draw_for_themselves():
-    """The same document twice in a batch draws the same; layers and steps differ."""
-    model = lemo_model(stock_model(), block_size=4, keep_ratio=0.4)
+    """The same document twice in a batch draws the same; steps differ, and layers where each draws its own."""
+    model = lemo_model(stock_model(), block_size=4, keep_ratio=0.4, draws="by_layer")
     tokens = random_tokens(100, 1)
     batch = place([tokens, random_tokens(100, 2), tokens], "right").batch
     with batches_of(model) as batches:

@@ -73,7 +73,7 @@ def selection_rows(lemo: LemoConfig) -> list[Row]:
     if lemo.selection == "sampled":
         temperature = lemo.sampling_temperature
         drawn = "uniformly" if temperature is None else f"by informativeness, temperature {temperature:g}"
-        chosen = f"sampled: drawn anew at each step, {drawn}"
+        chosen = f"sampled: drawn anew at each step{' and layer' if lemo.draws == 'by_layer' else ''}, {drawn}"
     elif lemo.selection == "ratio":
         chosen = "ratio: the most informative ones"
     else:

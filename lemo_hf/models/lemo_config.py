@@ -13,6 +13,7 @@ SCHEMA_VERSION = 1
 SelectionMode = Literal["sampled", "ratio", "threshold"]
 AttentionForward = Literal["exact", "sparse"]
 ScoreSource = Literal["predicted", "true"]
+Draws = Literal["shared", "by_layer"]
 Checkpoint = Literal["none", "kept_rows"]
 
 # Sizes that a tensor's index can hold; what is larger is no size but a mistake.
@@ -38,6 +39,9 @@ class LemoConfig:
         thresholds: One informativeness threshold per layer, for `selection="threshold"`; calibration fills it in.
         sampling_temperature: For `"sampled"`: blocks are drawn with probability proportional to
             informativeness ** (1 / temperature). `None` is the infinite temperature, the uniform draw, which needs no scores.
+        draws: For `"sampled"`: with `"shared"` random numbers all layers of a step draw the same blocks (those with a smaller
+            `keep_ratio` some of these), so a kept token's gradient passes every layer whole; `"by_layer"` draws each layer's
+            own, and what comes down from the layers above is then missing a part of them at every token.
         score_source: `"predicted"` scores come from the pattern predictors, `"true"` ones from the layer's own queries
             and keys (quadratic in tokens: for experiments and tests).
         attention_forward: `"exact"` keeps the dense forward pass and restricts the gradient to kept tokens; `"sparse"`
@@ -61,6 +65,7 @@ class LemoConfig:
     selection: SelectionMode = "sampled"
     thresholds: list[float] | None = None
     sampling_temperature: float | None = None
+    draws: Draws = "shared"
     score_source: ScoreSource = "predicted"
     attention_forward: AttentionForward = "exact"
     checkpoint: Checkpoint = "none"
@@ -257,6 +262,7 @@ _REPR.maxlist, _REPR.maxlevel = 4, 3
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "selection": get_args(SelectionMode),
+    "draws": get_args(Draws),
     "score_source": get_args(ScoreSource),
     "attention_forward": get_args(AttentionForward),
     "checkpoint": get_args(Checkpoint),

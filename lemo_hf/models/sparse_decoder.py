@@ -71,6 +71,16 @@ class SparseBatch:
             self.rotary = tuple(part.expand(rows // part.shape[1], -1, -1).flatten(0, 1) for part in rotary)
         return self.rotary
 
+    def drawn_already(self, layer: int) -> Selection | None:
+        """The selection of an earlier layer that draws what `layer` does: shared draws, uniform, the same share."""
+        config = self.config
+        if config.selection != "sampled" or config.draws != "shared" or config.needs_scores:
+            return None
+        for other, selection in self.selections.items():
+            if config.ratio_of(other) == config.ratio_of(layer) and not config.is_dense(other, self.num_layers):
+                return selection
+        return None
+
 
 class SparseDecoderLayer:
     """Mixin of a stock decoder layer (before it in the bases): runs the layer on kept rows where a `SparseBatch` is passed.
@@ -143,6 +153,8 @@ class SparseDecoderLayer:
         if self.layer_idx not in batch.selections:
             if batch.keeps_everything or batch.config.is_dense(self.layer_idx, batch.num_layers):
                 selection = keep_everything(batch.documents)
+            elif (drawn := batch.drawn_already(self.layer_idx)) is not None:
+                selection = drawn
             else:
                 scores = self.informativeness(residual, rotary, batch) if batch.config.needs_scores else None
                 selection = choose_blocks(scores, batch.documents, batch.config, self.layer_idx, batch.draw)

@@ -85,7 +85,7 @@ def choose_blocks(
         informativeness: I of each document's blocks, `(blocks_of_document,)` each; `None` for the uniform draw.
         documents: The batch's documents.
         config: Mode, ratio or threshold, temperature, seed.
-        layer: Layer index.
+        layer: Layer index; draws depend on it where the config says `draws="by_layer"`.
         draw: Number of the training forward; it makes each step's draw another one, and a recomputed or resumed step's the same.
     """
     if config.selection == "threshold":
@@ -126,7 +126,8 @@ def _best_blocks(scores: Tensor, count: int) -> Tensor:
 
 def _perturbed(scores: Tensor | None, blocks: int, config: LemoConfig, layer: int, draw: int, key: Tensor) -> Tensor:
     # Gumbel top-k: the k largest of log-weight + Gumbel noise are a draw of k without replacement by weight.
-    uniform = _uniform(key, (config.seed, draw, layer), torch.arange(blocks, device=key.device))
+    counters = (config.seed, draw, layer) if config.draws == "by_layer" else (config.seed, draw)
+    uniform = _uniform(key, counters, torch.arange(blocks, device=key.device))
     noise = -(-uniform.log()).log()
     if scores is None or config.sampling_temperature is None:
         return noise

@@ -87,10 +87,11 @@ def _with_gathered_weights(head: nn.Module) -> Callable[[Tensor], Tensor]:
     other unit's) again. Processes have different numbers of segments, and the one without a label has none: all would wait for
     each other. The gradients of a trained head are reduced, and its weights freed, when the whole backward ends.
     """
-    if not hasattr(head, "unshard"):
+    sharded: Any = head
+    if not hasattr(sharded, "unshard"):
         return head
-    head.unshard()
-    forward: Callable[[Tensor], Tensor] = head.forward
+    sharded.unshard()
+    forward: Callable[[Tensor], Tensor] = sharded.forward
     return forward
 
 

@@ -8,7 +8,7 @@ sequence or a matrix among processes would have to cut documents, blocks and sel
 import os
 from typing import Any
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import nn
 from transformers import TrainingArguments
 

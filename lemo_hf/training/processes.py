@@ -148,13 +148,14 @@ def within_forward(model: nn.Module, call: Callable[[], T]) -> T:
     if not isinstance(model, FSDPModule):
         return call()
     outcome: list[T] = []
-    # By a public name: the engine wraps methods, as Trainer has it do with `generate`.
-    model.lemo_within_forward = lambda: outcome.append(call())
-    register_fsdp_forward_method(model, "lemo_within_forward")
+    root: Any = model
+    # The engine wraps methods by their names, as Trainer has it do with `generate`.
+    root.lemo_within_forward = lambda: outcome.append(call())
+    register_fsdp_forward_method(root, "lemo_within_forward")
     try:
-        model.lemo_within_forward()
+        root.lemo_within_forward()
     finally:
-        del model.lemo_within_forward
+        del root.lemo_within_forward
     return outcome[0]
 
 

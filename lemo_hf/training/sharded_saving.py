@@ -38,6 +38,10 @@ class ShardedSavingMixin(_Trainer):
     def _is_sharded(self) -> bool:
         return isinstance(self.model, FSDPModule)
 
+    @property
+    def _scheduler(self) -> Any:
+        return self.lr_scheduler
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`."""
         if not self._is_sharded:
@@ -55,11 +59,12 @@ class ShardedSavingMixin(_Trainer):
         state = whole_optimizer_state(self.optimizer)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(self._scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if isinstance(model, FSDPModule):
-            load_whole_weights(model, Path(resume_from_checkpoint))
+            sharded: Any = model
+            load_whole_weights(sharded, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -77,7 +82,7 @@ class ShardedSavingMixin(_Trainer):
         optimizer, scheduler = Path(checkpoint) / OPTIMIZER_NAME, Path(checkpoint) / SCHEDULER_NAME
         if optimizer.is_file() and scheduler.is_file():  # neither is there with save_only_model
             load_whole_optimizer_state(self.optimizer, torch.load(optimizer, map_location="cpu", weights_only=True))
-            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+            self._scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
 
 
 def _whole(value: Any) -> Any:
@@ -85,10 +90,11 @@ def _whole(value: Any) -> Any:
     if not isinstance(value, DTensor):
         return value
     # Offloaded parts come from the CPU, where the engine may have no way to exchange them.
-    return value.to(value.device_mesh.device_type).full_tensor()
+    on_device: Any = value.to(value.device_mesh.device_type)
+    return on_device.full_tensor()
 
 
-def _part_of(whole: Tensor, like: DTensor) -> DTensor:
+def _part_of(whole: Tensor, like: DTensor) -> Tensor:
     """The part of a whole tensor that this process holds, cut as `like` is; nothing is exchanged."""
     device = like.to_local().device
     part = distribute_tensor(whole.to(like.device_mesh.device_type), like.device_mesh, like.placements, src_data_rank=None)
@@ -141,9 +147,9 @@ def load_whole_weights(model: nn.Module, folder: Path) -> None:
             target.copy_(_part_of(whole, target) if isinstance(target, DTensor) else whole)
         missing.discard(name)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if missing := sorted(missing - tied):
+    if lacking := sorted(missing - tied):
         raise LemoError(
-            f"checkpoint lacks weights of the model; {len(missing)}, {missing[0]} among them, in {str(folder)!r}; "
+            f"checkpoint lacks weights of the model; {len(lacking)}, {lacking[0]} among them, in {str(folder)!r}; "
             "resume with the run's own model and adapter settings"
         )
 

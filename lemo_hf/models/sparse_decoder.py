@@ -207,7 +207,8 @@ class SparseDecoderLayer:
             merged = checkpoint_kept_rows(residual, split, weights)
         else:
             merged = split.forward(residual, split.take(residual))
-        return merged.view_as(hidden_states)
+        # No view, to which FSDP2 could not tie its hooks safely; `merged` is not used again.
+        return torch.ops.aten._unsafe_view(merged, hidden_states.shape)
 
 
 class SparseBackbone:
@@ -297,7 +298,9 @@ class SparseBackbone:
         return documents
 
     def sparse_position_ids(self, documents: Documents, batch_size: int, given: Tensor | None) -> Tensor | None:
-        """The `position_ids` of a sparse forward: packed documents count from their own start, whatever says where they lie.
+        """The `position_ids` of a sparse forward: every document counts from its own start, wherever it lies.
+
+        To rotary positions only distance matters, but they are rounded, and some scalings look at the largest.
 
         Args:
             documents: The batch's documents, at least one.
@@ -305,9 +308,9 @@ class SparseBackbone:
             given: What the caller passed.
 
         Returns:
-            `(batch or 1, seq_len)`, or `None` where stock code counts through whole rows.
+            `(batch or 1, seq_len)`, or `None` where stock code counts the same.
         """
-        if given is not None or not documents.are_packed(batch_size):
+        if given is not None or all(start * batch_size % documents.num_rows == 0 for start in documents.starts):
             return given
         return documents.positions(padding=0).view(batch_size, -1)
 

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from .errors import LemoError
 from .models.lemo_config import LemoConfigError
+from .profiling.bench_command import bench
 
 if TYPE_CHECKING:
     from .evaluation.perplexity import Perplexity
@@ -55,6 +56,7 @@ def train(
       lemo train recipes/llama_4m_python_4096.yaml
       lemo train recipes/llama_4m_python_4096.yaml --keep_ratio 0.3 --output_dir outputs/r03
       lemo train recipes/llama_4m_python_4096.yaml --resume_from_checkpoint last
+      lemo train recipes/llama_4m_python_4096.yaml --resume_from_checkpoint auto     (in a job that may be requeued)
 
     \b
     Writes to output_dir (outputs/<recipe's name> if not given):
@@ -180,7 +182,7 @@ def eval(
     from .loading import load_saved_model
     from .profiling.provenance import provenance
     from .recipe import DataFields
-    from .recipe.running import read_documents
+    from .recipe.samples import read_documents
     from .text_data import pack_documents, spread_samples
 
     text = DataFields(
@@ -278,6 +280,31 @@ def estimate(
     typer.echo(run_estimate(model, method, lemo, step, gpu, gpu_memory, json, plot))
 
 
+app.command()(bench)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Output folder of a run, finished or not.", show_default=False)],
+    baseline: Annotated[Path | None, typer.Option(help="Output folder of a run to compare with.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page; report.html in the run's folder if not given.")] = None,
+) -> None:
+    """Show a run as one HTML page: losses, tokens kept, recall, block scores, memory, time.
+
+    The page is one file without script; it loads nothing, prints well and can be sent. A baseline is a run on the same base model
+    and sequence length, with LeMo or dense; losses are then paired at equal steps and at equal time. A run that was stopped, or
+    still trains, is shown as far as it got.
+
+    \b
+    Examples:
+      lemo report outputs/r03
+      lemo report outputs/r03 --baseline outputs/dense --out r03.html
+    """  # noqa: D301
+    from .profiling.run_report import report_run
+
+    typer.echo(f"report in {report_run(run, baseline, out)}")
+
+
 def _overrides(arguments: list[str]) -> dict[str, str]:
     """`--field value` and `--field=value` pairs."""
     found: dict[str, str] = {}
@@ -298,12 +325,15 @@ def _overrides(arguments: list[str]) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; bad input exits with code 2 after one line on stderr."""
+    """Runs the command line; bad input exits with code 2 after one line on stderr, a run that fails (memory, disk) with 1.
+
+    A run that a signal stopped exits with 128 plus its number, when it has saved.
+    """
     try:
         app(args=arguments)
     except (LemoError, LemoConfigError) as error:
         print(f"lemo: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(getattr(error, "exit_code", LemoError.exit_code)) from None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ class RunClock:
 
     def start(self, history: list[dict[str, Any]]) -> None:
         """Starts from what the log of a resumed run says was spent before; from 0 where it says nothing."""
-        last = next((logs for logs in reversed(history) if "seconds/training" in logs), {})
+        last: dict[str, Any] = next((logs for logs in reversed(history) if "seconds/training" in logs), {})
         self.seconds = {name.partition("/")[2]: value for name, value in last.items() if name.startswith("seconds/")}
         self._mark = time.perf_counter()
 

@@ -174,7 +174,7 @@ def settings_of(model: Any, lemo: dict[str, Any], arguments: Iterable[Any]) -> d
         lemo: Its `lemo` block.
         arguments: Training arguments: the trainer's, and those of the phases where they stand apart.
     """
-    found: dict[str, Any] = {f"lemo.{name}": value for name, value in lemo.items()}
+    found: dict[str, Any] = {"model": type(model).__name__, **{f"lemo.{name}": value for name, value in lemo.items()}}
     for part in arguments:
         values = part.to_dict()
         found |= {name: _plain(value) for name, value in values.items() if name not in _OF_ONE_PROCESS}

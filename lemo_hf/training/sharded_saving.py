@@ -47,8 +47,15 @@ class ShardedSavingMixin(_Trainer):
         if not self._is_sharded:
             super().save_model(output_dir, _internal_call)
             return
-        model: Any = self.model
-        self._save(output_dir, state_dict=whole_weights(model))
+        sharded: Any = self.model
+        weights = whole_weights(sharded)
+        if self.args.should_save:
+            # FSDP2 has made the model's class another one, whose source is no model's: code and auto_map are those of its own.
+            self.model = sharded if isinstance(sharded, PeftModel) else _unsharded_twin(sharded)
+            try:
+                self._save(output_dir, state_dict=weights)
+            finally:
+                self.model = sharded
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -83,6 +90,15 @@ class ShardedSavingMixin(_Trainer):
         if optimizer.is_file() and scheduler.is_file():  # neither is there with save_only_model
             load_whole_optimizer_state(self.optimizer, torch.load(optimizer, map_location="cpu", weights_only=True))
             self._scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+
+
+def _unsharded_twin(model: Any) -> nn.Module:
+    """A model of the class and config of a sharded one, without weights: to be saved with some given ones."""
+    kind: Any = next(base for base in type(model).__mro__[1:] if not issubclass(base, FSDPModule))
+    with torch.device("meta"):
+        twin: nn.Module = kind(model.config)
+    twin.generation_config = model.generation_config
+    return twin
 
 
 def _whole(value: Any) -> Any:

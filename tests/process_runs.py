@@ -1,0 +1,231 @@
+"""What two processes do for tests/test_processes.py: started once, they train many tiny runs together and write what they found.
+
+    RANK=0 WORLD_SIZE=2 ... python tests/process_runs.py FOLDER
+
+One file of results per process, `rank<r>.json`. accelerate sets FSDP up on accelerators only: where it is told that there are
+several, FSDP2 runs on the CPU with gloo.
+"""
+
+import faulthandler
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from training_runs import RandomText, curve, tiny_arguments, tiny_lemo_model
+from transformers import Trainer
+
+from lemo_hf import LemoTrainer, lemo_callbacks
+from lemo_hf.hub.lemo_files import predictor_tensors
+from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.training.processes import Processes
+
+# Where a hang ends, seconds after the start.
+LIMIT = 240
+SAMPLED = {"selection": "sampled"}
+THRESHOLD = {"selection": "threshold", "attention_forward": "sparse"}
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+# Rounds that do not come out even: 5 documents to fit on, 3 of the profile set.
+PHASES = {"predictor_documents": 5, "calibrate_documents": 3, "calibrate_rounds": 1, "predictor_steps": 2, "prune_documents": 2}
+
+
+class UnevenText(RandomText):
+    """Samples of different lengths; the second is padding alone, the fifth has no label, the eighth is a single token."""
+
+    lengths = (96, 40, 64, 17, 80, 96, 33, 1)
+
+    def __init__(self) -> None:
+        super().__init__(len(self.lengths))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = self.tokens[index, : self.lengths[index]]
+        mask = torch.full_like(tokens, int(index != 1))
+        return {
+            "input_ids": tokens,
+            "labels": tokens.clone() if index not in (1, 4) else torch.full_like(tokens, -100),
+            "attention_mask": mask,
+        }
+
+
+def padded(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Collates samples of different lengths, padded on the right."""
+    fills = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=fill)
+        for name, fill in fills.items()
+    }
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def stop_in_phase(trainer: LemoTrainer, saves: int) -> None:
+    """Has a trainer stop right after the phases' progress has been saved so many times."""
+    save, done = trainer.lemo_run.save_progress, []
+
+    def save_and_stop(*args: Any) -> None:
+        save(*args)
+        done.append(None)
+        if len(done) == saves:
+            raise Stopped
+
+    trainer.lemo_run.save_progress = save_and_stop
+
+
+def make_trainer(
+    folder: Path, lemo: dict[str, Any], fsdp: bool = False, lora: bool = True, data: Any = None, **changes: Any
+) -> Any:
+    """A tiny trainer of this process, in whichever engine."""
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    distributed = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
+    kwargs = {"data_collator": changes.pop("data_collator")} if "data_collator" in changes else {}
+    eval_dataset = changes.pop("eval_dataset", None)
+    arguments = tiny_arguments(folder, **distributed, fsdp=fsdp, **changes)
+    if fsdp:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    model = tiny_lemo_model(lora=lora, **lemo)
+    return LemoTrainer(model=model, args=arguments, train_dataset=data or RandomText(), eval_dataset=eval_dataset, **kwargs)
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Tensors' bits in a few letters."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def outcome(trainer: Any) -> dict[str, Any]:
+    """What is compared of a finished run."""
+    backbone = sparse_backbone(trainer.model)
+    history = trainer.state.log_history
+    return {
+        "curve": curve(trainer),
+        "engine": type(trainer.model_wrapped).__name__,
+        "predictors": digest(predictor_tensors(backbone)),
+        "thresholds": backbone.config.lemo.thresholds,
+        "refits": trainer.lemo_run.refits if isinstance(trainer, LemoTrainer) else None,
+        "recall": [logs["recall"] for logs in history if "recall" in logs],
+        "kept_share": [logs["kept_share"] for logs in history if "kept_share" in logs],
+        "saved_bytes": [logs["saved_bytes"] for logs in history if "saved_bytes" in logs],
+    }
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """The message of the error that a call must raise."""
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def main(out: Path) -> None:
+    """Everything that two processes are asked to do."""
+    rank = int(os.environ["RANK"])
+    found: dict[str, Any] = {}
+    began = time.perf_counter()
+
+    def train(name: str, *args: Any, resume: Any = None, folder: str | None = None, **kwargs: Any) -> Any:
+        trainer = make_trainer(out / (folder or name), *args, **kwargs)
+        trainer.train(resume_from_checkpoint=resume)
+        found[name] = outcome(trainer)
+        found[f"seconds of {name}"] = round(time.perf_counter() - began, 1)
+        return trainer
+
+    # The same steps by DDP and FSDP2, saved on the way.
+    train("ddp", SAMPLED, **SAVING)
+    sharded = train("fsdp", SAMPLED, fsdp=True, eval_dataset=RandomText(4), **SAVING)
+    found["fsdp"]["eval_loss"] = sharded.evaluate()["eval_loss"]
+    sharded.save_model(str(out / "fsdp_final"))
+    train("fsdp_kept_rows", {**SAMPLED, "checkpoint": "kept_rows"}, fsdp=True, max_steps=2)
+    train("fsdp_checkpointing", SAMPLED, fsdp=True, max_steps=2, gradient_checkpointing=True)
+
+    # Resumed: by the same engine, by the other, and from what one process saved.
+    later = {**SAVING, "resume": str(out / "fsdp" / "checkpoint-2")}
+    train("fsdp_resumed", SAMPLED, fsdp=True, folder="fsdp_again", **later)
+    train("ddp_from_fsdp", SAMPLED, folder="ddp_again", **later)
+    train("fsdp_from_single", SAMPLED, fsdp=True, folder="third", **{**later, "resume": str(out / "single" / "checkpoint-2")})
+
+    # The phases, shared; a refit at every step.
+    refits = {"probe_steps": 1, "recall_drop": -1, "refit_documents": 3, "max_steps": 2}
+    train("phases_ddp", THRESHOLD, **PHASES, **refits)
+    train("phases_fsdp", THRESHOLD, fsdp=True, **PHASES, **refits)
+
+    # Stopped within the phase, to be resumed by one process; and what one process left, gone on with.
+    trainer = make_trainer(out / "stopped_by_two", THRESHOLD, **PHASES, max_steps=2)
+    stop_in_phase(trainer, 2)
+    try:
+        trainer.train()
+    except Stopped:
+        found["stopped"] = True
+    train("resumed_by_two", THRESHOLD, folder="stopped_by_one", resume=True, **PHASES, max_steps=2)
+
+    # Batches that are padding, without labels or short, on one process at a time.
+    uneven = {"data": UnevenText(), "data_collator": padded, "train_sampling_strategy": "sequential", "max_steps": 4}
+    uneven |= {"per_device_train_batch_size": 1, **PHASES}
+    for engine in ("ddp", "fsdp"):
+        train(f"uneven_{engine}", THRESHOLD, fsdp=engine == "fsdp", **uneven)
+
+    # All weights trained, the head among them.
+    whole = train("whole_fsdp", SAMPLED, fsdp=True, lora=False, max_steps=2, learning_rate=1e-3)
+    whole.save_model(str(out / "whole_fsdp_final"))
+    train("whole_ddp", SAMPLED, lora=False, max_steps=2, learning_rate=1e-3)
+
+    # The best model is taken back into its shards.
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "eval_dataset": RandomText(4)}
+    trainer = train("best", SAMPLED, fsdp=True, **SAVING, **best)
+    trainer.save_model(str(out / "best_final"))
+    found["best"]["checkpoint"] = trainer.state.best_model_checkpoint
+
+    # Callbacks in a stock trainer.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    arguments = tiny_arguments(out / "stock", ddp_backend="gloo", max_steps=2)
+    stock = Trainer(
+        model=tiny_lemo_model(**SAMPLED), args=arguments, train_dataset=RandomText(), callbacks=lemo_callbacks(arguments)
+    )
+    stock.train()
+    found["stock"] = outcome(stock)
+
+    # Unlike processes.
+    unlike: dict[str, Callable[[], Any]] = {
+        "lemo": lambda: make_trainer(out / "unlike", {**SAMPLED, "keep_ratio": 0.5 - 0.1 * rank}),
+        "seed": lambda: make_trainer(out / "unlike", SAMPLED, seed=rank),
+        "argument": lambda: make_trainer(out / "unlike", SAMPLED, learning_rate=0.1 + rank),
+        "model": lambda: make_trainer(out / "unlike", SAMPLED, lora=rank == 0),
+        "data": lambda: make_trainer(out / "unlike", SAMPLED, data=RandomText(24 - rank)).train(),
+    }
+    found["unlike"] = {name: error_of(call) for name, call in unlike.items()}
+    processes = Processes()
+    found["unlike"]["predictors"] = error_of(
+        lambda: processes.require_same_tensors({"a": torch.ones(2), "b": torch.full((2,), 1.0 + rank)})
+    )
+    found["all"] = [processes.all(True), processes.all(rank == 0)]
+    found["means"] = processes.means([float(rank), float("nan") if rank else 3.0, float("nan")])
+    found["turns"] = [processes.turn(done, 5) for done in (0, 2, 4)]
+    found["log level"] = logging.getLogger("lemo_hf").getEffectiveLevel()
+    found["seconds"] = round(time.perf_counter() - began, 1)
+    if rank == 0:
+        found["shapes"] = {
+            name: list(t.shape) for name, t in load_file(out / "fsdp" / "checkpoint-2" / "adapter_model.safetensors").items()
+        }
+    (out / f"rank{rank}.json").write_text(json.dumps(found, default=str), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
+    faulthandler.cancel_dump_traceback_later()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

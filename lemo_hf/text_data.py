@@ -17,10 +17,10 @@ import hashlib
 import importlib.util
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import Dataset
@@ -35,6 +35,16 @@ MIN_CHARACTERS = 200
 # A document is a near duplicate when this share of its characters stands in lines already seen.
 NEAR_DUPLICATE_SHARE = 0.8
 LAYOUTS = ("windows", "packed")
+
+
+class HasName(Protocol):
+    """What the split of a document needs."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=HasName)
 
 
 @dataclass(frozen=True)
@@ -56,10 +66,10 @@ def is_held_out(name: str, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def split_documents(documents: Iterable[TextDocument], share: float = 0.05) -> tuple[list[TextDocument], list[TextDocument]]:
+def split_documents(documents: Iterable[Named], share: float = 0.05) -> tuple[list[Named], list[Named]]:
     """Splits documents into (training, held-out) by the hash of their names; `share` is the held-out fraction."""
-    train: list[TextDocument] = []
-    held_out: list[TextDocument] = []
+    train: list[Named] = []
+    held_out: list[Named] = []
     for document in documents:
         (held_out if is_held_out(document.name, share) else train).append(document)
     return train, held_out
@@ -150,43 +160,63 @@ def text_file_documents(paths: Sequence[str | Path], field: str = "text") -> lis
     Raises:
         LemoError: a path is missing, not UTF-8, not JSONL with that field, or nothing but blank text was found.
     """
-    files: list[Path] = []
-    for given in map(Path, paths):
-        if given.is_dir():
-            inside = (path for path in given.rglob("*") if path.suffix in {".txt", ".md", ".py", ".jsonl"} and path.is_file())
-            files += sorted(inside)
-        elif given.is_file():
-            files.append(given)
-        else:
-            raise LemoError(f"data file does not exist; {str(given)!r}; give the path of a text or .jsonl file")
     documents: list[TextDocument] = []
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise LemoError(f"data file is not UTF-8 text; {str(path)!r} byte {error.start}; convert it to UTF-8") from error
+    for path in data_paths(paths, {".txt", ".md", ".py", ".jsonl"}):
         if path.suffix != ".jsonl":
-            documents.append(TextDocument(path.name, text))
+            documents.append(TextDocument(path.name, _utf8_text(path)))
             continue
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                documents.append(TextDocument(f"{path.name}:{number}", _jsonl_text(line, field, f"{path}:{number}")))
+        for name, place, row in jsonl_rows(path):
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                found = sorted(row) if isinstance(row, dict) else type(row).__name__
+                raise LemoError(
+                    f"JSONL line has no text in field {field!r}; {place} has {found}; set the text field to one of them"
+                )
+            documents.append(TextDocument(name, row[field]))
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise LemoError(f"data is empty; {[str(path) for path in paths]}; give files that hold text")
     return documents
 
 
-def _jsonl_text(line: str, field: str, place: str) -> str:
-    """The text of one JSONL line; `place` is `path:line` for the error."""
+def data_paths(paths: Sequence[str | Path], suffixes: Collection[str]) -> list[Path]:
+    """The files in `paths`, and of the folders in it those with one of `suffixes`, sorted by path.
+
+    Raises:
+        LemoError: If a path does not exist.
+    """
+    files: list[Path] = []
+    for given in map(Path, paths):
+        if given.is_dir():
+            files += sorted(path for path in given.rglob("*") if path.suffix in suffixes and path.is_file())
+        elif given.is_file():
+            files.append(given)
+        else:
+            raise LemoError(f"data file does not exist; {str(given)!r}; give the path of a text or .jsonl file")
+    return files
+
+
+def _utf8_text(path: Path) -> str:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LemoError(f"line is not JSON ({error.msg}); {place}; write one JSON object a line") from error
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise LemoError(f"JSONL line has no text in field {field!r}; {place} has {found}; set the text field to one of them")
-    return record[field]
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LemoError(f"data file is not UTF-8 text; {str(path)!r} byte {error.start}; convert it to UTF-8") from error
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """Yields (name, place, row) of a JSONL file's lines: a stable name, and `path:line` for errors.
+
+    Raises:
+        LemoError: If the file is no UTF-8, or a line no JSON.
+    """
+    for number, line in enumerate(_utf8_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise LemoError(f"line is not JSON ({error.msg}); {place}; write one JSON object a line") from error
+        yield f"{path.name}:{number}", place, row
 
 
 def dataset_documents(
@@ -207,6 +237,27 @@ def dataset_documents(
     Raises:
         LemoError: `datasets` is not installed, or the data set cannot be read or has no such column or no text.
     """
+    documents: list[TextDocument] = []
+    for place, row in dataset_rows(name, config, split, streaming):
+        if max_documents is not None and len(documents) >= max_documents:
+            break
+        if not isinstance(row.get(field), str):
+            raise LemoError(
+                f"data set has no text column {field!r}; {name!r} has {sorted(row)}; set the text field to one of them"
+            )
+        if row[field].strip():
+            documents.append(TextDocument(place, row[field]))
+    if not documents:
+        raise LemoError(f"data set has no text; {name!r} split {split!r}; choose another split or field")
+    return documents
+
+
+def dataset_rows(name: str, config: str | None, split: str, streaming: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (place, row) of a data set, the place being a stable name; arguments as in `datasets.load_dataset`.
+
+    Raises:
+        LemoError: `datasets` is not installed, or the data set cannot be read.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -218,19 +269,8 @@ def dataset_documents(
         raise LemoError(
             f"data set cannot be loaded ({reason}); {name!r} split {split!r}; check its name, split and network"
         ) from error
-    documents: list[TextDocument] = []
     for number, row in enumerate(rows):
-        if max_documents is not None and len(documents) >= max_documents:
-            break
-        if not isinstance(row.get(field), str):
-            raise LemoError(
-                f"data set has no text column {field!r}; {name!r} has {sorted(row)}; set the text field to one of them"
-            )
-        if row[field].strip():
-            documents.append(TextDocument(f"{name}/{split}:{number}", row[field]))
-    if not documents:
-        raise LemoError(f"data set has no text; {name!r} split {split!r}; choose another split or field")
-    return documents
+        yield f"{name}/{split}:{number}", row
 
 
 def tokenize_documents(tokenizer: Any, documents: Sequence[TextDocument]) -> list[list[int]]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SECRET_FIELDS = ("hub_token",)
 # Say where things lie on one machine: nobody else's business, and no part of what was trained.
 LOCAL_FIELDS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name")
-PATH_FIELDS = ("model", "data_files", "held_out_files", "dataset", "adapter", "predictors")
+PATH_FIELDS = ("model", "data_files", "held_out_files", "dataset", "chat_template", "adapter", "predictors")
 
 
 @dataclass
@@ -54,7 +54,7 @@ class ModelFields:
 
 @dataclass
 class DataFields:
-    """The text: exactly one of data_files, dataset and python_packages.
+    """The text or the conversations: exactly one of data_files, dataset and python_packages.
 
     Args:
         seq_len: Tokens of a training sample.
@@ -65,8 +65,16 @@ class DataFields:
         dataset_streaming: Read it as a stream instead of downloading all of it first.
         python_packages: Installed Python packages whose sources are the text; "stdlib" is the interpreter's own library.
         text_field: Column or JSONL field that holds the text.
+        data_format: "text", or "chat" for conversations (rows of messages, or of an instruction and an output) from .jsonl files or
+            a data set.
+        messages_field: Column or JSONL field of chat data that holds the list of messages, each with role and content.
+        instruction_field, input_field, output_field: Where a row has no messages: what is asked, what it is asked about (optional)
+            and the answer.
+        loss_on: What chat data train: "answers" (the chat template has to mark them by {% generation %}) or "all" tokens.
+        chat_template: Jinja file with the chat template; null is the tokenizer's own.
         max_documents: Documents read of a data set at most; needed where it is larger than memory.
         layout: "packed" lays documents one after the other and cuts where a sample is full; "windows" takes one document a sample.
+            Conversations are never cut: "packed" lays as many as fit whole, and one longer than seq_len loses its last exchanges.
         held_out_files: Files whose text is held out for evaluation; held_out_share is not used then.
         held_out_share: Share of the documents held out for evaluation, in [0, 1), chosen by their names.
         max_train_samples: Training samples at most, taken evenly from the whole text.
@@ -82,6 +90,13 @@ class DataFields:
     dataset_streaming: bool = True
     python_packages: list[str] | None = None
     text_field: str = "text"
+    data_format: Literal["text", "chat"] = "text"
+    messages_field: str = "messages"
+    instruction_field: str = "instruction"
+    input_field: str = "input"
+    output_field: str = "output"
+    loss_on: Literal["answers", "all"] = "answers"
+    chat_template: str | None = None
     max_documents: int | None = None
     layout: Literal["packed", "windows"] = "packed"
     held_out_files: list[str] | None = None
@@ -95,6 +110,12 @@ class DataFields:
         if len(sources) != 1:
             given = ", ".join(sources) or "none of them"
             raise LemoError(f"a run reads one of data_files, dataset and python_packages; got {given}; give exactly one")
+        if self.data_format == "chat" and self.python_packages:
+            raise LemoError("Python sources are no conversations; data_format='chat'; give data_files or dataset")
+        if self.data_format == "text" and self.chat_template:
+            raise LemoError(
+                f"chat_template is for conversations; got {self.chat_template!r} with data_format='text'; set data_format: chat"
+            )
         if not 0 <= self.held_out_share < 1:
             raise LemoError(
                 f"held_out_share must be in [0, 1); got {self.held_out_share}; 0.05 holds out every twentieth document"
@@ -106,7 +127,12 @@ class DataFields:
 
     @property
     def source(self) -> str:
-        """Where the text comes from, in words."""
+        """Where the text comes from, in words, and what of it is trained."""
+        loss_on = "answers" if self.loss_on == "answers" else "all tokens"
+        return self._place + (f"; conversations, loss on {loss_on}" if self.data_format == "chat" else "")
+
+    @property
+    def _place(self) -> str:
         if self.data_files:
             return "local files " + ", ".join(Path(name).name for name in self.data_files)
         if self.dataset:

@@ -4,12 +4,11 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import default_data_collator, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import LemoError
@@ -30,64 +29,20 @@ from ..loading import (
 )
 from ..models.lemo_config import LemoConfigError
 from ..registry import AutoLemoModelForCausalLM
-from ..text_data import (
-    PackedDocuments,
-    TextDocument,
-    dataset_documents,
-    pack_documents,
-    python_sources,
-    split_documents,
-    spread_samples,
-    text_file_documents,
-)
+from ..text_data import PackedDocuments
 from ..training.arguments import LemoTrainingArguments
 from ..training.lemo_run import has_progress
 from ..training.run_card import results_of
 from ..training.trainer import LemoTrainer, holds_run
 from ..training.whole_checkpoints import checkpoints, last_whole_checkpoint, require_whole
-from .reading import DataFields, Recipe
+from .reading import Recipe
+from .samples import collator_of, load_samples
 
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
 # Values of `resume_from_checkpoint`: the newest whole checkpoint of output_dir; the same if there is one, else from the start.
 LAST, AUTO = "last", "auto"
-
-
-def read_documents(data: DataFields) -> list[TextDocument]:
-    """The text that the recipe names."""
-    if data.data_files:
-        return text_file_documents(data.data_files, data.text_field)
-    if data.dataset:
-        return dataset_documents(
-            data.dataset, data.dataset_config, data.dataset_split, data.dataset_streaming, data.text_field, data.max_documents
-        )
-    return python_sources(data.python_packages or [])
-
-
-def load_samples(data: DataFields, tokenizer: Any, block_size: int) -> tuple[PackedDocuments, PackedDocuments | None]:
-    """Training and held-out samples of `seq_len` tokens; no held-out ones where the recipe holds nothing out.
-
-    Raises:
-        LemoError: If there is too little text on either side.
-    """
-    documents = read_documents(data)
-    held_out: Sequence[TextDocument] = []
-    if data.held_out_files:
-        held_out = text_file_documents(data.held_out_files, data.text_field)
-    elif data.held_out_share:
-        documents, held_out = split_documents(documents, data.held_out_share)
-        if not held_out:
-            raise LemoError(
-                f"held_out_share leaves no document to evaluate on; {data.held_out_share} of {len(documents)} documents; "
-                "name held_out_files, raise held_out_share, or set it to 0"
-            )
-    train = pack_documents(tokenizer, documents, data.seq_len, data.layout, block_size)
-    train = spread_samples(train, data.max_train_samples)
-    if not held_out:
-        return train, None
-    evaluation = pack_documents(tokenizer, held_out, data.seq_len, data.layout, block_size)
-    return train, spread_samples(evaluation, data.max_eval_samples)
 
 
 def go_on_from(saved: SavedAdapter, recipe: Recipe, arguments: LemoTrainingArguments) -> None:
@@ -217,7 +172,7 @@ def run_recipe(recipe: Recipe) -> RunResults:
             train_dataset=train_samples,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            data_collator=default_data_collator,
+            data_collator=collator_of(recipe.data),
         )
         before = _perplexity(model, held_out, "perplexity before")  # after the trainer has put the model on its device
         if on_gpu := torch.cuda.is_available() and not arguments.use_cpu:

@@ -2,8 +2,9 @@
 
 Every tensor that an operator, a `torch.autograd.Function` (`ctx.save_for_backward`) or activation checkpointing (its inputs)
 saves passes `torch.autograd.graph.saved_tensors_hooks`. What counts is the storage: views and repeated saves of one storage
-count once and in full, as the allocator sees it. Parameters and buffers live anyway and do not count. Not seen, since autograd
-does not see it either: tensors kept as attributes of `ctx` or of modules.
+count once and in full, as the allocator sees it. Parameters and buffers live anyway and do not count. Under other such hooks, an
+offload's, what counts is what they leave on the tensor's device. Not seen, since autograd does not see it either: tensors kept as
+attributes of `ctx` or of modules.
 
 Works on fake tensors (`torch._subclasses.fake_tensor.FakeTensorMode` with CPU tensors), so shapes of an 8B model cost nothing.
 On the meta device attention would take the math path and save N x N scores.
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from .breakdown import Breakdown, Owner, RunningModules, storage_of
 
@@ -68,6 +70,7 @@ class ActivationMemory:
         self._ledger = _Ledger()
         self._excluded: frozenset[int] = frozenset()
         self._is_sharded = False
+        self._outer: Any = None
         self._looked_at: set[str] = set()
         self._finished: Breakdown | None = None
 
@@ -78,6 +81,7 @@ class ActivationMemory:
         self._looked_at = set()
         self._ledger = _Ledger()
         self._finished = None
+        self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self._modules.__enter__()
         self._hooks.__enter__()
         return self
@@ -98,13 +102,15 @@ class ActivationMemory:
         return self._ledger.peak
 
     def _pack(self, tensor: Tensor) -> "_Saved":
-        # Detached: an operator's saved result points to the operator's node, and the node to it.
-        tensor = tensor.detach()
+        if not tensor.is_leaf:
+            tensor = tensor.detach()  # an operator's saved result points to the operator's node, and the node to it
         if self._is_sharded:
             self._exclude_gathered()
-        storages = {storage_of(part): part.dtype for part in plain_tensors(tensor)}
+        # Only the innermost hooks act: those around these (offloading) must not stand still while something is measured.
+        held = tensor if self._outer is None else self._outer[0](tensor)
+        storages = {storage_of(part): part.dtype for each in _on(tensor.device, held) for part in plain_tensors(each)}
         counted = {key: (size, dtype) for (key, size), dtype in storages.items() if key not in self._excluded}
-        return _Saved(tensor, self._ledger, counted, self._modules.owner() if counted else None)
+        return _Saved(held, self._ledger, counted, self._modules.owner() if counted else None)
 
     def _exclude_gathered(self) -> None:
         """Has the weights of the running layer not count: FSDP2 has just gathered them, and frees them after the layer."""
@@ -113,9 +119,14 @@ class ActivationMemory:
             self._looked_at.add(layer[0])
             self._excluded |= _storages(self._model.get_submodule(layer[0]).parameters())
 
-    @staticmethod
-    def _unpack(saved: "_Saved") -> Tensor:
-        return saved.tensor
+    def _unpack(self, saved: "_Saved") -> Tensor:
+        tensor: Tensor = saved.held if self._outer is None else self._outer[1](saved.held)
+        return tensor
+
+
+def _on(device: torch.device, held: Any) -> list[Tensor]:
+    """The tensors that hooks hold on a device; their copies elsewhere take no memory there."""
+    return [part for part in tree_leaves(held) if isinstance(part, Tensor) and part.device == device]
 
 
 def _storages(tensors: Iterable[Tensor]) -> frozenset[int]:
@@ -152,12 +163,10 @@ class _Ledger:
 
 
 class _Saved:
-    """What autograd keeps instead of a tensor. It holds the tensor, so no address is used again while it counts."""
+    """What autograd keeps instead of a tensor. It holds the tensor's storage, so no address is used again while it counts."""
 
-    def __init__(
-        self, tensor: Tensor, ledger: _Ledger, storages: dict[int, tuple[int, torch.dtype]], owner: Owner | None
-    ) -> None:
-        self.tensor = tensor
+    def __init__(self, held: Any, ledger: _Ledger, storages: dict[int, tuple[int, torch.dtype]], owner: Owner | None) -> None:
+        self.held = held
         self._ledger = ledger
         self._keys = list(storages)
         if owner is not None:

@@ -91,13 +91,14 @@ def plot_kept_share(shares: Mapping[str, Sequence[Mapping[str, float]]], path: P
     return save_figure(draw_kept_share(shares), path)
 
 
-def draw_kept_share(shares: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+def draw_kept_share(shares: Mapping[str, Sequence[Mapping[str, float]]], size: tuple[float, float] = (5.5, 3.2)) -> Figure:
     """Kept share by layer over time, one map per arm.
 
     Args:
         shares: Arm name to log entries; an entry holds `step` and `kept_share/layer_<l>` in [0, 1], NaN draws nothing.
+        size: Width and height of one map, inches.
     """
-    figure, axes = new_figure(1, len(shares), (5.5 * len(shares), 3.2))
+    figure, axes = new_figure(1, len(shares), (size[0] * len(shares), size[1]))
     image = ScalarMappable(Normalize(0, 1), "viridis")
     for axis, (arm, entries) in zip(axes[0], shares.items(), strict=True):
         names = sorted((name for name in entries[0] if name != "step"), key=lambda name: int(name.rsplit("_", 1)[1]))
@@ -137,6 +138,8 @@ def draw_block_scores(true: Sequence[Tensor], predicted: Sequence[Tensor], layer
             image = axis.imshow(lower.cpu().numpy(), cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
             axis.set(title=f"layer {layer}, {name}")
             axis.set_xlabel("key block")
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             axis.set_ylabel("query block" if column == 0 else "")
             figure.colorbar(image, ax=axis, shrink=0.75)
     return figure
@@ -168,6 +171,7 @@ def draw_losses(losses: Mapping[str, Sequence[Point]], evaluations: Mapping[str,
                 axis.plot(*zip(*held_out, strict=True), color=SERIES[index % len(SERIES)], label=f"{arm}, held-out text", **style)
         axis.grid(alpha=0.3)
     axes[0].set(xlabel="step", ylabel="loss (nats per token)", title="at equal steps")
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     if timed:
         axes[1].set(xlabel=f"{word} of training", title="at equal time")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

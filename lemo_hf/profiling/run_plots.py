@@ -53,6 +53,7 @@ def draw_recall(recall: RecallSeries) -> Figure:
             named = {"label": "predictors fitted again"} if not number else {}
             axes[1].axvline(step, color=SERIES[4], linestyle="-.", linewidth=1, **named)
         axes[1].set(xlabel="step", title="over the run")
+        axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes:
         for value, line, name in ((recall.chance, ":", "chance"), (recall.positions, "--", "positions only")):
             if value is not None:

@@ -93,7 +93,9 @@ def render_report(runs: Sequence[RunData], baseline: RunData | None = None, titl
     context: dict[str, Any] = {
         "title": title or "Training run",
         "under": _under(runs, baseline),
-        "summaries": [{"heading": run.label if len(runs) > 1 else "", "sentences": summary(run, baseline)} for run in runs],
+        "summaries": [
+            {"heading": f"{run.label}: {run.name}" if len(runs) > 1 else "", "sentences": summary(run, baseline)} for run in runs
+        ],
         "warnings": [*(f"{run.label}: {text}" if several else text for run in everything for text in warnings(run)), *notes],
         "columns": [run.label for run in everything],
         "key_figures": key_figures(everything),

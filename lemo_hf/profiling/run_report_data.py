@@ -63,6 +63,7 @@ class RunData:
         arguments: Training arguments by name.
         device: "cuda", "cpu", ...; empty if not known.
         maps: Block scores of its last probe.
+        memory_note: Why no memory is shown, where there is a reason.
     """
 
     name: str
@@ -74,6 +75,7 @@ class RunData:
     arguments: dict[str, Any] = field(default_factory=dict)
     device: str = ""
     maps: BlockScores | None = None
+    memory_note: str = ""
 
     @property
     def steps(self) -> int:

@@ -10,10 +10,10 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ..hub.card_tables import size
 from .plots import draw_block_scores, draw_kept_share, draw_losses, draw_parts, time_unit
 from .run_plots import MemorySeries, RecallSeries, draw_memory, draw_recall, draw_saved_by_layer
 from .run_report_data import TIME_PARTS, Entry, RunData
+from .run_report_words import amount
 
 # A curve or a map has no more places than a screen shows.
 _MOST_POINTS = 2000
@@ -50,7 +50,10 @@ def figure_svg(figure: Figure, name: str) -> Markup:
     text = text[text.index("<svg") :].replace("#000000", "currentColor")
     head, rest = text.split(">", 1)
     head = re.sub(r' (?:width|height|version)="[^"]*"', "", head)
-    return Markup(f'{head} aria-hidden="true">{rest}')  # matplotlib escapes the text in it
+    # Letters of the same size in all figures: a figure of ten inches is as wide as the page.
+    inches = figure.get_size_inches()[0]
+    size_of_it = f"width: {min(inches * 10, 100):.0f}%; min-width: {inches * 3.4:.1f}rem"
+    return Markup(f'{head} style="{size_of_it}" aria-hidden="true">{rest}')  # matplotlib escapes the text in it
 
 
 def losses(runs: Sequence[RunData]) -> Drawing | None:
@@ -81,7 +84,7 @@ def kept_share(run: RunData) -> Drawing | None:
         caption += "One even colour is as it should be: this selection keeps a fixed share of each document's blocks."
     if run.lemo.dense_layers:
         caption += " Layers set to keep every token are at 1."
-    drawn = draw_kept_share({run.label: thin(shown, _MOST_COLUMNS)})
+    drawn = draw_kept_share({run.label: thin(shown, _MOST_COLUMNS)}, (10.0, 1.6 + min(0.12 * len(layers), 3.0)))
     return Drawing(figure_svg(drawn, f"kept_share {run.label}"), f"Share of tokens kept by layer and step, {run.label}", caption)
 
 
@@ -176,7 +179,7 @@ def saved_by_layer(runs: Sequence[RunData]) -> Drawing | None:
         whole = run.mean("saved_bytes")
         if run.label in saved and whole is not None:
             rest = whole - sum(saved[run.label].values())
-            caption += f" {run.label}: {size(whole)}, of which {size(rest)} outside the layers (embedding, last norm, loss)."
+            caption += f" {run.label}: {amount(whole)}, of which {amount(rest)} outside the layers (embedding, last norm, loss)."
     return Drawing(figure_svg(draw_saved_by_layer(saved), "saved_by_layer"), "Bytes saved for backward by layer", caption)
 
 

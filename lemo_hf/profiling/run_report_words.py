@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..hub.card_tables import decimals, duration, selection_rows, size
+from ..hub.card_tables import decimals, duration, selection_rows
 from ..hub.model_card import RunResults
 from ..models.lemo_config import LemoConfig
 from .run_comparison import Pairing, pair
@@ -12,8 +12,17 @@ from .run_report_data import TRAINING_PARTS, RunData
 _LOW_RECALL = 0.1
 _LARGE_PHASES = 0.05
 NOT_MEASURED = "not measured"
+UNNAMED = "unnamed"  # what a run calls a base model that came from nowhere
 
 Row = tuple[str, list[str]]
+
+
+def amount(count: float) -> str:
+    """Bytes for people."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= 2 * unit:
+            return f"{count / unit:.{0 if count >= 100 * unit else 1}f} {name}"
+    return f"{count / 1024:.0f} KiB"
 
 
 def final_loss(run: RunData) -> tuple[float, int] | None:
@@ -26,14 +35,16 @@ def final_loss(run: RunData) -> tuple[float, int] | None:
 def saved_bytes(run: RunData) -> float | None:
     """What a forward pass saved for backward, bytes, mean over what was measured."""
     measured = run.results.saved_bytes if run.results is not None else None
-    return run.mean("saved_bytes") or measured
+    return measured or run.mean("saved_bytes")
 
 
 def summary(run: RunData, baseline: RunData | None) -> list[str]:
     """The run in a few sentences."""
     results, lemo = run.results, run.lemo
     steps = f"{run.steps} of {run.max_steps} steps" if run.max_steps else f"{run.steps} steps"
-    model = f" {results.base_model}" if results is not None else " a model"
+    if run.finished and run.max_steps and run.steps < run.max_steps:
+        steps = f"{run.steps} steps, ended on purpose before the {run.max_steps} that were allowed,"
+    model = f" {results.base_model}" if results is not None and results.base_model != UNNAMED else " a model"
     length = f" on samples of {results.seq_len} tokens" if results is not None and results.seq_len else ""
     seconds = sum(run.seconds().values()) or run.training_seconds
     time = f" in {duration(seconds)}" if seconds else ""
@@ -49,12 +60,18 @@ def summary(run: RunData, baseline: RunData | None) -> list[str]:
         sentences.append("Every layer computed on every token: a dense run.")
     own, other = saved_bytes(run), saved_bytes(baseline) if baseline is not None else None
     if own is not None:
-        beside = f", {own / other:.2f} of the baseline's {size(other)}" if other else ""
-        sentences.append(f"A forward pass saved {size(own)} for backward{beside}.")
+        beside = f", {own / other:.2f} of the baseline's {amount(other)}" if other else ""
+        sentences.append(f"A forward pass saved {amount(own)} for backward{beside}.")
     loss = final_loss(run)
     if loss is not None:
         sentences.append(f"The training loss ended at {loss[0]:.3f} nats per token (mean of the last {loss[1]} logged).")
     sentences += [pairing_in_words(each) for each in (pair(run, baseline) if baseline is not None else [])]
+    for each in results.stock.comparisons if results is not None and results.stock is not None else []:
+        sentences.append(
+            f"Dense perplexity on held-out text at equal {each.equal} ({each.steps} steps, stock {each.stock_steps}): "
+            f"{each.perplexity:.3f}, stock LoRA's {each.stock_perplexity:.3f} ({each.percent:+.2f} %, 95 % interval {each.low:+.2f} to "
+            f"{each.high:+.2f})."
+        )
     return sentences
 
 
@@ -158,7 +175,7 @@ def _three(value: float | None) -> str | None:
 
 
 def _in_words(count: float | None) -> str | None:
-    return size(count) if count is not None else None
+    return amount(count) if count is not None else None
 
 
 def _recall_in_words(run: RunData) -> str | None:

@@ -76,7 +76,7 @@ def trace_step(config: PreTrainedConfig, settings: StepSettings, on_gpu: bool) -
     kinds = layer_kinds(config, settings)
     first_of_kind = {kind: kinds.index(kind) for kind in kinds}
     layers = sorted(first_of_kind.values())
-    mode = _EveryTokenHasALabel(settings.batch_size)
+    mode = EveryTokenHasALabel(settings.batch_size)
     model = fake_model(lambda: build_model(config, settings, layers), mode)
     with mode:
         input_ids = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.long)
@@ -85,7 +85,7 @@ def trace_step(config: PreTrainedConfig, settings: StepSettings, on_gpu: bool) -
     return trace
 
 
-class _EveryTokenHasALabel(FakeTensorMode):
+class EveryTokenHasALabel(FakeTensorMode):
     """Fake tensors have no values to look for labels in: all tokens have a next one but each sample's last."""
 
     def __init__(self, batch_size: int) -> None:

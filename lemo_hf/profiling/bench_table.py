@@ -1,0 +1,153 @@
+"""Results of `lemo bench` as tables. Memory and speed never stand alone: every row says its dense perplexity, or that it was not
+measured for the configuration; rows of different commits or machines stand in one table only if that is asked for.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import LemoError
+from ..models.lemo_config import LemoConfig
+
+NOT_MEASURED = "perplexity not measured for this configuration"
+_COLUMNS = ("method", "adapters", "peak memory", "saved for backward", "FLOPs", "s a step", "tokens/s", "dense perplexity")
+
+
+def with_perplexity(row: Mapping[str, Any], result: Mapping[str, Any], source: str) -> dict[str, Any] | None:
+    """The dense perplexity of a row's configuration from a quickstart's result; `None` if that is not its configuration.
+
+    One configuration: model, tokens, batch, float types, rank and targets of the adapters, and for LeMo every field of its
+    config. A baseline is none of the quickstart's.
+
+    Args:
+        row: A row of `lemo bench`.
+        result: The quickstart's result file.
+        source: Its name, for the reader.
+    """
+    config, settings = result.get("config", {}), row.get("settings") or {}
+    same = settings and (
+        str(row["model"]).rpartition("/")[2] == config.get("base")
+        and settings["seq_len"] == config.get("tokens")
+        and settings["batch_size"] == config.get("batch")
+        and config.get("dtype") == "float32 base and adapters, no autocast"
+        and settings["dtype"] == settings["adapter_dtype"] == "float32"
+        and not settings["autocast"]
+        and config.get("lora") == f"r={settings['lora_r']} on q, k, v, o"
+        and not settings["targets"]
+        and settings["baseline"] is None
+        and settings["method"] in ("stock", "lemo")
+    )
+    if not same:
+        return None
+    wanted = LemoConfig.from_dict(settings["lemo"]) if settings["method"] == "lemo" else None
+    for arm, block in config.get("arms", {}).items():
+        if (None if block is None else LemoConfig.from_dict(block)) == wanted:
+            return {
+                "dense": result["arms"][arm]["perplexity"]["equal_steps"],
+                "source": f"{source}, arm {arm}, {config['steps']} steps",
+            }
+    return None
+
+
+def merged(documents: Sequence[dict[str, Any]], mixed: bool = False) -> list[dict[str, Any]]:
+    """The rows of several results.
+
+    Args:
+        documents: Result files of `lemo bench`.
+        mixed: Whether commits and machines may differ.
+
+    Raises:
+        LemoError: If a document is no such result, or they differ and `mixed` is not set.
+    """
+    for document in documents:
+        if document.get("kind") != "lemo bench" or "rows" not in document:
+            raise LemoError(f"file is no result of lemo bench; it has {sorted(document)[:6]}; give what --out wrote")
+    for name in ("commit", "machine"):
+        found = list(dict.fromkeys(str(document.get(name)) for document in documents))
+        if len(found) > 1 and not mixed:
+            raise LemoError(f"results of different {name}s in one table; {' and '.join(found)}; measure anew, or add --mixed")
+    return [row | {"commit": document["commit"]} for document in documents for row in document["rows"]]
+
+
+def peak_bytes(row: Mapping[str, Any]) -> int | None:
+    """A row's peak: allocated on CUDA, the most bytes of tensors alive on a CPU, or as estimated."""
+    for name in ("peak_allocated_bytes", "live_peak_bytes", "estimated_bytes"):
+        found = row.get(name) or row.get("summary", {}).get(name)
+        if found:
+            return int(found)
+    return None
+
+
+def perplexity_cell(row: Mapping[str, Any]) -> str:
+    """A row's dense perplexity with where it comes from, or that there is none."""
+    found = row.get("perplexity")
+    return NOT_MEASURED if not found else f"{found['dense']:.3f} ({found['source']})"
+
+
+def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as Markdown, one table a model and length; ratios against the table's first method.
+
+    Args:
+        rows: Of one result, or as [`merged`] gives them.
+    """
+    tables = []
+    for model, seq_len in dict.fromkeys((row["model"], row["seq_len"]) for row in rows):
+        chosen = [row for row in rows if (row["model"], row["seq_len"]) == (model, seq_len)]
+        lines = [f"{model}, {seq_len} tokens; in parentheses against {chosen[0]['words']}", ""]
+        lines += ["| " + " | ".join(_COLUMNS) + " |", "| --- | --- " + "| ---: " * (len(_COLUMNS) - 3) + "| --- |"]
+        lines += ["| " + " | ".join(_cells(row, chosen[0])) + " |" for row in chosen]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _cells(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
+    cells = [row["words"], row["adapters"]]
+    if "out_of_memory" in row or "failed" in row:
+        return [*cells, "out of memory" if "out_of_memory" in row else "failed", "-", "-", "-", "-", perplexity_cell(row)]
+    for unit, value, base in (
+        (2**20, peak_bytes(row), peak_bytes(first)),
+        (2**20, row.get("saved_bytes"), first.get("saved_bytes")),
+    ):
+        shown = "-" if value is None else f"{value / unit:.0f} MiB" if value < 100 * 2**30 else f"{value / 2**30:.0f} GiB"
+        cells.append(shown + (f" ({value / base:.2f})" if value and base else ""))
+    flops, base_flops = row.get("flops"), first.get("flops")
+    cells.append("-" if not flops else f"{flops / 1e12:.3g} T" + (f" ({flops / base_flops:.2f})" if base_flops else ""))
+    timed, base_timed = row.get("summary"), first.get("summary")
+    if not timed:
+        return [*cells, "-", "-", perplexity_cell(row)]
+    times = f"{timed['median_seconds']:.3g} [{timed['fastest_seconds']:.3g}, {timed['slowest_seconds']:.3g}]"
+    if base_timed:
+        times += f" ({base_timed['median_seconds'] / timed['median_seconds']:.2f}x)"
+    return [*cells, times, f"{timed['tokens_per_second']:.0f}", perplexity_cell(row)]
+
+
+def phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds of a step by phase as Markdown; empty if nothing was timed.
+
+    Timing every operator slows a step: its sum is larger than the time in [`bench_table`].
+    """
+    timed = [row for row in rows if row.get("summary")]
+    if not timed:
+        return ""
+    phases = list(timed[0]["summary"]["phases"])
+    lines = ["| method, tokens | " + " | ".join(phases) + " |", "| --- " + "| ---: " * len(phases) + "|"]
+    for row in timed:
+        spent = row["summary"]["phases"]
+        lines.append(f"| {row['words']}, {row['seq_len']} | " + " | ".join(f"{spent[phase]:.3g}" for phase in phases) + " |")
+    return "\n".join(lines)
+
+
+def source_line(document: Mapping[str, Any]) -> str:
+    """Where a result comes from and how to repeat it."""
+    machine, config, versions = document["machine"], document["config"], document["versions"]
+    where = machine if isinstance(machine, str) else f"{machine.get('gpu') or machine['processor']}, {machine['threads']} threads"
+    options = f"--model {config['model']} --seq-len {','.join(map(str, config['seq_lens']))} --methods {config['methods']}"
+    counted = (
+        " --counts-only"
+        if config["device"].startswith("estimated")
+        else f" --steps {config['steps']} --repeats {config['repeats']}"
+    )
+    return (
+        f"{document['date']}, commit {document['commit']}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"peft {versions['peft']}, machine: {where}; batch {config['batch_size']}, {config['dtype']} base, LoRA {config['lora']}, "
+        f"random weights. Repeat: `lemo bench {options}{counted}`."
+    )

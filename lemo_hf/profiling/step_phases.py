@@ -1,0 +1,148 @@
+"""Seconds of a training step by phase: every operator is timed and put down to the part of the model that it serves, forward and
+backward.
+
+| phase | parts (breakdown.py) |
+| --- | --- |
+| select, predict | pattern predictors, scores, the choice of blocks |
+| attention | q, k, v and output projections, rotary positions, attention |
+| mlp | the MLP |
+| norm, movement | norms, residual adds, movement of rows |
+| loss | head and loss |
+| optimizer | the optimizer's step |
+| other | embeddings, masks, what fits none |
+| between | the rest of the step's time: Python, launches, copies that nobody waits for |
+
+Timing every operator makes a step slower: the sum is this step's own, not the one that is quoted as its time. On CUDA operators are
+timed by events on the stream.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .breakdown import RunningOwners
+from .flops import is_attention
+
+PHASES = ("select, predict", "attention", "mlp", "norm, movement", "loss", "optimizer", "other", "between")
+_PHASE_OF_PART = {
+    "predictor": "select, predict",
+    "selection": "select, predict",
+    "q,k,v": "attention",
+    "attention": "attention",
+    "o_proj": "attention",
+    "mlp": "mlp",
+    "norm": "norm, movement",
+    "residual": "norm, movement",
+    "loss": "loss",
+}
+# A layer that calls functions on rows leaves the backward of these to the layer itself: the autograd node's name tells them apart.
+_PART_OF_NODE = (
+    (re.compile(r"gated_?activation", re.I), "mlp"),
+    (re.compile(r"rotary|attend|KeptRowGradient|SelectedAttention", re.I), "attention"),
+    (re.compile(r"PrunedMLP"), "mlp"),
+    (re.compile(r"SegmentedLoss|cross_entropy", re.I), "loss"),
+)
+
+
+class PhaseTimer(TorchDispatchMode):
+    """Context manager that times the operators of what runs within it.
+
+    ```python
+    with PhaseTimer(model, device) as timer:
+        model(**batch).loss.backward()
+        with timer.phase("optimizer"):
+            optimizer.step()
+    timer.seconds()     # {"attention": 0.2, ...}
+    ```
+
+    Args:
+        model: Its modules are those of the phases.
+        device: Where it runs.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self._owners = RunningOwners(model)
+        self._cuda = device.type == "cuda"
+        self._named: str | None = None
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._whole: tuple[Any, Any] = (None, None)
+        # Backward in this thread, where the modules of its nodes are known.
+        self._one_thread = torch.autograd.set_multithreading_enabled(False)
+
+    def __enter__(self) -> "PhaseTimer":
+        self._one_thread.__enter__()
+        self._owners.__enter__()
+        super().__enter__()
+        self._whole = (self._now(), None)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._whole = (self._whole[0], self._now())
+        super().__exit__(*exception)
+        self._owners.__exit__(*exception)
+        self._one_thread.__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        phase = self._named or self._phase(func)
+        start = self._now()
+        result = func(*args, **(kwargs or {}))
+        self._spans.append((phase, start, self._now()))
+        return result
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Puts what runs within its block down to one phase."""
+        self._named = name
+        try:
+            yield
+        finally:
+            self._named = None
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, after the context has ended."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        found = dict.fromkeys(PHASES, 0.0)
+        for phase, start, end in self._spans:
+            found[phase] += self._between(start, end)
+        found["between"] = max(0.0, self._between(*self._whole) - sum(found.values()))
+        return found
+
+    def _phase(self, func: Any) -> str:
+        if is_attention(func._overloadpacket):
+            return "attention"
+        part = self._owners.owner().part
+        node = torch._C._current_autograd_node()
+        if node is not None and part in ("residual", "other", "norm"):
+            part = next((found for pattern, found in _PART_OF_NODE if pattern.search(node.name())), part)
+        return _PHASE_OF_PART.get(part, "other")
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3 if self._cuda else end - start
+
+
+def phase_seconds(model: nn.Module, device: torch.device, step: Callable[[Callable[..., Any]], None]) -> dict[str, float]:
+    """Seconds of one step by phase.
+
+    Args:
+        model: The model.
+        device: Where it runs.
+        step: Runs one step; calls the context manager it is given, `named("optimizer")`, around the optimizer's part.
+    """
+    with PhaseTimer(model, device) as timer:
+        step(timer.phase)
+    return timer.seconds()

@@ -85,6 +85,14 @@ class LemoTrainingArguments(TrainingArguments):
     # Dense tail: the last steps keep every token, which closes most of the perplexity gap of the sparse form.
     dense_tail_share: float = field(default=0.0, metadata={"help": "Share of the steps, at the end, that keep every token."})
 
+    # What a sparse step holds. Elimination itself and kept-row checkpointing belong to the model: LemoConfig.
+    save_on_cpu: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold what the layers save for backward in pinned host memory, as torch.autograd.graph.save_on_cpu does."
+        },
+    )
+
     # Surviving a kill before the first checkpoint.
     phase_save_documents: int = field(
         default=8, metadata={"help": "Documents between two saves of the predictor phase; calibration saves after every round."}

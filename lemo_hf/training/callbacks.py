@@ -27,7 +27,9 @@ from transformers.trainer_utils import SaveStrategy
 from ..errors import LemoError, LemoRunError
 from ..hub.lemo_files import load_lemo_files, load_predictors, predictor_tensors, record_predictor_sizes
 from ..profiling.activation_memory import plain_tensors
+from .activation_offload import SaveOnCpu
 from .arguments import LemoTrainingArguments
+from .compatible_options import CompatibleOptions
 from .join_processes import JoinProcesses
 from .layer_metrics import LayerMetrics
 from .leave_on_signal import LeaveOnSignal
@@ -59,7 +61,17 @@ def lemo_callbacks(args: LemoTrainingArguments) -> list[TrainerCallback]:
 def callbacks_of(run: LemoRun) -> list[TrainerCallback]:
     """The callbacks that share `run`, in the order in which they act."""
     # Metrics before the probe: what they read of the step's last forward, a refit overwrites.
-    phases = JoinProcesses, PredictorPhase, CalibratePhase, SparsePhase, LayerMetrics, RecallProbe, RunRecord
+    phases = (
+        JoinProcesses,
+        CompatibleOptions,
+        SaveOnCpu,
+        PredictorPhase,
+        CalibratePhase,
+        SparsePhase,
+        LayerMetrics,
+        RecallProbe,
+        RunRecord,
+    )
     return [*(phase(run) for phase in phases), SampleWatch(run), LeaveOnSignal(run)]
 
 
@@ -310,6 +322,11 @@ def refuse_beyond_stock(own: LemoTrainingArguments, args: TrainingArguments, sta
     if own.eval_sparse:
         raise LemoError(
             "a stock trainer evaluates densely only; eval_sparse=True; use LemoTrainer or LemoSFTTrainer, or leave it out"
+        )
+    if state.global_step >= state.max_steps > 0:
+        raise LemoError(
+            f"checkpoint is of the run's last step, and a stock trainer would take one more; step {state.global_step}; "
+            "load the model from it, raise max_steps, or use LemoTrainer"
         )
     if state.is_hyper_param_search and args.save_strategy != "no":
         raise LemoError(

@@ -20,18 +20,21 @@ class LayerMetrics(LemoCallback):
         self._hooks: list[Any] = []
         self._memory: ActivationMemory | None = None
         self._measured = False
+        self._is_logged = False
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         self._remove_hooks()  # that an interrupted step left
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.run.lemo.enabled and _is_logged(args, state, kwargs.get("train_dataloader")):
-            self._measured = False
+            self._measured, self._is_logged = False, True
             model = kwargs["model"]
-            self._hooks = [
-                model.register_forward_pre_hook(self._before_forward),
-                model.register_forward_hook(self._after_forward, always_call=True),
-            ]
+            # What a compiled forward saves passes no hook of ours without breaking its graph at each module.
+            if not (args.torch_compile or hasattr(model, "_orig_mod")):
+                self._hooks = [
+                    model.register_forward_pre_hook(self._before_forward),
+                    model.register_forward_hook(self._after_forward, always_call=True),
+                ]
 
     def _before_forward(self, model: Any, args: Any) -> None:
         if not self._measured:
@@ -50,8 +53,9 @@ class LayerMetrics(LemoCallback):
             self._memory, self._measured = None, True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self._hooks:
+        if not self._is_logged:
             return
+        self._is_logged = False
         self._remove_hooks()
         self.run.metrics |= by_layer("kept_share", self._kept_shares())
         if self.run.lemo.selection == "threshold" and self.run.lemo.thresholds is not None:

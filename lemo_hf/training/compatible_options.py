@@ -1,0 +1,307 @@
+"""Which options of a run go together: the table in the user guide, and the one line that refuses a pair before the first step.
+
+A pair stands here if the two cannot do what they promise together, or would do it wrongly without a word. What is not here works,
+and tests/test_memory_features.py compares its gradients. Engines that spread a run over devices are in parallel_options.py.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import LemoError
+from ..models.lemo_config import LemoConfig
+from ..models.sparse_decoder import sparse_backbone
+from .arguments import LemoTrainingArguments
+from .lemo_callback import LemoCallback
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run was asked for.
+
+    Args:
+        args: The trainer's arguments.
+        own: LeMo's; the same object under `LemoTrainer`.
+        model: The model, wrapped by PEFT or not.
+    """
+
+    args: TrainingArguments
+    own: LemoTrainingArguments
+    model: Any
+
+    @property
+    def lemo(self) -> LemoConfig:
+        """The model's lemo block."""
+        block: LemoConfig = sparse_backbone(self.model).config.lemo
+        return block
+
+    @property
+    def checkpointing(self) -> dict[str, Any] | None:
+        """The arguments of stock activation checkpointing; `None` if it is off."""
+        # Older releases of transformers know the second name only.
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            if getattr(self.args, name, None):
+                return dict(getattr(self.args, f"{name}_kwargs", None) or {})
+        layers = sparse_backbone(self.model).layers
+        return {} if any(getattr(layer, "gradient_checkpointing", False) for layer in layers) else None
+
+    @property
+    def adapters(self) -> list[Any]:
+        """PEFT's config of every adapter."""
+        return list((getattr(self.model, "peft_config", None) or {}).values())
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether there is no accelerator to train on."""
+        return self.args.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two options that do not go together.
+
+    Args:
+        first, second: The options, as a user writes them.
+        why: What is wrong with both.
+        fix: What to set instead.
+        found: The values that a run gives them, or `None` where it does not ask for both.
+        is_refused: `False` for a pair that trains right and gains less than it promises, which is said once.
+    """
+
+    first: str
+    second: str
+    why: str
+    fix: str
+    found: Callable[[Options], str | None]
+    is_refused: bool = True
+
+    def line(self, values: str) -> str:
+        """The pair in one line: fact, value, fix."""
+        together = "do not go together" if self.is_refused else "gain little together"
+        return f"{self.first} and {self.second} {together}: {self.why}; {values}; {self.fix}"
+
+
+def _stock_and_kept_rows(options: Options) -> str | None:
+    kwargs = options.checkpointing
+    if kwargs is None or not options.lemo.enabled or options.lemo.checkpoint != "kept_rows":
+        return None
+    return f"activation_checkpointing=True{f' with {kwargs}' if kwargs else ''}, checkpoint='kept_rows'"
+
+
+def _compiled_selection(options: Options) -> str | None:
+    lemo = options.lemo
+    changes = lemo.enabled and lemo.selection != "ratio"
+    return f"torch_compile=True, selection={lemo.selection!r}" if options.args.torch_compile and changes else None
+
+
+def _compiled_kept_rows(options: Options) -> str | None:
+    again = options.lemo.enabled and options.lemo.checkpoint == "kept_rows"
+    return "torch_compile=True, checkpoint='kept_rows'" if options.args.torch_compile and again else None
+
+
+def _compiled_checkpointing(options: Options) -> str | None:
+    both = options.args.torch_compile and options.checkpointing is not None and options.lemo.enabled
+    return "torch_compile=True, activation_checkpointing=True" if both else None
+
+
+def _compiled_offload(options: Options) -> str | None:
+    both = options.args.torch_compile and options.own.save_on_cpu
+    return "torch_compile=True, save_on_cpu=True" if both else None
+
+
+def _two_offloads(options: Options) -> str | None:
+    if not options.own.save_on_cpu:
+        return None
+    if (options.checkpointing or {}).get("offload"):
+        return "save_on_cpu=True, activation_checkpointing_kwargs={'offload': True}"
+    return "save_on_cpu=True, activation_offloading=True" if getattr(options.args, "activation_offloading", False) else None
+
+
+def _offload_from_cpu(options: Options) -> str | None:
+    if not options.runs_on_cpu:
+        return None
+    if (options.checkpointing or {}).get("offload"):
+        return "activation_checkpointing_kwargs={'offload': True} on cpu"
+    return "save_on_cpu=True on cpu" if options.own.save_on_cpu else None
+
+
+def _liger(options: Options) -> str | None:
+    model_type = sparse_backbone(options.model).config.model_type
+    return f"use_liger_kernel=True, model type {model_type!r}" if getattr(options.args, "use_liger_kernel", False) else None
+
+
+def _label_smoothing(options: Options) -> str | None:
+    factor = getattr(options.args, "label_smoothing_factor", 0.0)
+    shifts_itself = hasattr(options.args, "loss_type")  # trl's SFTTrainer, whose value is right
+    return f"label_smoothing_factor={factor}" if factor and not shifts_itself else None
+
+
+def _prefixes(options: Options) -> str | None:
+    for config in options.adapters:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if options.lemo.enabled and kind in ("PREFIX_TUNING", "CARTRIDGE", "ADAPTION_PROMPT"):
+            return f"peft_type={kind}"
+    return None
+
+
+def _dora_on_8bit(options: Options) -> str | None:
+    has_8bit = any(type(module).__name__ == "Linear8bitLt" and _stands_on_cpu(module) for module in options.model.modules())
+    return "use_dora=True, load_in_8bit=True on cpu" if has_8bit and _any(options.adapters, "use_dora") else None
+
+
+def _stands_on_cpu(module: nn.Module) -> bool:
+    return all(weight.device.type == "cpu" for weight in module.parameters())
+
+
+def _any(configs: list[Any], name: str) -> bool:
+    return any(getattr(config, name, False) for config in configs)
+
+
+def _dropout_in_attention(options: Options) -> str | None:
+    config = sparse_backbone(options.model).config
+    for name in ("attention_dropout", "layerdrop"):
+        value = getattr(config, name, 0.0)
+        if options.lemo.enabled and value:
+            return f"{name}={value} in the model's config"
+    return None
+
+
+PAIRS = (
+    Pair(
+        "activation_checkpointing=True",
+        'checkpoint="kept_rows"',
+        "both run a layer again, and the first stores every row of its input",
+        "leave activation_checkpointing (gradient_checkpointing) out: kept rows store less; trl's SFTConfig has it on by default",
+        _stock_and_kept_rows,
+    ),
+    Pair(
+        "torch_compile=True",
+        'selection="sampled" or "threshold"',
+        "each step is another program and would be compiled anew",
+        "set selection='ratio', or leave torch_compile out",
+        _compiled_selection,
+    ),
+    Pair(
+        "torch_compile=True",
+        'checkpoint="kept_rows"',
+        "the graph breaks in every layer",
+        "leave one of them out",
+        _compiled_kept_rows,
+        is_refused=False,
+    ),
+    Pair(
+        "torch_compile=True",
+        "activation_checkpointing=True",
+        "layers remember their selection for the second run, which the compiler leaves to Python",
+        "leave one of them out",
+        _compiled_checkpointing,
+        is_refused=False,
+    ),
+    Pair(
+        "torch_compile=True",
+        "save_on_cpu=True",
+        "what a compiled layer saves is not seen",
+        "leave one of them out",
+        _compiled_offload,
+    ),
+    Pair(
+        "save_on_cpu=True",
+        "another offload (`activation_checkpointing_kwargs={'offload': True}`, trl's `activation_offloading`)",
+        "they would copy the same tensors",
+        "leave one of them out",
+        _two_offloads,
+    ),
+    Pair(
+        "offload of activations",
+        "training on a CPU",
+        "they are in host memory already",
+        "leave it out",
+        _offload_from_cpu,
+    ),
+    Pair(
+        "use_liger_kernel=True",
+        "a LeMo model",
+        "Liger knows models by their type and would change nothing",
+        "leave it out: norms, rotary positions, the MLP's activation and the loss have kernels here",
+        _liger,
+    ),
+    Pair(
+        "label_smoothing_factor",
+        "a LeMo model",
+        "Trainer shifts the labels of the classes it knows by name only (trl's SFTTrainer shifts them itself)",
+        "set label_smoothing_factor=0",
+        _label_smoothing,
+    ),
+    Pair(
+        "prefix tuning, cartridges, adaption prompts (PEFT)",
+        "LeMo's attention",
+        "they add keys that belong to no token",
+        "use LoRA, or train with enabled=False",
+        _prefixes,
+    ),
+    Pair(
+        "use_dora=True",
+        "an 8-bit base on a CPU",
+        "PEFT loses the weights' scales there",
+        "set load_in_4bit=True, or leave use_dora out",
+        _dora_on_8bit,
+    ),
+    Pair(
+        "attention dropout, LayerDrop",
+        "LeMo's attention",
+        "attention weights are never formed, and every layer chooses",
+        "set attention_dropout and layerdrop to 0.0 in the model's config",
+        _dropout_in_attention,
+    ),
+)
+
+
+def require_compatible(args: TrainingArguments, own: LemoTrainingArguments, model: Any) -> None:
+    """Refuses options that do not go together, and says which gain little together.
+
+    Args:
+        args: The trainer's arguments.
+        own: LeMo's.
+        model: The model.
+
+    Raises:
+        LemoError: One line that names both options, their values and what to set instead.
+    """
+    options = Options(args, own, model)
+    for pair in PAIRS:
+        values = pair.found(options)
+        if values is not None and pair.is_refused:
+            raise LemoError(pair.line(values))
+        if values is not None:
+            logger.warning("%s", pair.line(values))
+
+
+def as_markdown() -> str:
+    """The table of the user guide."""
+    rows = [
+        f"| {_code(pair.first)} | {_code(pair.second)} | {'refused' if pair.is_refused else 'works, said'}: {pair.why}; {pair.fix} |"
+        for pair in PAIRS
+    ]
+    return "\n".join(["| option | with | what happens |", "| --- | --- | --- |", *rows])
+
+
+def _code(option: str) -> str:
+    return f"`{option}`" if "=" in option and " " not in option.split("=")[0] and "`" not in option else option
+
+
+class CompatibleOptions(LemoCallback):
+    """Looks at a run's options as a trainer has been made, and again, since they may have changed, as training begins."""
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if kwargs.get("model") is not None:  # otherwise `model_init` makes it later
+            require_compatible(args, self.run.args, kwargs["model"])
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        require_compatible(args, self.run.args, kwargs["model"])
+        super().on_train_begin(args, state, control, **kwargs)

@@ -161,6 +161,12 @@ class LemoTrainerMixin(ShardedSavingMixin, _Trainer):
         load_lemo_files(model, str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        # A run that is resumed from the checkpoint of its last step is finished: Trainer would take one step more.
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss).all():
@@ -237,7 +243,7 @@ class LemoTrainerMixin(ShardedSavingMixin, _Trainer):
         is_checkpoint = _internal_call and output_dir is not None
         if is_checkpoint and self.args.should_save:
             unseal(folder)
-        with nullcontext() if is_checkpoint else explained_write_errors(folder, "model"):
+        with nullcontext() if is_checkpoint else explained_write_errors(folder, "model", Path(str(self.args.output_dir))):
             self._write_model(folder, output_dir, is_checkpoint, _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

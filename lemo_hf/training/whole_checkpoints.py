@@ -207,12 +207,13 @@ def set_aside_cut(folder: Path, step: int) -> None:
 
 
 @contextmanager
-def explained_write_errors(folder: Path, what: str) -> Iterator[None]:
+def explained_write_errors(folder: Path, what: str, run: Path | None = None) -> Iterator[None]:
     """Turns what a full or failing disk raises into one line, and removes what it left half-written of a checkpoint.
 
     Args:
         folder: Where is written.
         what: What is written, for the message.
+        run: The run's output folder, where it is neither `folder` nor, of a checkpoint, the one around it.
 
     Raises:
         LemoRunError: If a file could not be written.
@@ -225,7 +226,7 @@ def explained_write_errors(folder: Path, what: str) -> Iterator[None]:
         checkpoint = _NAME.fullmatch(folder.name) is not None
         if checkpoint:
             shutil.rmtree(folder, ignore_errors=True)
-        output = folder.parent if checkpoint else folder
+        output = run or (folder.parent if checkpoint else folder)
         kept = newest_whole(output)
         fix = "resume from it" if kept else "resume, and the phases go on where they were saved" if checkpoint else "resume"
         reason = " ".join(str(error).split())[:160]

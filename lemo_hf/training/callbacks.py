@@ -328,11 +328,6 @@ def refuse_beyond_stock(own: LemoTrainingArguments, args: TrainingArguments, sta
             f"checkpoint is of the run's last step, and a stock trainer would take one more; step {state.global_step}; "
             "load the model from it, raise max_steps, or use LemoTrainer"
         )
-    if state.global_step >= state.max_steps > 0:
-        raise LemoError(
-            f"checkpoint is of the run's last step, and a stock trainer would take one more; step {state.global_step}; "
-            "load the model from it, raise max_steps, or use LemoTrainer"
-        )
     if state.is_hyper_param_search and args.save_strategy != "no":
         raise LemoError(
             f"callbacks cannot tell where a search saves its trials; save_strategy={SaveStrategy(args.save_strategy).value!r}; "

@@ -12,15 +12,14 @@ right; 1: a part failed; 3: parts are left to do. Parts, in order, by the beginn
                           beyond 2^31 elements, the same bits twice
     training_<type>       every architecture in bfloat16, both forms, both checkpointings, packed: first loss and gradients
                           against float32 on the CPU, then a few steps
-    headline_<tokens>_*   Llama-3-8B's shape with random weights: LeMo's arms beside stock LoRA with and without activation
-                          checkpointing, and with Liger where it is installed; peak bytes, tokens per second, saved bytes
+    headline_<tokens>_*   Llama-3-8B's shape with random weights: the methods of `lemo bench`, ours beside stock LoRA, checkpointing,
+                          Liger and offload where they are installed, and others' methods; peak bytes, tokens per second, phases
     times_*               benchmarks/kernel_times.py, one kernel at a time
 
 `--tiny` runs the same code on the CPU with small sizes and triton's interpreter: that it runs, nothing else.
 """
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -28,10 +27,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +42,24 @@ if not torch.cuda.is_available():
 import kernel_times
 from gpu_checks import Scale, attention_offsets, require, run_attention, run_training
 from kernel_cases import CASES
-from torch import nn
 
-from lemo_hf import LemoConfig
-from lemo_hf.profiling.activation_memory import ActivationMemory
+from lemo_hf.profiling.bench_methods import ChosenMethod, choose_methods
+from lemo_hf.profiling.bench_run import KIND, new_row, take_result
+from lemo_hf.profiling.bench_step import measure_step
 from lemo_hf.profiling.model_shapes import shape_config
 from lemo_hf.profiling.provenance import provenance
-from lemo_hf.profiling.step_model import StepSettings, build_model
 from lemo_hf.registry import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 MODEL = "Llama-3-8B"
+# Methods of `lemo bench`: at every length, at 8K, where nothing has to be run again, and at 64K, where much has.
+HEADLINE = (
+    "stock", "stock-bf16", "checkpointing", "liger-checkpointing", "longlora", "random-ltd", "tokentune",
+    "lemo-exact", "lemo-sparse", "lemo-exact-rows", "lemo-sparse-rows",
+)  # fmt: skip
+SHORT = ("liger", "lemo-artifact", "lemo-exact@0.3", "lemo-exact-float32", "lemo-sparse-float32")
+LONG = ("liger-checkpointing-offload", "lemo-exact-rows@0.25", "lemo-exact-rows@0.1", "lemo-exact-offload")
+TINY = ("checkpointing", "tokentune_0.5", "lemo-sparse_0.5")
 
 
 @dataclass(frozen=True)
@@ -74,106 +79,25 @@ def run_tests(path: Path, tiny: bool) -> dict[str, Any]:
     return {"summary": done.stdout.strip().splitlines()[-1]}
 
 
-def arms(tokens: int, tiny: bool) -> dict[str, StepSettings]:
-    """The configurations of a headline row; base bfloat16, adapters float32 as PEFT makes them."""
-    dtype = "float32" if tiny else "bfloat16"
-    stock = {name: StepSettings(tokens, name.replace("_", "+"), dtype=dtype) for name in ("stock", "checkpointing")}
-    if not tiny and has_liger():
-        stock |= {name.replace("+", "_"): StepSettings(tokens, name, dtype=dtype) for name in ("liger", "liger+checkpointing")}
-    ours = {}
-    for form, selection in (("exact", "sampled"), ("sparse", "ratio")):
-        for checkpoint in ("none", "kept_rows"):
-            lemo = LemoConfig(attention_forward=form, selection=selection, keep_ratio=0.5, checkpoint=checkpoint)  # type: ignore[arg-type]
-            ours[f"{form}_{checkpoint}"] = StepSettings(tokens, "lemo", lemo, dtype=dtype)
-    return stock | ours
+def arms(tokens: int, tiny: bool) -> dict[str, ChosenMethod]:
+    """The methods of `lemo bench` that headline rows compare, by the name of their part."""
+    names = HEADLINE + (LONG if tokens > 16384 else SHORT)
+    chosen = choose_methods(",".join(names))
+    device = torch.device("cpu" if tiny else "cuda")
+    return {one.name.replace("@", "_"): one for one in chosen if one.obstacle(device, "llama") is None}
 
 
-def has_liger() -> bool:
-    """Whether Liger's kernels are installed."""
-    return find_spec("liger_kernel") is not None
-
-
-def headline_model(settings: StepSettings, scale: Scale) -> nn.Module:
-    """The model on the device, with random weights."""
+def run_headline(scale: Scale, chosen: ChosenMethod, tokens: int, steps: int) -> dict[str, Any]:
+    """Time and memory of training steps; out of memory is a result. One row as `lemo bench` writes it."""
     config = shape_config(MODEL)
     if scale.tiny:
         config = type(config)(**config.to_dict() | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
                               "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 160})  # fmt: skip
-    method = settings.method.replace("liger+", "").replace("liger", "stock")
-    with scale.device:
-        model = build_model(config, replace(settings, method=method), list(range(config.num_hidden_layers)))
-    if settings.method.startswith("liger"):
-        # The library itself; what step_model.py has in its place only allocates as it does.
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama(model=model.base_model.model)
-    return model
-
-
-def run_headline(scale: Scale, settings: StepSettings, steps: int) -> dict[str, Any]:
-    """Time and memory of training steps; out of memory is a result."""
-    torch.manual_seed(0)
-    row: dict[str, Any] = {"model": MODEL, "method": settings.name, "estimate_settings": asdict(settings), "tiny": scale.tiny}
-    cuda = scale.device.type == "cuda"
-    try:
-        model = headline_model(settings, scale)
-        collect(cuda)
-        row["resident_bytes"] = torch.cuda.memory_allocated() if cuda else None
-        row |= timed_steps(model, settings, scale, steps)
-    except torch.cuda.OutOfMemoryError as error:
-        row["out_of_memory"] = " ".join(str(error).split())[:300]
-    if cuda:
-        row["peak_allocated_bytes"], row["peak_reserved_bytes"] = (
-            torch.cuda.max_memory_allocated(),
-            torch.cuda.max_memory_reserved(),
-        )
-        if "out_of_memory" in row:
-            row["peak_before_failure_bytes"] = row.pop("peak_allocated_bytes")
-    model = None  # type: ignore[assignment]  # before the next arm is built
-    collect(cuda)
-    return {"rows": [row]}
-
-
-def timed_steps(model: nn.Module, settings: StepSettings, scale: Scale, steps: int) -> dict[str, Any]:
-    """Runs steps of AdamW on the adapters: the first warms up and counts saved bytes, the last one (on a GPU) is profiled."""
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-4)
-    shape = (settings.batch_size, settings.seq_len)
-    tokens = torch.randint(0, 150, shape, device=scale.device)
-    seconds, losses = [], []
-
-    def step() -> None:
-        start = clock(scale)
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(clock(scale) - start)
-        losses.append(loss.item())
-
-    with ActivationMemory(model) as memory:
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-    saved = memory.saved.total
-    loss.backward()
-    optimizer.zero_grad(set_to_none=True)
-    for _ in range(1 + steps):
-        step()
-    require(all(value == value for value in losses), f"a loss is not a number: {losses}")
-    result = {
-        "saved_bytes": saved, "losses": losses, "seconds": seconds[1:],
-        "tokens_per_second": shape[0] * shape[1] / min(seconds[1:]), "kernel_seconds": profiled(step, scale),
-    }  # fmt: skip
-    return result
-
-
-def profiled(step: Callable[[], None], scale: Scale) -> dict[str, float]:
-    """Device seconds of the step's 60 most expensive kernels, by name: what selection, prediction and movement cost."""
-    if scale.tiny:
-        return {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
-        step()
-    spent = sorted(record.key_averages(), key=lambda event: -event.self_device_time_total)[:60]
-    return {event.key[:120]: event.self_device_time_total / 1e6 for event in spent}
+    settings = chosen.settings(tokens, "float32" if scale.tiny else "bfloat16")
+    row = new_row(MODEL, tokens, chosen, settings) | {"tiny": scale.tiny}
+    result = measure_step(config, chosen, settings, scale.device, steps, counts=True)
+    take_result(row, result | {"settings": asdict(settings)}, tokens)
+    return {"kind": KIND, "config": {"model": MODEL, "weights": "random", "dtype": settings.dtype}, "rows": [row]}
 
 
 def clock(scale: Scale) -> float:
@@ -181,14 +105,6 @@ def clock(scale: Scale) -> float:
     if scale.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def collect(cuda: bool) -> None:
-    """Returns what nobody holds, and begins peaks anew."""
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def run_times(scale: Scale, name: str) -> dict[str, Any]:
@@ -210,10 +126,10 @@ def parts(scale: Scale) -> Iterator[Part]:
     yield Part("attention_offsets", 60, partial(attention_offsets, scale))
     for model_type in ("mistral",) if scale.tiny else ARCHITECTURES:
         yield Part(f"training_{model_type}", 120, partial(run_training, scale, model_type))
-    for tokens, steps, seconds in ((64, 1, 60),) if scale.tiny else ((8192, 3, 75), (65536, 1, 170)):
+    for tokens, steps, seconds in ((64, 1, 60),) if scale.tiny else ((8192, 3, 100), (65536, 1, 260)):
         chosen = arms(tokens, scale.tiny)
-        for name, settings in [*chosen.items()][1::3] if scale.tiny else chosen.items():
-            yield Part(f"headline_{tokens}_{name}", seconds, partial(run_headline, scale, settings, steps))
+        for name in TINY if scale.tiny else chosen:
+            yield Part(f"headline_{tokens}_{name}", seconds, partial(run_headline, scale, chosen[name], tokens, steps))
     for name in ("scatter_add",) if scale.tiny else CASES:
         yield Part(f"times_{name}", 170, partial(run_times, scale, name))
 

@@ -24,6 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers import logging as transformers_logging
 
 from lemo_hf import LemoConfig
+from lemo_hf.profiling.baselines.baseline import Baseline
 from lemo_hf.profiling.cards import ASSUMED, GIB, find_card
 from lemo_hf.profiling.memory_estimate import ALLOCATOR_SLACK, CUDA_CONTEXT, Estimator
 from lemo_hf.profiling.memory_plot import plot_memory
@@ -155,6 +156,7 @@ def compare_on_gpu(results: Path = RESULTS) -> list[dict[str, Any]]:
             fields = dict(row["estimate_settings"])
             fields["lemo"] = LemoConfig.from_dict(fields["lemo"]) if fields.get("lemo") else None
             fields["targets"] = tuple(fields.get("targets", ()))
+            fields["baseline"] = Baseline(**fields["baseline"]) if fields.get("baseline") else None
             estimated = Estimator(row["model"]).estimate(StepSettings(**fields))
             rows.append(
                 {

@@ -10,6 +10,8 @@ import pytest
 import torch
 from gpu_suite import Part
 
+from lemo_hf.profiling.bench_table import merged
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="small sizes need the interpreter, which a GPU switches off")
 
 
@@ -25,9 +27,13 @@ def test_every_kind_of_part_runs_and_is_not_run_again(tmp_path, monkeypatch):
     assert all({"date", "commit", "versions", "machine", "seconds"} <= result.keys() for result in results.values())
     assert [row["backend"] for row in results["attention_16"]["rows"]] == ["triton"] * 4
     assert results["training_mistral"]["rows"][0]["gradient_error"] < 1e-4
-    stock, sparse = (results[f"headline_64_{arm}"]["rows"][0] for arm in ("checkpointing", "sparse_none"))
-    assert {"estimate_settings", "model", "tokens_per_second"} <= stock.keys()
-    assert sparse["saved_bytes"] > 0
+    stock, sparse, tuned = (
+        results[f"headline_64_{arm}"]["rows"][0] for arm in ("checkpointing", "lemo-sparse_0.5", "tokentune_0.5")
+    )
+    assert {"settings", "model", "summary", "perplexity"} <= stock.keys()
+    assert stock["summary"]["tokens_per_second"] > 0
+    assert 0 < sparse["saved_bytes"] < tuned["saved_bytes"]
+    assert len(merged([results["headline_64_checkpointing"], results["headline_64_tokentune_0.5"]])) == 2
     assert results["times_scatter_add"]["rows"][0]["share_of_bound"] > 0
     all_parts = gpu_suite.parts
     fails = lambda: pytest.fail("it was there")  # noqa: E731

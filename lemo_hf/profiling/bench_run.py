@@ -28,6 +28,7 @@ from .bench_table import with_perplexity
 from .memory_estimate import Estimator
 from .model_shapes import SHAPES, read_model_config, stock_type
 from .provenance import provenance
+from .step_model import StepSettings
 
 SMALL_MODEL = "python-llama-4m"
 KIND = "lemo bench"
@@ -116,7 +117,9 @@ def run_bench(options: BenchOptions, out: Path | None = None, say: Callable[[str
     for name, reason in left_out.items():
         say(f"{name}: left out, {reason}")
     places = [(seq_len, chosen) for seq_len in options.seq_lens for chosen in methods]
-    document["rows"] = [_row(options, seq_len, chosen) for seq_len, chosen in places]
+    document["rows"] = [
+        new_row(options.model, seq_len, chosen, chosen.settings(seq_len, options.float_type)) for seq_len, chosen in places
+    ]
     planned = list(zip(places, document["rows"], strict=True))
     if options.counts_only:
         estimator = Estimator(config)
@@ -127,7 +130,7 @@ def run_bench(options: BenchOptions, out: Path | None = None, say: Callable[[str
         for (seq_len, chosen), row in planned:
             if "out_of_memory" in row or "failed" in row:
                 continue
-            _take(row, _run_process(options, chosen, seq_len, counts=repeat == 0), seq_len * options.batch_size)
+            take_result(row, _run_process(options, chosen, seq_len, counts=repeat == 0), seq_len * options.batch_size)
             say(f"{repeat + 1}/{options.repeats} {seq_len} {chosen.name}: {_progress(row)}")
             if out is not None:
                 write_json(out, document | {"unfinished": True})
@@ -176,10 +179,10 @@ def _heading(options: BenchOptions) -> dict[str, Any]:
     return found
 
 
-def _row(options: BenchOptions, seq_len: int, chosen: ChosenMethod) -> dict[str, Any]:
-    settings = chosen.settings(seq_len, options.float_type, options.batch_size)
+def new_row(model: str, seq_len: int, chosen: ChosenMethod, settings: StepSettings) -> dict[str, Any]:
+    """A row before anything is measured."""
     return {
-        "model": options.model,
+        "model": model,
         "method": chosen.name,
         "words": chosen.words,
         "seq_len": seq_len,
@@ -216,8 +219,14 @@ def _run_process(options: BenchOptions, chosen: ChosenMethod, seq_len: int, coun
     return result
 
 
-def _take(row: dict[str, Any], result: dict[str, Any], tokens: int) -> None:
-    """Puts one process's result into its row."""
+def take_result(row: dict[str, Any], result: dict[str, Any], tokens: int) -> None:
+    """Puts one process's result into its row.
+
+    Args:
+        row: The row; changed.
+        result: As [`measure_step`] returns it, with `settings`.
+        tokens: Tokens of a step.
+    """
     if "settings" in result:
         row["settings"] = result.pop("settings")
     if "out_of_memory" in result or "failed" in result:

@@ -127,6 +127,8 @@ def _sections(runs: Sequence[RunData], everything: Sequence[RunData], baseline: 
             "Each figure is the mean over the last quarter of what both runs logged; single steps scatter more than they differ."
         )
 
+    memory_note = next((run.memory_note for run in everything if run.memory_note), "")
+
     def each_run(draw: Callable[[RunData], Drawing | None], missing: str) -> list[tuple[str, Drawing | None, str]]:
         return [(run.label if len(runs) > 1 else "", draw(run), missing) for run in runs]
 
@@ -158,7 +160,8 @@ def _sections(runs: Sequence[RunData], everything: Sequence[RunData], baseline: 
             "memory",
             "Memory over time",
             parts=together(
-                figures.memory(everything), "No memory was logged: the run is older than these logs, or of a stock Trainer."
+                figures.memory(everything),
+                memory_note or "No memory was logged: the run is older than these logs, or of a stock Trainer.",
             ),
         ),
         _Section(

@@ -65,7 +65,12 @@ def summary(run: RunData, baseline: RunData | None) -> list[str]:
     loss = final_loss(run)
     if loss is not None:
         sentences.append(f"The training loss ended at {loss[0]:.3f} nats per token (mean of the last {loss[1]} logged).")
-    sentences += [pairing_in_words(each) for each in (pair(run, baseline) if baseline is not None else [])]
+    if baseline is not None:
+        sentences += [pairing_in_words(each) for each in pair(run, baseline)]
+        if lemo is not None and lemo.attention_forward == "sparse" and baseline.lemo is None:
+            sentences.append(
+                "That is the loss of the sparse forward, which no model is served with: compare dense perplexity instead."
+            )
     for each in results.stock.comparisons if results is not None and results.stock is not None else []:
         sentences.append(
             f"Dense perplexity on held-out text at equal {each.equal} ({each.steps} steps, stock {each.stock_steps}): "

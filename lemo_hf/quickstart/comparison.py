@@ -43,7 +43,7 @@ from ..models.sparse_decoder import sparse_backbone
 from ..profiling.activation_memory import ActivationMemory
 from ..profiling.flops import FlopCounter
 from ..text_data import pack_documents, python_sources, spread_samples
-from .report import Arm, Measured, draw_plots, table, write_results
+from .report import Arm, Measured, draw_plots, table, write_page, write_results
 
 BASE = Path(__file__).parents[1] / "assets" / "python-llama-4m"
 SEQ_LEN = 4096
@@ -286,4 +286,7 @@ def main(arguments_given: list[str] | None = None) -> None:
     }
     write_results(ARMS, measured, seconds, before, config, args.out)
     (args.out / "table.txt").write_text(text + "\n")
-    print(f"Adapters, results.json and plots are in {args.out}/ ({(time.perf_counter() - started) / 60:.1f} minutes in all)")
+    page = write_page(args.out)
+    print(
+        f"Adapters, results.json and plots are in {args.out}/, all of it on one page in {page} ({(time.perf_counter() - started) / 60:.1f} minutes in all)"
+    )

@@ -20,6 +20,8 @@ from ..models.pattern_predictor import predicted_block_scores
 from ..models.sparse_decoder import sparse_backbone
 from ..profiling.plots import plot_block_scores, plot_kept_share, plot_losses, plot_saved_bytes
 from ..profiling.provenance import provenance
+from ..profiling.run_report import REPORT_FILE, write_report
+from ..profiling.run_report_data import RunData, read_run
 
 
 @dataclass
@@ -200,3 +202,33 @@ def write_results(
     (folder / "results.json").write_text(text + "\n")
     for arm in arms:
         write_model_card(arm_results(json.loads(text), arm.name), folder / arm.name, f"Quickstart: {arm.title}")
+
+
+def write_page(folder: Path) -> Path:
+    """Writes report.html, LeMo's arms beside the stock one, from results.json and what the arms' trainers left; returns its path.
+
+    Args:
+        folder: What `write_results` and the arms wrote.
+    """
+    results = json.loads((folder / "results.json").read_text())
+    runs = [_arm_data(results, name, folder) for name in results["arms"]]
+    title = f"Quickstart: {results['config']['base']}, {results['config']['tokens']} tokens"
+    return write_report([run for run in runs if run.lemo is not None], folder / REPORT_FILE, runs[0], title)
+
+
+def _arm_data(results: dict[str, Any], name: str, folder: Path) -> RunData:
+    arm = results["arms"][name]
+    if results["config"]["arms"][name] is None:
+        # The stock Trainer logs no times; its steps were timed here.
+        history = [{"step": step, "seconds/training": seconds, "loss": loss} for step, seconds, loss in arm["losses"]]
+        run = RunData(arm["title"], name, history, max_steps=len(history))
+    else:
+        run = read_run(folder / name, name)
+        run.name = arm["title"]
+        # That of the process, which ran all arms.
+        run.history = [{key: entry[key] for key in entry if not key.startswith("memory/")} for entry in run.history]
+    run.memory_note = (
+        "Not shown: the arms ran in one process, so its memory is no arm's own. Bytes saved for backward compare them."
+    )
+    run.results = arm_results(results, name)
+    return run

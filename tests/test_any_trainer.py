@@ -81,6 +81,26 @@ def test_evaluation_is_dense_and_the_sparse_loss_is_named_so(tmp_path):
     assert "eval_sparse_forward_loss" not in trainer.predict(RandomText(samples=4)).metrics
 
 
+class InOneRow(RandomText):
+    """Two of the samples a row, told apart by positions only."""
+
+    def __getitem__(self, index):
+        row, places = self.tokens[2 * index : 2 * index + 2], torch.arange(self.tokens.shape[1])
+        labels = torch.cat((torch.full((2, 1), -100), row[:, 1:]), 1)
+        return {"input_ids": row.flatten(), "labels": labels.flatten(), "position_ids": places.repeat(2)}
+
+    def __len__(self):
+        return len(self.tokens) // 2
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_documents_are_evaluated_as_alone(tmp_path, batch):
+    trainer = evaluated(tmp_path, SPARSE, eval_sparse=True, per_device_eval_batch_size=batch)
+    alone, packed = trainer.evaluate(RandomText(samples=4)), trainer.evaluate(InOneRow(samples=4))
+    for name in ("eval_loss", "eval_sparse_forward_loss"):
+        assert packed[name] == pytest.approx(alone[name], rel=1e-6)
+
+
 def test_the_progress_bar_survives_the_second_pass(tmp_path, capsys):
     evaluated(tmp_path, SPARSE, eval_sparse=True, disable_tqdm=False, max_steps=1).evaluate()
     err = capsys.readouterr().err

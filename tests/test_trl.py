@@ -1,6 +1,7 @@
 """LeMo in trl's SFTTrainer: its own one with the callbacks, and LemoSFTTrainer."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,3 +244,13 @@ def test_what_is_refused_at_start(tmp_path):
         lemo_sft_trainer(tmp_path).hyperparameter_search()
     with pytest.raises(ValueError, match=r"`{% generation %}` markers.*manually modify the chat template"):  # trl's own
         sft_trainer(tmp_path, SPARSE, conversations(), template=UNMARKED, assistant_only_loss=True)
+
+
+def test_the_user_guide_s_snippet_runs(tmp_path, monkeypatch):
+    guide = (Path(__file__).parent.parent / "docs" / "user_guide.md").read_text()
+    snippet = guide.split("## Trainer, SFTTrainer, recipes")[1].split("```python")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(snippet, "user_guide.md", "exec"), names)
+    assert all(0 < logs["kept_share"] < 0.7 for logs in steps(names["trainer"]))
+    assert (tmp_path / "out" / "final" / "lemo_predictors.safetensors").is_file()

@@ -14,23 +14,26 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
 from training_runs import RandomText, curve, tiny_arguments, tiny_lemo_model
 from transformers import Trainer
 
 from lemo_hf import LemoTrainer, lemo_callbacks
+from lemo_hf.evaluation.layer_scores import visit_layers
 from lemo_hf.hub.lemo_files import predictor_tensors
 from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.training.predictor_training import _LayerFit
 from lemo_hf.training.processes import Processes
+from lemo_hf.training.threshold_search import ThresholdSearch
 
 # Where a hang ends, seconds after the start.
-LIMIT = 240
+LIMIT = 420
 SAMPLED = {"selection": "sampled"}
 THRESHOLD = {"selection": "threshold", "attention_forward": "sparse"}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -130,6 +133,35 @@ def error_of(call: Callable[[], Any]) -> str:
     return "no error"
 
 
+def gradients(trainer: Any, rank: int) -> dict[str, list[float]]:
+    """Gradients of the first predictor by this process' document, and what a step makes of those of both."""
+    run = trainer.lemo_run
+    recorded: list[Any] = []
+    visit_layers(run.backbone, run.documents.fitting(rank), recorded.append)
+    predictor = run.backbone.layers[0].lemo_predictor
+    fit = _LayerFit(predictor, False, Processes())
+    fit.running = torch.ones(3, dtype=torch.float64)
+    weights = [weight.requires_grad_(True) for weight in predictor.parameters()]
+    with torch.enable_grad():
+        own = torch.autograd.grad(fit.loss(recorded[0]), weights)
+    for weight in weights:
+        weight.requires_grad_(False)
+    fit.step(recorded[0], 1, 0.0, True)
+    # Adam's first moment after one step is a tenth of the gradient.
+    return {"own": own[-1].tolist(), "shared": (10 * fit.first[-1]).tolist()}
+
+
+def thresholds(trainer: Any, processes: Processes | None) -> list[float]:
+    """Thresholds after a round of the search, by all processes or by each for itself."""
+    run = trainer.lemo_run
+    search = ThresholdSearch(run.model, run.backbone, run.documents.profile(), 0.25, 0.25, processes)
+    if processes is None:
+        search.processes.count, search.processes.rank = 1, 0
+    search.begin()
+    search.step()
+    return search.thresholds
+
+
 def main(out: Path) -> None:
     """Everything that two processes are asked to do."""
     rank = int(os.environ["RANK"])
@@ -171,19 +203,36 @@ def main(out: Path) -> None:
         found["stopped"] = True
     train("resumed_by_two", THRESHOLD, folder="stopped_by_one", resume=True, **PHASES, max_steps=2)
 
+    trainer = make_trainer(out / "unpruned", THRESHOLD, **{**PHASES, "prune_documents": 0}, max_steps=1)
+    stop_in_phase(trainer, 2)
+    with suppress(Stopped):
+        trainer.train()
+    found["gradients"] = gradients(trainer, rank)
+    found["thresholds"] = {"two": thresholds(trainer, Processes()), "one": thresholds(trainer, None)}
+
     # Batches that are padding, without labels or short, on one process at a time.
     uneven = {"data": UnevenText(), "data_collator": padded, "train_sampling_strategy": "sequential", "max_steps": 4}
     uneven |= {"per_device_train_batch_size": 1, **PHASES}
     for engine in ("ddp", "fsdp"):
         train(f"uneven_{engine}", THRESHOLD, fsdp=engine == "fsdp", **uneven)
 
+    train("uneven_sampled", SAMPLED, **uneven)
+
     # All weights trained, the head among them.
     whole = train("whole_fsdp", SAMPLED, fsdp=True, lora=False, max_steps=2, learning_rate=1e-3)
     whole.save_model(str(out / "whole_fsdp_final"))
-    train("whole_ddp", SAMPLED, lora=False, max_steps=2, learning_rate=1e-3)
+    train("whole_ddp", SAMPLED, lora=False, max_steps=2, learning_rate=1e-3).save_model(str(out / "whole_ddp_final"))
 
     # The best model is taken back into its shards.
-    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "eval_dataset": RandomText(4)}
+    # The worst one, in truth, which is not the last.
+    best = {
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "eval_dataset": RandomText(4),
+    }
     trainer = train("best", SAMPLED, fsdp=True, **SAVING, **best)
     trainer.save_model(str(out / "best_final"))
     found["best"]["checkpoint"] = trainer.state.best_model_checkpoint
@@ -215,10 +264,6 @@ def main(out: Path) -> None:
     found["turns"] = [processes.turn(done, 5) for done in (0, 2, 4)]
     found["log level"] = logging.getLogger("lemo_hf").getEffectiveLevel()
     found["seconds"] = round(time.perf_counter() - began, 1)
-    if rank == 0:
-        found["shapes"] = {
-            name: list(t.shape) for name, t in load_file(out / "fsdp" / "checkpoint-2" / "adapter_model.safetensors").items()
-        }
     (out / f"rank{rank}.json").write_text(json.dumps(found, default=str), encoding="utf-8")
 
 

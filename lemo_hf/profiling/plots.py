@@ -129,7 +129,8 @@ def draw_block_scores(true: Sequence[Tensor], predicted: Sequence[Tensor], layer
     for column, (layer, *pair) in enumerate(zip(layers, true, predicted, strict=True)):
         for row, (scores, name) in enumerate(zip(pair, ("true", "predicted"), strict=True)):
             blocks = scores.shape[0]
-            above = torch.ones(blocks, blocks, dtype=torch.bool).triu(1)
+            # A block's score with itself decides nothing, and is not predicted.
+            above = torch.ones(blocks, blocks, dtype=torch.bool).triu()
             lower = scores.float().masked_fill(above, torch.nan)
             # The attention sink's column would leave one colour for everything else.
             bulk = lower[1:][:, 1:]

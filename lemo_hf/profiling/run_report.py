@@ -17,10 +17,10 @@ from ..errors import LemoError
 from ..hub.lemo_files import atomic_path
 from ..models.lemo_config import LemoConfigError
 from . import run_report_figures as figures
-from .run_comparison import pair, require_comparable
+from .run_comparison import require_comparable
 from .run_report_data import RunData, read_run
 from .run_report_figures import Drawing
-from .run_report_words import NOT_MEASURED, key_figures, machine, pairing_in_words, settings, summary, warnings
+from .run_report_words import NOT_MEASURED, key_figures, machine, pairs_in_words, settings, summary, warnings
 
 REPORT_FILE = "report.html"
 _TEMPLATE = Path(__file__).parents[1] / "assets" / "run_report.html"
@@ -102,8 +102,8 @@ def render_report(runs: Sequence[RunData], baseline: RunData | None = None, titl
         "not_measured": NOT_MEASURED,
         "sections": _sections(runs, everything, baseline),
         "tables": [
-            ("settings", "Settings", [(run.label, settings(run)) for run in everything]),
-            ("machine", "Versions and machine", [(run.label, machine(run)) for run in everything]),
+            ("settings", "Settings", settings(everything)),
+            ("machine", "Versions and machine", machine(everything)),
         ],
         "made": f"Written by lemo_hf {__version__} on {datetime.now(UTC):%Y-%m-%d}.",
     }
@@ -119,9 +119,10 @@ def _under(runs: Sequence[RunData], baseline: RunData | None) -> str:
 
 def _sections(runs: Sequence[RunData], everything: Sequence[RunData], baseline: RunData | None) -> list[_Section]:
     paired = []
-    for run in runs if baseline is not None else []:
-        prefix = f"{run.label}: " if len(runs) > 1 else ""
-        paired += [prefix + pairing_in_words(each) for each in pair(run, baseline)] if baseline is not None else []
+    if baseline is not None:
+        for run in runs:
+            prefix = f"{run.label}: " if len(runs) > 1 else ""
+            paired += [prefix + sentence for sentence in pairs_in_words(run, baseline)]
     if paired:
         paired.append(
             "Each figure is the mean over the last quarter of what both runs logged; single steps scatter more than they differ."

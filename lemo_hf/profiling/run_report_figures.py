@@ -18,6 +18,8 @@ from .run_report_words import amount
 # A curve or a map has no more places than a screen shows.
 _MOST_POINTS = 2000
 _MOST_COLUMNS = 400
+# Smaller shares of a run's time are counted as other.
+_SMALL = 0.005
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def figure_svg(figure: Figure, name: str) -> Markup:
         figure.savefig(buffer, format="svg", dpi=160, transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    # The one colour of the palette that is too dark for a dark page.
+    text = re.sub(r"(fill|stroke): #0072b2", r"\1: var(--blue)", text)
     head, rest = text.split(">", 1)
     head = re.sub(r' (?:width|height|version)="[^"]*"', "", head)
     # Letters of the same size in all figures: a figure of ten inches is as wide as the page.
@@ -114,7 +118,7 @@ def block_scores(run: RunData) -> Drawing | None:
     grid = f" A cell is the mean of {maps.blocks / cells:.1f} blocks." if maps.blocks > cells else ""
     caption = (
         f"One document of {maps.blocks} blocks of {maps.block_size} tokens, at step {maps.step}: the true scores above, the predicted "
-        f"ones below. Bright columns are blocks that many later tokens attend to; they should be bright in both. Each map has a "
+        f"ones below. Bright columns are blocks that many later tokens attend to; they should be bright in both. The diagonal decides nothing and is left out. Each map has a "
         f"scale of its own; only the order of blocks within a map decides what is kept.{grid}"
     )
     drawn = draw_block_scores(maps.true, maps.predicted, maps.layers)
@@ -161,8 +165,12 @@ def time_breakdown(runs: Sequence[RunData]) -> Drawing | None:
     if not parts:
         return None
     unit, word = time_unit(max(sum(spent.values()) for spent in parts.values()))
-    names = [part for part in TIME_PARTS if any(part in spent for spent in parts.values())]
+    names = [part for part in TIME_PARTS if any(spent.get(part, 0) >= _SMALL * sum(spent.values()) for spent in parts.values())]
     ordered = {label: {name: spent.get(name, 0.0) for name in names} for label, spent in parts.items()}
+    for label, spent in parts.items():
+        rest = sum(spent.values()) - sum(ordered[label].values())
+        if rest > 0:
+            ordered[label]["other"] = ordered[label].get("other", 0.0) + rest
     short = {"seconds": "s", "minutes": "min", "hours": "h"}[word]
     caption = "Training should be most of it; “other” is loading data and callbacks of others."
     drawn = draw_parts(ordered, unit, short, f"{word} of the run")

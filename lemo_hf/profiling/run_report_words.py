@@ -65,19 +65,26 @@ def summary(run: RunData, baseline: RunData | None) -> list[str]:
     loss = final_loss(run)
     if loss is not None:
         sentences.append(f"The training loss ended at {loss[0]:.3f} nats per token (mean of the last {loss[1]} logged).")
-    if baseline is not None:
-        sentences += [pairing_in_words(each) for each in pair(run, baseline)]
-        if lemo is not None and lemo.attention_forward == "sparse" and baseline.lemo is None:
-            sentences.append(
-                "That is the loss of the sparse forward, which no model is served with: compare dense perplexity instead."
-            )
-    for each in results.stock.comparisons if results is not None and results.stock is not None else []:
+    comparisons = results.stock.comparisons if results is not None and results.stock is not None else []
+    for each in comparisons:
         sentences.append(
             f"Dense perplexity on held-out text at equal {each.equal} ({each.steps} steps, stock {each.stock_steps}): "
             f"{each.perplexity:.3f}, stock LoRA's {each.stock_perplexity:.3f} ({each.percent:+.2f} %, 95 % interval {each.low:+.2f} to "
             f"{each.high:+.2f})."
         )
+    if baseline is not None and not comparisons:
+        sentences += pairs_in_words(run, baseline)
     return sentences
+
+
+def pairs_in_words(run: RunData, baseline: RunData) -> list[str]:
+    """The run's losses beside the baseline's, one sentence each."""
+    found = [pairing_in_words(each) for each in pair(run, baseline)]
+    if found and run.lemo is not None and run.lemo.attention_forward == "sparse" and baseline.lemo is None:
+        found.append(
+            "This run's is the loss of the sparse forward, which no model is served with: to compare, evaluate both densely (lemo eval)."
+        )
+    return found
 
 
 def pairing_in_words(each: Pairing) -> str:
@@ -188,14 +195,22 @@ def _recall_in_words(run: RunData) -> str | None:
     return None if recall is None else f"{recall:.3f} ({chance:.3f})" if chance is not None else f"{recall:.3f}"
 
 
-def settings(run: RunData) -> list[tuple[str, str]]:
-    """What the run was made with, label and value."""
-    results = run.results
-    rows = [("Folder", run.name)]
-    if results is not None:
-        rows += _result_rows(results)
+def settings(runs: Sequence[RunData]) -> list[Row]:
+    """What the runs were made with: a row of one cell for each run."""
+    return _side_by_side([_settings(run) for run in runs])
+
+
+def _settings(run: RunData) -> dict[str, str]:
+    rows = [("Run", run.name)]
+    if run.results is not None:
+        rows += _result_rows(run.results)
     rows += [(name, value) for name, value in run.arguments.items() if value != "None"]
-    return [(label, str(value)) for label, value in rows]
+    return {label: str(value) for label, value in rows}
+
+
+def _side_by_side(columns: Sequence[dict[str, str]]) -> list[Row]:
+    labels = dict.fromkeys(label for column in columns for label in column)
+    return [(label, [column.get(label, "") for column in columns]) for label in labels]
 
 
 def _result_rows(results: RunResults) -> list[tuple[str, str]]:
@@ -205,13 +220,17 @@ def _result_rows(results: RunResults) -> list[tuple[str, str]]:
     return rows + selection_rows(LemoConfig.from_dict(results.lemo))
 
 
-def machine(run: RunData) -> list[tuple[str, str]]:
-    """Versions, commit and machine, label and value."""
+def machine(runs: Sequence[RunData]) -> list[Row]:
+    """Versions, commit and machine: a row of one cell for each run."""
+    return _side_by_side([_machine(run) for run in runs])
+
+
+def _machine(run: RunData) -> dict[str, str]:
     about = run.results.provenance if run.results is not None else None
     if not isinstance(about, dict):
-        return []
+        return {}
     rows = [("commit", about.get("commit"))]
     for part in ("versions", "machine"):
         found = about.get(part)
         rows += list(found.items()) if isinstance(found, dict) else []
-    return [(str(label), str(value)) for label, value in rows if value is not None]
+    return {str(label): str(value) for label, value in rows if value is not None}

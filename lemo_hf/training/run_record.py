@@ -29,7 +29,7 @@ _ARGUMENTS = (
     "seed",
     "gradient_checkpointing",
     "probe_steps",
-    "recall_floor",
+    "recall_drop",
     "dense_tail_share",
 )
 
@@ -94,7 +94,10 @@ class RunRecord(LemoCallback):
         self._written_of, self._written = state, len(state.log_history)
 
     def _about(self, args: TrainingArguments, state: TrainerState, model: Any, dataset: Any) -> dict[str, Any]:
-        arguments = {name: getattr(args, name, None) for name in _ARGUMENTS}
+        # Of choices their word, not Python's name of it.
+        arguments = {
+            name: getattr(value, "value", value) for name in _ARGUMENTS if (value := getattr(args, name, None)) is not None
+        }
         return {
             "log_version": LOG_VERSION,
             "run": results_of(self.run, model, dataset, state.log_history, state.global_step).to_dict(),

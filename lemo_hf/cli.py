@@ -67,9 +67,12 @@ def train(
     """  # noqa: D301 (\b is for the help formatter)
     from .recipe import read_recipe
     from .recipe.running import run_recipe
+    from .training.processes import Processes
 
     checked = read_recipe(recipe, _overrides(context.args))
     results = run_recipe(checked)
+    if Processes().rank:
+        return  # the first of several processes says it
     for label, measured in (("before", results.perplexity_before), ("after", results.perplexity_after)):
         if measured is not None:
             typer.echo(f"dense perplexity {label}: {measured}")

@@ -32,6 +32,7 @@ from ..registry import AutoLemoModelForCausalLM
 from ..text_data import PackedDocuments
 from ..training.arguments import LemoTrainingArguments
 from ..training.lemo_run import has_progress
+from ..training.processes import Processes, within_forward
 from ..training.run_card import results_of
 from ..training.trainer import LemoTrainer, holds_run
 from ..training.whole_checkpoints import checkpoints, last_whole_checkpoint, require_whole
@@ -174,7 +175,8 @@ def run_recipe(recipe: Recipe) -> RunResults:
             processing_class=tokenizer,
             data_collator=collator_of(recipe.data),
         )
-        before = _perplexity(model, held_out, "perplexity before")  # after the trainer has put the model on its device
+        # After the trainer has put the model on its device; one that is to be sharded is not there yet.
+        before = None if trainer.is_fsdp_enabled else _perplexity(model, held_out, "perplexity before")
         if on_gpu := torch.cuda.is_available() and not arguments.use_cpu:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -183,7 +185,8 @@ def run_recipe(recipe: Recipe) -> RunResults:
         peak_gpu_bytes = float(torch.cuda.max_memory_allocated()) if on_gpu else None
     except (LemoError, LemoConfigError):
         folder = recipe.output_dir
-        if new_folder and folder.is_dir() and get_last_checkpoint(str(folder)) is None and not has_progress(folder):
+        is_ours = new_folder and not Processes().rank
+        if is_ours and folder.is_dir() and get_last_checkpoint(str(folder)) is None and not has_progress(folder):
             shutil.rmtree(folder)
         raise
     measured = results_of(trainer.lemo_run, model, train_samples, trainer.state.log_history, outcome.global_step)
@@ -198,7 +201,7 @@ def run_recipe(recipe: Recipe) -> RunResults:
         train_seconds=train_seconds,
         peak_gpu_bytes=peak_gpu_bytes,
         perplexity_before=before,
-        perplexity_after=_perplexity(model, held_out, "perplexity after"),
+        perplexity_after=within_forward(model, lambda: _perplexity(model, held_out, "perplexity after")),
         evaluation_data=recipe.data.held_out_source,
         started_from=public_name(saved.location) if saved else "",
         language=recipe.data.languages,
@@ -213,11 +216,14 @@ def save_run(trainer: Any, recipe: Recipe, results: RunResults) -> None:
     trainer.results, trainer.title = results, recipe.name
     trainer.save_model(_internal_call=True)  # any other call would push before the recipe lies there
     # What is pushed holds no paths of this machine.
-    with atomic_path(recipe.output_dir / RECIPE_FILE) as partial:
-        partial.write_text(recipe.to_yaml(public=trainer.args.push_to_hub), encoding="utf-8")
+    if trainer.args.should_save:
+        with atomic_path(recipe.output_dir / RECIPE_FILE) as partial:
+            partial.write_text(recipe.to_yaml(public=trainer.args.push_to_hub), encoding="utf-8")
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
 
 
 def _perplexity(model: Any, samples: PackedDocuments | None, description: str) -> Interval | None:
-    return Interval.of(dense_perplexity(model, samples, description=description)) if samples is not None else None
+    if samples is None:
+        return None
+    return Interval.of(dense_perplexity(model, samples, description=None if Processes().rank else description))

@@ -6,7 +6,8 @@ causality among compact rows is causality among their original positions. Groupe
 Forward and backward are apart: `attend` runs the forward without autograd, `with_kept_row_gradient` attaches a backward that
 sees kept rows only. In the sparse form both see the same rows; in the exact form (ours) the forward saw all of them and the
 flash backward works on kept rows with the *full* forward's output and log-sum-exp. With p_ij = exp(q_i . k_j * scale - lse_i) the probabilities are those of the dense forward and
-D_i = dO_i . O_i the dense normaliser's share, so dq, dk and dv are the dense gradient restricted to kept (query, key) pairs.
+D_i = dO_i . O_i the dense normaliser's share, so dq, dk and dv are the dense gradient restricted to kept (query, key) pairs;
+`centred_keys` takes out of it what the other keys would have cancelled.
 
 A sliding window w lets the row at position i see those at positions j with i - w < j <= i, positions being the original ones
 in the document: among kept rows distances are wider than their places in the list say. Where a document is longer than w, the
@@ -188,3 +189,33 @@ def with_kept_row_gradient(
     if (fast := _kernel("with_kept_row_gradient", query, scope)) is not None:
         return fast(query, key, value, output, lse, scope.lengths, scope.scale, scope.window, scope.positions)
     return _KeptRowGradient.apply(query, key, value, output, lse, scope)
+
+
+def centred_keys(query: Tensor, key: Tensor, lse: Tensor, scope: AttentionScope) -> tuple[Tensor, Tensor]:
+    """Kept keys less their mean in each document, for the exact form's backward pass (ours).
+
+    Attention does not see a vector that is added to all keys of a document. So in the dense backward pass the gradients dS_ij of
+    a query's scores sum to zero over j, and the keys' gradients sum to zero. Over kept keys K alone neither does: with m their mean
+
+        dq_i = sum_K dS_ij k_j = sum_K dS_ij (k_j - m) + m sum_K dS_ij
+
+    and the last term, which the other keys would have cancelled, is noise from the choice of K, the larger the more keys have in
+    common. Probabilities are exp(q_i . k_j - lse_i) here: keys less m with log-sum-exps less q_i . m give the same ones without
+    that term, and with m differentiated the keys' gradients sum to zero again.
+
+    Args:
+        query, key: Those of kept rows, as in `with_kept_row_gradient`.
+        lse: Kept rows' log-sum-exp of the dense scores, `(kept, heads, 1)`, float32 or wider.
+        scope: The kept rows' documents and scale.
+
+    Returns:
+        Keys and log-sum-exps to use instead; only the keys carry gradient. In 16 bits the shifted keys are rounded once more.
+    """
+    parts = _by_document(key, [length for length in scope.lengths if length > 0])
+    means = [part.mean(2, keepdim=True, dtype=lse.dtype).to(key.dtype).expand_as(part) for part in parts]
+    centre = _as_rows(means)
+    with torch.no_grad():
+        by_head = centre.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        # In the wider dtype: an error here would scale a whole row of probabilities.
+        shift = (query * by_head.to(lse.dtype)).sum(-1, keepdim=True) * scope.scale
+    return key - centre, lse - shift

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .document_attention import AttentionScope, attend, with_kept_row_gradient
+from .document_attention import AttentionScope, attend, centred_keys, with_kept_row_gradient
 from .documents import Documents
 from .row_movement import TakenRows, add_and_norm, interleave, merge, rest_norm, take
 from .token_elimination import Selection
@@ -120,7 +120,10 @@ class KeptAndRestRows:
                 finished = self._attend_all(query, key, value) if self.exact else attend(query, key, value, scope)
             if self.exact:
                 self.finished = finished  # for kept-row checkpointing to store; the sparse form runs its attention again
-        output = with_kept_row_gradient(query, key, value, *finished, scope)
+        attended, lse = finished
+        if self.exact and self.selection.rest_rows.numel():
+            key, lse = centred_keys(query, key, lse, scope)
+        output = with_kept_row_gradient(query, key, value, attended, lse, scope)
         update = self.layer.project_output(output)
         middle, normed = add_and_norm(kept, update, self.layer.mlp_norm, self.layer.plain_norms[1])
         return middle, self.layer.feed_forward(normed)

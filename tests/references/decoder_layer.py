@@ -70,7 +70,10 @@ def lemo_layer(layer, hidden: Tensor, rotary: tuple[Tensor, ...], kept: Tensor, 
         update = torch.zeros_like(hidden).index_put((kept,), project_output(attention, mixed.transpose(0, 1).flatten(1)))
     else:
         query, key, value = heads_of(attention, normalise(norm, hidden), rotary)
-        scores = query @ key.mT * scale
+        # A shift of all keys changes no probability; shifted by the kept keys' mean, the restricted gradient lacks the part
+        # that the other keys would have cancelled. What the shift adds to a query's scores is a constant.
+        centre = key[:, kept].mean(1, keepdim=True) if not kept.all() else torch.zeros_like(key[:, :1])
+        scores = (query @ (key - centre).mT + (query @ centre.mT).detach()) * scale
         # Pairs with a key that is not kept: their probabilities are right, but nothing flows back through them.
         scores = torch.where(kept[None, None, :], scores, scores.detach())
         value = torch.where(kept[None, :, None], value, value.detach())

@@ -19,6 +19,7 @@ same predictors on all of them. A round of 8 documents with the steps of one gav
 (docs/experiments.md).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ _START_SPREAD = 0.02
 _START_ROWS = 16384
 # Weight of a document in the running variances.
 _VARIANCE_WEIGHT = 0.1
+# Largest difference of rows that are alike, over their largest value: above what rounding to 16 bits makes of equal ones.
+_ALIKE = 0.05
 
 
 class _LayerFit:
@@ -251,6 +254,18 @@ class _LayerFit:
         self.running = tensors["running"]
 
 
+def _without_uniform_documents(found: LayerScores) -> LayerScores:
+    """Leaves a document whose rows are all alike, such as one token a million times, without blocks to learn from.
+
+    Its features cannot tell its blocks apart. As a first document it would set the scale of all features by rounding errors.
+    """
+    scores = []
+    for rows, of_document in zip(found.hidden.split(found.documents.lengths), found.scores, strict=True):
+        differs = (rows - rows[:1]).abs().amax() > _ALIKE * rows.abs().amax()
+        scores.append(of_document if differs else of_document[:1, :1])
+    return replace(found, scores=scores)
+
+
 def _causal_pairs(scores: Tensor) -> Tensor:
     """Entries below the diagonal, `(blocks * (blocks - 1) / 2,)`."""
     blocks = len(scores)
@@ -323,8 +338,9 @@ class PredictorTraining:
 
     def _learn(self, found: LayerScores, together: int, counted: bool) -> float:
         fit = self._fits[found.layer]
+        whole, found = found, _without_uniform_documents(found)
         fit.observe(found, counted)
-        for informativeness in found.informativeness() if counted else ():
+        for informativeness in whole.informativeness() if counted else ():
             self._read.add(found.layer, informativeness)
         # The learning rate follows the documents, Adam's corrections the steps.
         losses = [

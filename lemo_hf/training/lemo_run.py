@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from ..errors import LemoError
+from ..evaluation.layer_scores import backbone_inputs, documents_of
 from ..hub.lemo_files import (
     FOUND_FIELDS,
     load_predictors,
@@ -28,7 +29,7 @@ from ..hub.lemo_files import (
     write_json,
     write_tensors,
 )
-from ..models.lemo_config import LemoConfig
+from ..models.lemo_config import LemoConfig, LemoConfigError
 from ..models.sparse_decoder import sparse_backbone
 from ..profiling.process_memory import memory_metrics
 from .arguments import LemoTrainingArguments
@@ -160,6 +161,10 @@ class LemoRun:
     def _check_document(self, batch: dict[str, Any], name: str) -> None:
         require_sound(batch, self.backbone.config, lambda row: name)
         require_finite_embeddings(batch, self.backbone.get_input_embeddings(), lambda row: name)
+        try:
+            documents_of(backbone_inputs(batch, torch.device("cpu")), self.lemo.block_size)
+        except LemoConfigError as error:
+            raise LemoError(f"{error} ({name})") from error
 
     @property
     def _device(self) -> torch.device:

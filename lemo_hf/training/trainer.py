@@ -22,6 +22,7 @@ from ..hub.lemo_files import CONFIG_FILE, load_lemo_files, load_predictors, writ
 from ..hub.model_card import CARD_FILE, RESULTS_FILE, Kind, RunResults, write_model_card
 from ..hub.push import hub_error, one_line_hub_errors, required_token
 from ..hub.weight_files import refuse_pickled_weights
+from ..models.documents import PaddingMaskError
 from ..models.segmented_loss import IGNORE_INDEX, shift_labels
 from ..models.sparse_decoder import sparse_backbone, sparse_evaluation
 from .arguments import LemoTrainingArguments
@@ -168,7 +169,10 @@ class LemoTrainerMixin(ShardedSavingMixin, _Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except PaddingMaskError as error:
+            raise LemoError(f"{error} ({self.lemo_run.samples.last_names()})") from error
         if not torch.isfinite(loss).all():
             labels = inputs.get("labels")
             if labels is None or (shift_labels(labels) != IGNORE_INDEX).any():

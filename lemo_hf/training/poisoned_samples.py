@@ -151,6 +151,12 @@ class SampleWatch(LemoCallback):
         begin = "" if tokens is None else f" (it begins with tokens {tokens.flatten()[:_SHOWN_TOKENS].tolist()})"
         return f"row {row.row} of {self._place(row.micro_batch)}{begin}"
 
+    def last_names(self) -> str:
+        """All rows of the last micro-batch."""
+        last = len(self._inputs) - 1
+        indices = self._indices(last)
+        return self._place(last) if indices is None else f"samples {', '.join(map(str, indices))} of the training set"
+
     def _place(self, micro_batch: int) -> str:
         step = self._state.global_step + 1 if self._state is not None else 0
         return f"micro-batch {micro_batch} of step {step}"

@@ -71,7 +71,7 @@ def _part_of(frames: list[FrameType]) -> str | None:
     for frame in frames:
         path = Path(frame.f_code.co_filename)
         found = _PARTS.get(frame.f_code.co_name) or _PARTS.get(path.stem)
-        if frame.f_code.co_name == "step" and path.parent.name == "optim":
+        if path.parts[-3:-1] == ("torch", "optim"):
             found = "optimizer step"
         if found and part not in _OUTERMOST and not (found == "loss" and part == "backward"):
             part = found

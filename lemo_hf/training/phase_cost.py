@@ -114,6 +114,7 @@ def estimate_probe_cost(
     probed_documents: int,
     refits: int,
     refit_documents: int,
+    probe_documents: int,
     profile_documents: int,
     samples: int,
 ) -> ProbeCost:
@@ -124,10 +125,11 @@ def estimate_probe_cost(
         num_layers: Layers of the model.
         probed_documents: Documents that all probes of the run read.
         refits: Refits that the run may make.
-        refit_documents: Documents that each reads; a probe follows.
+        refit_documents: Documents that each fits the predictors on.
+        probe_documents: Documents that the probe after it reads.
         profile_documents: Documents on which a refit's thresholds are set; 0 where there are none.
         samples: Training samples of all steps.
     """
     # Thresholds follow by what they kept before and keep after: two dense passes over the profile set.
-    refit = _FIT * refit_documents + _PROBE + 2 * profile_documents
+    refit = _FIT * refit_documents + _PROBE * probe_documents + 2 * profile_documents
     return ProbeCost(_PROBE * probed_documents, refits * refit, sum(_step(lemo, num_layers)) * samples, refits)

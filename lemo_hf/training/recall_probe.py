@@ -67,10 +67,11 @@ class RecallProbe(LemoCallback):
     def _say_cost(self, args: TrainingArguments, state: TrainerState) -> None:
         run, own = self.run, self.run.args
         samples = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-        probes = state.max_steps // own.probe_steps * own.probe_documents
-        refits = min(own.refit_limit, state.max_steps // own.probe_steps) if run.lemo.needs_predictors else 0
+        probes, documents = state.max_steps // own.probe_steps, len(run.documents.probes())
+        refits = min(own.refit_limit, probes) if run.lemo.needs_predictors else 0
         profile = len(run.documents.profile()) if run.lemo.selection == "threshold" else 0
-        cost = estimate_probe_cost(run.lemo, len(run.backbone.layers), probes, refits, own.refit_documents, profile, samples)
+        parts = probes * documents, refits, own.refit_documents, documents, profile
+        cost = estimate_probe_cost(run.lemo, len(run.backbone.layers), *parts, samples)
         if cost.share > LARGE_PROBE_SHARE:
             logger.warning("%s; raise probe_steps, or lower probe_documents, refit_documents or refit_limit", cost)
         elif cost.share > 0:

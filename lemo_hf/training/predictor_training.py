@@ -261,8 +261,8 @@ def _without_uniform_documents(found: LayerScores) -> LayerScores:
     """
     scores = []
     for rows, of_document in zip(found.hidden.split(found.documents.lengths), found.scores, strict=True):
-        differs = (rows - rows[:1]).abs().amax() > _ALIKE * rows.abs().amax()
-        scores.append(of_document if differs else of_document[:1, :1])
+        alike = (rows - rows[:1]).abs().amax() <= _ALIKE * rows.abs().amax()
+        scores.append(of_document[:1, :1] if alike else of_document)
     return replace(found, scores=scores)
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..errors import LemoError, LemoRunError
-from ..hub.lemo_files import PREDICTORS_FILE, write_json
+from ..hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +128,18 @@ def _damage_by_structure(folder: Path) -> str | None:
     weights = {name for name in names if name.endswith((".safetensors", ".bin", ".distcp")) and name != "training_args.bin"}
     if not weights - {PREDICTORS_FILE} and not any(folder.glob("global_step*")):
         return "it holds no weights"
-    if STATE_FILE not in names:
-        return f"it holds no LeMo state ({STATE_FILE})"
-    sharded = any(folder.glob("optimizer_*")) or any(folder.glob("global_step*"))
-    if SCHEDULER_NAME in names and not names & {OPTIMIZER_NAME, "optimizer.bin"} and not sharded:
-        return f"{OPTIMIZER_NAME} is missing"
-    return None
+    for name in (STATE_FILE, PREDICTORS_FILE, CONFIG_FILE):
+        if name not in names:
+            return f"{name} is missing"
+    # With `save_only_model` none of them is there.
+    groups = {
+        OPTIMIZER_NAME: {name for name in names if name.startswith("optimizer")} or set(folder.glob("optimizer_*")),
+        SCHEDULER_NAME: names & {SCHEDULER_NAME},
+        "rng_state.pth": {name for name in names if name.startswith("rng_state")},
+    }
+    missing = [name for name, found in groups.items() if not found]
+    engine = any(folder.glob("global_step*"))  # DeepSpeed's own format
+    return f"{missing[0]} is missing" if missing and len(missing) < len(groups) and not engine else None
 
 
 def _cut_tensors(path: Path) -> str | None:

@@ -1,16 +1,17 @@
 """The features that change what a training step stores or computes, each on a tiny model, and steps with any of them combined."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from references.tiny_models import PAD, lemo_model, place, random_tokens, stock_model, trainable_gradients
+from references.tiny_models import lemo_model, place, random_tokens, stock_model, trainable_gradients
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.neftune import neftune_post_forward_hook
 
@@ -74,11 +75,23 @@ def checkpointing(every_n_layers: int = 1, offload: bool = False, use_reentrant:
     }
 
 
+def selective_checkpointing() -> dict[str, Any]:
+    """As trl's `selective`: attention's result is stored, the rest is run again."""
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return CheckpointPolicy.MUST_SAVE if operator is attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+    values = checkpointing()
+    values["activation_checkpointing_kwargs"]["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    return values
+
+
 FEATURES = {
     "checkpointing": Feature("checkpointing", neutral=True, checkpointing=checkpointing()),
     "reentrant": Feature("checkpointing", neutral=True, checkpointing=checkpointing(use_reentrant=True)),
     "every_2_layers": Feature("checkpointing", neutral=True, checkpointing=checkpointing(2)),
-    "offloaded_checkpoints": Feature("checkpointing", neutral=True, checkpointing=checkpointing(offload=True)),
+    "selective": Feature("checkpointing", neutral=True, checkpointing=selective_checkpointing()),
     "kept_rows": Feature("checkpointing", neutral=True, lemo={"checkpoint": "kept_rows"}),
     "offload": Feature("offload", neutral=True),
     "compile": Feature("compile", neutral=True),
@@ -164,18 +177,6 @@ def make_model(names: tuple[str, ...], folder: Path, lemo: dict[str, Any] | None
     return model.train()
 
 
-@contextmanager
-def surroundings(names: tuple[str, ...], model: Any) -> Iterator[None]:
-    """What a trainer puts around the forward."""
-    with ExitStack() as stack:
-        for feature in combine(*names):
-            if feature.autocast:
-                stack.enter_context(torch.autocast("cpu", dtype=feature.autocast))
-        if "offload" in names:
-            stack.enter_context(ActivationOffload(layers_of(model), "cpu"))
-        yield
-
-
 def layers_of(model: Any) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
@@ -188,12 +189,21 @@ def batch_for(names: tuple[str, ...]) -> dict[str, Tensor]:
 
 @dataclass
 class Step:
-    """One step's outcome: loss, gradients, bytes saved by the layers and in all, kept shares by layer."""
+    """One step's outcome.
+
+    Args:
+        loss: Its loss.
+        gradients: Of all trainable weights.
+        layer_bytes, bytes: Saved by the layers and in all; 0 where a compiler runs them.
+        copied_bytes: Moved to the host by the offload.
+        shares: Kept shares by layer.
+    """
 
     loss: Tensor
     gradients: dict[str, Tensor]
     layer_bytes: int
     bytes: int
+    copied_bytes: int
     shares: tuple[float, ...]
 
 
@@ -208,25 +218,32 @@ def step(names: tuple[str, ...], folder: Path, lemo: dict[str, Any] | None, besi
     """
     model = make_model(names, folder, lemo, layers=1 if "compile" in (*names, *beside) else 2)
     batch = batch_for((*names, *beside))
+    called = model
     if "compile" in names:
         torch._dynamo.reset()
-    called = torch.compile(model, backend="eager") if "compile" in names else model
+        called = torch.compile(model, backend="eager")
     parts = [batch]
     if "accumulation" in names:
         parts = [{name: values[row : row + 1] for name, values in batch.items()} for row in range(len(batch["labels"]))]
     items = (batch["labels"][:, 1:] != -100).sum()
-    loss, saved, layer_saved, memory = torch.zeros(()), 0, 0, None
+    result = Step(torch.zeros(()), {}, 0, 0, 0, ())
     torch.manual_seed(13)
     for part in parts:
         with ExitStack() as stack:
-            if "compile" not in names:
-                memory = stack.enter_context(ActivationMemory(model))
-            stack.enter_context(surroundings(names, model))
-            part_loss = called(**part, num_items_in_batch=items).loss
+            memory = None if "compile" in names else stack.enter_context(ActivationMemory(model))
+            offload = None
+            if "offload" in names:
+                offload = stack.enter_context(ActivationOffload(layers_of(model), "cpu"))
+            for dtype in {feature.autocast for feature in combine(*names)} - {None}:
+                stack.enter_context(torch.autocast("cpu", dtype=dtype))
+            loss = called(**part, num_items_in_batch=items).loss
         if memory is not None:
-            saved, by_layer = saved + memory.saved.total, memory.saved.by("layer")
-            layer_saved += sum(size for layer, size in by_layer.items() if layer is not None)
-        part_loss.backward()
-        loss = loss + part_loss.detach()
-    shares = () if lemo is None else sparse_backbone(model).lemo_kept_shares
-    return Step(loss, trainable_gradients(model), layer_saved, saved, shares)
+            result.bytes += memory.saved.total
+            result.layer_bytes += sum(size for layer, size in memory.saved.by("layer").items() if layer is not None)
+        result.copied_bytes += 0 if offload is None else offload.copied_bytes
+        loss.backward()
+        result.loss = result.loss + loss.detach()
+        if lemo is not None and not result.shares:
+            result.shares = sparse_backbone(model).lemo_kept_shares
+    result.gradients = trainable_gradients(model)
+    return result

@@ -262,24 +262,28 @@ PAIRS = (
 )
 
 
-def require_compatible(args: TrainingArguments, own: LemoTrainingArguments, model: Any) -> None:
-    """Refuses options that do not go together, and says which gain little together.
+def require_compatible(args: TrainingArguments, own: LemoTrainingArguments, model: Any) -> list[str]:
+    """Refuses options that do not go together.
 
     Args:
         args: The trainer's arguments.
         own: LeMo's.
         model: The model.
 
+    Returns:
+        A line for each pair that works and gains little.
+
     Raises:
         LemoError: One line that names both options, their values and what to set instead.
     """
-    options = Options(args, own, model)
+    options, lines = Options(args, own, model), []
     for pair in PAIRS:
         values = pair.found(options)
         if values is not None and pair.is_refused:
             raise LemoError(pair.line(values))
         if values is not None:
-            logger.warning("%s", pair.line(values))
+            lines.append(pair.line(values))
+    return lines
 
 
 def as_markdown() -> str:
@@ -303,5 +307,6 @@ class CompatibleOptions(LemoCallback):
             require_compatible(args, self.run.args, kwargs["model"])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        require_compatible(args, self.run.args, kwargs["model"])
+        for line in require_compatible(args, self.run.args, kwargs["model"]):
+            logger.warning("%s", line)
         super().on_train_begin(args, state, control, **kwargs)

@@ -1,0 +1,112 @@
+"""Features that change what a step stores or computes, two at a time: gradients are those without LeMo's or the feature's doing."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from memory_features import FEATURES, IMPOSSIBLE, Step, step
+
+FORMS = ["exact", "sparse"]
+# In every `make test`; the others are slow. Each feature once, and the pairs in which something was or could be wrong.
+CHOSEN = {
+    ("checkpointing", "bf16"): "autocast within the second run",
+    ("checkpointing", "dropout"): "the second run draws what the first drew",
+    ("reentrant", "new_tokens"): "the embeddings' output is no leaf",
+    ("every_2_layers", "offload"): "hooks of some layers see a checkpoint, of others all",
+    ("selective", "mlp"): "operators are counted, and choosing runs once only",
+    ("kept_rows", "4bit"): "quantised weights in the second run",
+    ("kept_rows", "8bit"): "the same",
+    ("kept_rows", "float32_norms"): "the stream gets wider within the layer",
+    ("kept_rows", "offload"): "what is stored is copied, weights are not",
+    ("kept_rows", "dropout"): "the second run draws what the first drew",
+    ("kept_rows", "dora"): "reads base weights",
+    ("kept_rows", "full"): "all weights are inputs of the checkpoint",
+    ("offload", "bf16_base"): "copies of 16 bits",
+    ("accumulation", "head"): "the divisor is that of all micro-batches",
+    ("accumulation", "fp16"): "in 16 bits",
+    ("4bit", "dora"): "weights are unpacked for their norm",
+    ("4bit", "float32_norms"): "16-bit embeddings, float32 sums",
+    ("8bit", "bf16"): "autocast around quantised matrices",
+    ("head", "tied"): "an adapter on one of two tied ends",
+    ("new_tokens", "tied"): "one trained row in two places",
+    ("embeddings", "tied"): "an adapter on the other end",
+    ("head", "rslora"): "a fused loss could leave the adapter out",
+    ("trained_ends", "neftune"): "noise on a wrapped module",
+}
+
+
+def all_pairs():
+    for first, second in combinations(FEATURES, 2):
+        pair = first, second
+        if FEATURES[first].choice == FEATURES[second].choice or pair in IMPOSSIBLE or pair[::-1] in IMPOSSIBLE:
+            continue
+        marks = [] if pair in CHOSEN or pair[::-1] in CHOSEN else [pytest.mark.slow]
+        yield pytest.param(*pair, marks=marks, id=f"{first}-{second}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bases")
+
+
+def rounding(names) -> float:
+    """One rounding in the type in which the features multiply matrices."""
+    types = {kind for name in names for kind in (FEATURES[name].autocast, FEATURES[name].dtype) if kind is not None}
+    return max((torch.finfo(kind).eps for kind in types), default=torch.finfo(torch.float32).eps)
+
+
+def assert_same(got: Step, wanted: Step, tolerance: float) -> None:
+    """Loss and gradients; of these every one within `tolerance` of the largest, and together within it of their length."""
+    assert got.gradients.keys() == wanted.gradients.keys()
+    assert len(wanted.gradients) > 0
+    torch.testing.assert_close(got.loss, wanted.loss, rtol=tolerance, atol=tolerance)
+    largest = max(gradient.abs().max().item() for gradient in wanted.gradients.values())
+    assert largest > 0
+    for name, gradient in wanted.gradients.items():
+        assert (got.gradients[name].float() - gradient.float()).abs().max() <= 2 * tolerance * largest, name
+    differences = [(got.gradients[name].float() - gradient.float()).square().sum() for name, gradient in wanted.gradients.items()]
+    length = torch.stack([gradient.float().square().sum() for gradient in wanted.gradients.values()]).sum().sqrt()
+    assert torch.stack(differences).sum().sqrt() <= tolerance * length
+
+
+def check(names, form, folder) -> None:
+    neutral = tuple(name for name in names if FEATURES[name].neutral)
+    others = tuple(name for name in names if name not in neutral)
+    # A micro-batch is a forward of its own and draws anew; a compiled model is not to be compiled for each draw.
+    selection = "ratio" if {"accumulation", "compile"} & set(names) else "sampled"
+    lemo = {"keep_ratio": 0.4, "attention_forward": form, "selection": selection}
+    got = step(names, folder, lemo)
+    assert all(0 < share < 0.5 for share in got.shares)
+    assert got.shares
+
+    # Micro-batches draw adapter dropout in another order, with stock models too.
+    if neutral and not {"accumulation", "dropout"} <= set(names):
+        regrouped = 4 if "accumulation" in names else 1
+        assert_same(got, step(others, folder, lemo, beside=names), regrouped * rounding(names))
+    if "compile" in names:
+        return
+
+    dense = step(names, folder, {"enabled": False})
+    assert got.bytes < dense.bytes
+    if {"checkpointing", "reentrant", "selective"} & set(names) and "offload" not in names:
+        assert got.layer_bytes == dense.layer_bytes  # one input a layer, of all rows
+    elif "offload" in names:
+        assert 0 == got.layer_bytes == dense.layer_bytes
+        # Of whole-layer checkpoints the inputs, of all rows.
+        whole = {"checkpointing", "reentrant", "selective"} & set(names)
+        assert 0 < got.copied_bytes <= dense.copied_bytes - (0 if whole else 1)
+    else:
+        assert got.layer_bytes < dense.layer_bytes
+
+    # The head's dropout is drawn for rows with a label, the stock model's for all.
+    if not {"head", "dropout"} <= set(names):
+        whole = step(names, folder, {**lemo, "keep_ratio": 1.0})
+        stock = step(tuple(name for name in names if name != "kept_rows"), folder, None, beside=names)
+        # Rows are multiplied in other groups than the stock model's, through two layers and back.
+        assert_same(whole, stock, (4 if rounding(names) > 1e-4 else 16) * rounding(names))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("first", "second"), [pair for pair in all_pairs() if "compile" not in pair.values])
+def test_pair(first, second, form, folder):
+    check((first, second), form, folder)

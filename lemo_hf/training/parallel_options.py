@@ -134,7 +134,7 @@ def refuse_fsdp(fsdp: Any, args: TrainingArguments, model: nn.Module) -> None:
             "use LemoConfig(checkpoint='kept_rows'), or gradient_checkpointing=True"
         )
     layer = type(sparse_backbone(model).layers[0]).__name__
-    names = set(fsdp.transformer_cls_names_to_wrap or [layer])
+    names = {name for name in fsdp.transformer_cls_names_to_wrap or [] if name} or {layer}
     if names != {layer}:
         raise LemoError(
             f"FSDP2 may shard LeMo's models by whole layers only; it is to wrap {', '.join(sorted(names))}; "

@@ -41,6 +41,17 @@ def test_plots_are_written(finished):
         assert (finished / f"{name}.png").stat().st_size > 10_000
 
 
+def test_the_report_shows_the_arms_beside_stock(finished):
+    page = (finished / "report.html").read_text()
+    results = json.loads((finished / "results.json").read_text())
+    assert '<th scope="col">exact</th><th scope="col">sparse</th><th scope="col">stock</th>' in page
+    for arm in results["arms"].values():
+        assert f"{list(arm['perplexity'].values())[-1]:.3f}" in page
+    assert "no arm&#39;s own" in page
+    assert "not measured</td></tr>" in page  # stock has no recall
+    assert page.count("<svg") == 7  # losses, two maps of kept shares, recall, block scores, time, saved bytes
+
+
 def test_elimination_was_active_and_measured(finished):
     arms = json.loads((finished / "results.json").read_text())["arms"]
     for arm in ("exact", "sparse"):

@@ -65,6 +65,7 @@ def callbacks_of(run: LemoRun) -> list[TrainerCallback]:
         JoinProcesses,
         CompatibleOptions,
         SaveOnCpu,
+        StepForecast,
         PredictorPhase,
         CalibratePhase,
         SparsePhase,
@@ -155,11 +156,13 @@ class PredictorPhase(LemoCallback):
                 before = training.done
                 index, together, counted = run.processes.turn(before, total)
                 place = index % documents
-                losses = training.fit(run.documents.fitting(place), together, counted)
+                try:
+                    losses = training.fit(run.documents.fitting(place), together, counted)
+                except LemoRunError as error:
+                    raise LemoRunError(f"{error} ({run.documents.name_of_fitting(place)})") from error
                 if not all_finite(predictor_tensors(run.backbone).values()):
                     raise LemoRunError(
-                        f"predictors are not finite; after {run.documents.name_of_fitting(place)}; look at the sample, and at the "
-                        "model's weights, or lower predictor_learning_rate"
+                        f"predictors are not finite; after {run.documents.name_of_fitting(place)}; lower predictor_learning_rate"
                     )
                 bar.update(together)
                 if known := [loss for loss in losses if not math.isnan(loss)]:  # a document of padding alone has none

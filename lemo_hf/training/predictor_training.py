@@ -19,12 +19,14 @@ same predictors on all of them. A round of 8 documents with the steps of one gav
 (docs/experiments.md).
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import LemoRunError
 from ..evaluation.block_recall import PositionProfile
 from ..evaluation.layer_scores import LayerScores, visit_layers
 from ..hub.lemo_files import predictor_tensors, record_predictor_sizes
@@ -261,7 +263,12 @@ def _without_uniform_documents(found: LayerScores) -> LayerScores:
     """
     scores = []
     for rows, of_document in zip(found.hidden.split(found.documents.lengths), found.scores, strict=True):
-        alike = (rows - rows[:1]).abs().amax() <= _ALIKE * rows.abs().amax()
+        largest = rows.abs().amax().item()
+        if not math.isfinite(largest):
+            raise LemoRunError(
+                f"attention input is not finite; layer {found.layer}; look at the model's weights, and at the sample that is read"
+            )
+        alike = (rows - rows[:1]).abs().amax().item() <= _ALIKE * largest
         scores.append(of_document[:1, :1] if alike else of_document)
     return replace(found, scores=scores)
 

@@ -56,13 +56,14 @@ ACROSS_THE_PHASES = [
 ]
 
 
-def test_killed_again_and_again_across_all_phases(context, straight, tmp_path):
+def test_killed_again_and_again_across_all_phases(context, straight, tmp_path, record_property):
     killer = Killer(context, tmp_path / "run")
     for at, skip in ACROSS_THE_PHASES:
         assert killer.attempt(Fault(at, skip)) == -signal.SIGKILL, (at, killer.log[-4000:])
     finished_alike(killer, straight)
     assert "checkpoint-2 is not whole: trainer_state.json, which is written last, is missing" in killer.log
     assert not list(tmp_path.rglob("*.partial"))
+    record_property("kills", len(ACROSS_THE_PHASES))
 
 
 STOPS = {
@@ -141,8 +142,11 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(context, straight, tmp_path
 
 
 @pytest.mark.slow
-def test_killed_at_every_event(context, straight, tmp_path):
-    for number, name in enumerate(straight["events"]):
+@pytest.mark.parametrize("part", range(10))
+def test_killed_at_every_event(context, straight, tmp_path, record_property, part):
+    events = list(enumerate(straight["events"]))[part::10]
+    record_property("kills", len(events))
+    for number, name in events:
         killer = Killer(context, tmp_path / f"run{number}")
         assert killer.attempt(Fault(number)) == -signal.SIGKILL, (number, name)
         try:
@@ -184,18 +188,19 @@ REACHED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
-def test_killed_ten_times_in_a_row_in_each_phase(context, straight, tmp_path, phase):
+def test_killed_ten_times_in_a_row_in_each_phase(context, straight, tmp_path, record_property, phase):
     killer = Killer(context, tmp_path / "run")
     if phase in REACHED:
         assert killer.attempt(Fault(*REACHED[phase])) == -signal.SIGKILL, killer.log[-4000:]
     for at in PHASES[phase] * 2:
         assert killer.attempt(Fault(at)) == -signal.SIGKILL, (at, killer.log[-4000:])
     finished_alike(killer, straight)
+    record_property("kills", 10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-def test_killed_ten_times_at_any_moment(context, straight, tmp_path, seed):
+def test_killed_ten_times_at_any_moment(context, straight, tmp_path, record_property, seed):
     draw = random.Random(seed)
     killer = Killer(context, tmp_path / "run")
     kills = 0
@@ -206,3 +211,4 @@ def test_killed_ten_times_at_any_moment(context, straight, tmp_path, seed):
         process.join()
         kills += process.exitcode == -signal.SIGKILL
     finished_alike(killer, straight)
+    record_property("kills", kills)

@@ -1,5 +1,6 @@
 """What every test may rely on: no network, one thread, tiny seeded models."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Generator
@@ -19,6 +20,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 # Tiny tensors: threads cost more than they give, and one thread keeps sums in one order on every machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported_modules_are_no_garbage() -> Generator[None]:
+    """Trainers collect garbage as training begins: half a second each time where that looks through every imported module."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -97,6 +97,8 @@ def test_bad_models_numbers_and_devices(capsys):
         (["--device", "cuda"], "no CUDA device is there"),
         (["--seq-len", "4K"], "not a list of lengths; '4K'"),
         (["--table", "no/such.json"], "file does not exist"),
+        (["--perplexity", "pyproject.toml"], "file is not JSON"),
+        (["--perplexity", "benchmarks/results/layer_arithmetic--any.json"], "no quickstart's result"),
         (["--model", "OPT-6.7B", "--methods", "liger", "--counts-only"], "Liger has no functions for OPT"),
     ):
         if torch.cuda.is_available():

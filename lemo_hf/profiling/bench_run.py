@@ -113,6 +113,10 @@ def run_bench(options: BenchOptions, out: Path | None = None, say: Callable[[str
     methods, left_out = _able(options, config)
     # Read before anything is run: a wrong file is said at once.
     quality = read_json(options.perplexity) if options.perplexity else None
+    if quality is not None and not quality.get("config", {}).get("arms"):
+        raise LemoError(
+            f"file is no quickstart's result; {str(options.perplexity)!r} has no arms; give benchmarks/results/quickstart--*.json"
+        )
     document = _heading(options) | {"left_out": left_out, "rows": []}
     for name, reason in left_out.items():
         say(f"{name}: left out, {reason}")

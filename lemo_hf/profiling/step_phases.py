@@ -73,11 +73,10 @@ class PhaseTimer(TorchDispatchMode):
         self._named: str | None = None
         self._spans: list[tuple[str, Any, Any]] = []
         self._whole: tuple[Any, Any] = (None, None)
-        # Backward in this thread, where the modules of its nodes are known.
-        self._one_thread = torch.autograd.set_multithreading_enabled(False)
 
     def __enter__(self) -> "PhaseTimer":
-        self._one_thread.__enter__()
+        # Backward in this thread, where the modules of its nodes are known; it is so from the object's making on.
+        self._one_thread = torch.autograd.set_multithreading_enabled(False)
         self._owners.__enter__()
         super().__enter__()
         self._whole = (self._now(), None)

@@ -15,7 +15,6 @@ neither the dense forward nor a rest row is ever run again.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,10 +31,10 @@ from .token_elimination import Selection, choose_blocks, gather_rows, keep_every
 from .token_informativeness import block_informativeness, block_scores
 
 
-@dataclass
 class SparseBatch:
     """What the layers of one sparse forward share. It travels as a keyword argument of the layers, so a layer that is run again
-    by activation checkpointing finds the selection of its first run.
+    by activation checkpointing finds the selection of its first run. No dataclass: FSDP2 would hand each layer a copy, cast to
+    16 bits.
 
     Args:
         documents: The batch's documents.
@@ -47,18 +46,25 @@ class SparseBatch:
         rotary: Position tensors by flat row, filled by the first layer.
     """
 
-    documents: Documents
-    config: LemoConfig
-    num_layers: int
-    draw: int
-    keeps_everything: bool = False
-    selections: dict[int, Selection] = field(default_factory=dict)
-    rotary: tuple[Tensor, ...] = ()
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        documents: Documents,
+        config: LemoConfig,
+        num_layers: int,
+        draw: int,
+        keeps_everything: bool = False,
+        selections: dict[int, Selection] | None = None,
+        rotary: tuple[Tensor, ...] = (),
+    ) -> None:
+        self.documents = documents
+        self.config = config
+        self.num_layers = num_layers
+        self.draw = draw
+        self.keeps_everything = keeps_everything
+        self.selections = {} if selections is None else selections
+        self.rotary = rotary
         # The documents' index tensors are made at their first use. That is here and in no layer: their copies to the device
         # are then behind us, and torch.compile (which cannot trace how they are remembered) breaks no layer's graph for them.
-        documents = self.documents
         if documents.lengths:
             _ = documents.rows, documents.block_of_row, documents.place_of_row
             if self.config.needs_predictors and not self.keeps_everything:

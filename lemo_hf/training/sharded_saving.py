@@ -122,10 +122,10 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
     Every process has to call it. With an adapter the frozen weights of the layers are left out: they are the base model's.
     """
-    left_out = set()
+    left_out = _tied(model)
     if isinstance(model, PeftModel):
         prefix = getattr(model.base_model, "prefix", "lora_")
-        left_out = {
+        left_out |= {
             name
             for name, weight in model.named_parameters()
             if not weight.requires_grad and ".layers." in name and prefix not in name
@@ -162,12 +162,16 @@ def load_whole_weights(model: nn.Module, folder: Path) -> None:
         with torch.no_grad():
             target.copy_(_part_of(whole, target) if isinstance(target, DTensor) else whole)
         missing.discard(name)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if lacking := sorted(missing - tied):
+    if lacking := sorted(missing - _tied(model)):
         raise LemoError(
             f"checkpoint lacks weights of the model; {len(lacking)}, {lacking[0]} among them, in {str(folder)!r}; "
             "resume with the run's own model and adapter settings"
         )
+
+
+def _tied(model: Any) -> set[str]:
+    """Names of weights that are others' too, which stand in no file."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 def _stored(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -114,11 +114,15 @@ FEATURES = {
     "full": Feature("full"),
     "neftune": Feature("neftune", prepare=with_noise),
 }
-# No pair, in the stock libraries already.
+# No pair, in the stock libraries already; the last is refused at start.
 IMPOSSIBLE = {
     ("full", other): "there is no adapter"
     for other in ("dora", "rslora", "dropout", "mlp", "head", "embeddings", "new_tokens", "trained_ends")
-} | {("full", bits): "Trainer refuses to train a quantised base whole" for bits in ("4bit", "8bit")}
+} | {
+    ("full", "4bit"): "Trainer refuses to train a quantised base whole",
+    ("full", "8bit"): "the same",
+    ("8bit", "dora"): "PEFT loses the scales of 8-bit weights on a CPU",
+}
 
 
 def combine(*names: str) -> list[Feature]:

@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 from memory_features import FEATURES, IMPOSSIBLE, Step, step
+from training_runs import curve, tiny_trainer
 
 FORMS = ["exact", "sparse"]
 # In every `make test`; the others are slow. Each feature once, and the pairs in which something was or could be wrong.
@@ -110,3 +111,33 @@ def check(names, form, folder) -> None:
 @pytest.mark.parametrize(("first", "second"), [pair for pair in all_pairs() if "compile" not in pair.values])
 def test_pair(first, second, form, folder):
     check((first, second), form, folder)
+
+
+def compiled_pairs():
+    """In the two forms by turns: tracing takes seconds."""
+    pairs = [pair.values for pair in all_pairs() if "compile" in pair.values]
+    return [(*pair, FORMS[place % 2]) for place, pair in enumerate(pairs)]
+
+
+# Dynamo instantiates an autograd.Function while it traces; torch warns of that, to itself.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second", "form"), compiled_pairs())
+def test_pair_with_compile(first, second, form, folder):
+    check((first, second), form, folder)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+def test_a_compiled_run_has_the_curve_of_an_uncompiled_one(tmp_path):
+    lemo = {"selection": "ratio", "keep_ratio": 0.4}
+    curves = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = tiny_trainer(tmp_path / str(len(curves)), lemo, max_steps=3, predictor_documents=2, probe_steps=2, **compiled)
+        trainer.train()
+        curves.append(curve(trainer))
+        assert trainer.state.log_history[-2]["kept_share"] < 0.5
+        assert ("saved_bytes" in trainer.state.log_history[-2]) == (not compiled)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+    torch._dynamo.reset()

@@ -17,6 +17,7 @@ from ..models.lemo_config import LemoConfig
 from ..models.sparse_decoder import sparse_backbone
 from .arguments import LemoTrainingArguments
 from .lemo_callback import LemoCallback
+from .quantised_bases import keep_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -305,8 +306,10 @@ class CompatibleOptions(LemoCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if kwargs.get("model") is not None:  # otherwise `model_init` makes it later
             require_compatible(args, self.run.args, kwargs["model"])
+            keep_trainable(kwargs["model"])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for line in require_compatible(args, self.run.args, kwargs["model"]):
             logger.warning("%s", line)
+        keep_trainable(kwargs["model"])
         super().on_train_begin(args, state, control, **kwargs)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import reprlib
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ AttentionForward = Literal["exact", "sparse"]
 ScoreSource = Literal["predicted", "true"]
 Draws = Literal["shared", "by_layer"]
 Checkpoint = Literal["none", "kept_rows"]
+
+_MEMORY = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})? ?[KMGT]i?B", re.IGNORECASE)
 
 # Sizes that a tensor's index can hold; what is larger is no size but a mistake.
 _LARGEST_SIZE = 2**31 - 1
@@ -34,6 +37,8 @@ class LemoConfig:
         enabled: `False` makes training the stock model's too.
         block_size: Tokens per block; blocks are chosen as a whole (paper: 64).
         keep_ratio: Share of a document's blocks that a layer keeps, in (0, 1]; one number, or one per layer.
+        memory_budget: Memory that a training step may take, such as `"40GiB"`: as training begins, `keep_ratio` becomes the largest
+            share, one for all layers, with which it is expected to fit.
         selection: `"sampled"` draws the blocks anew at each step, `"ratio"` keeps the most informative ones,
             `"threshold"` keeps those with informativeness of at least the layer's threshold (paper, Algorithm 1).
         thresholds: One informativeness threshold per layer, for `selection="threshold"`; calibration fills it in.
@@ -62,6 +67,7 @@ class LemoConfig:
     enabled: bool = True
     block_size: int = 64
     keep_ratio: float | list[float] = 0.5
+    memory_budget: str | None = None
     selection: SelectionMode = "sampled"
     thresholds: list[float] | None = None
     sampling_temperature: float | None = None
@@ -109,6 +115,11 @@ class LemoConfig:
         if not ratios or not all(_is_number(ratio) and 0 < ratio <= 1 for ratio in ratios):
             raise LemoConfigError(
                 f"keep_ratio is the share of blocks kept and must be in (0, 1]; got {shown(self.keep_ratio)}; 0.5 keeps half of them"
+            )
+        budget = self.memory_budget
+        if budget is not None and not (isinstance(budget, str) and _MEMORY.fullmatch(budget)):
+            raise LemoConfigError(
+                f"memory_budget must be an amount of memory; got {shown(budget)}; write it as '40GiB' or '40GB'"
             )
         temperature = self.sampling_temperature
         if temperature is not None and not (_is_number(temperature) and temperature > 0):

@@ -41,6 +41,7 @@ from .poisoned_samples import SampleWatch
 from .predictor_training import PredictorTraining, parameter_share
 from .recall_probe import DEFAULT_DOCUMENTS, RecallProbe, probe, threshold_search
 from .run_record import RunRecord
+from .step_forecast import StepForecast
 from .whole_checkpoints import newest_whole, unseal
 
 logger = logging.getLogger(__name__)

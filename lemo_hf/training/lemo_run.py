@@ -37,6 +37,7 @@ from .phase_documents import PhaseDocuments
 from .processes import Processes
 from .run_clock import RunClock
 from .sample_checks import require_finite_embeddings, require_sound
+from .step_memory import keep_within_budget
 from .stop_signals import StopSignals
 from .whole_checkpoints import STATE_FILE, explained_write_errors, seal, set_aside_cut
 
@@ -141,9 +142,12 @@ class LemoRun:
         self.writes = state.is_world_process_zero
         self.shows_progress = self.writes and not args.disable_tqdm
         self.lemo.validate_for(len(self.backbone.layers))
+        if self.lemo.enabled and self.lemo.memory_budget and state.global_step == 0:
+            keep_within_budget(self, args)
         phase_arguments = {name: getattr(self.args, name) for name in _PHASE_ARGUMENTS}
         # What the phases find, or shipped predictors bring, may differ between the start of a run and its continuation.
-        block = {name: value for name, value in self.lemo.to_dict().items() if name not in FOUND_FIELDS}
+        found = (*FOUND_FIELDS, "keep_ratio") if self.lemo.memory_budget else FOUND_FIELDS
+        block = {name: value for name, value in self.lemo.to_dict().items() if name not in found}
         self._settings = json.loads(json.dumps({**block, **phase_arguments, "phase_seed": seed}))
         self.finished, self.refits, self.metrics, self.fitted_now = [], 0, {}, False
         self.fitted_recall, self.refits_over = None, False
@@ -231,7 +235,7 @@ class LemoRun:
             name.removeprefix("predictors."): value for name, value in tensors.items() if name.startswith("predictors.")
         }
         set_predictors(self.backbone, predictors, block, str(path))
-        self.lemo.update(thresholds=block.thresholds)
+        self.lemo.update(thresholds=block.thresholds, **self._found_share(block))
         self.finished, self.predictors_fitted = stored["finished"], stored["predictors_fitted"]
         self.phase, self.progress = stored["phase"], stored["progress"]
         self.progress_tensors = {
@@ -274,10 +278,15 @@ class LemoRun:
         # Settings are the same; besides, there is what the phases found.
         if self.loaded_predictors != str(folder):
             load_predictors(self.backbone, folder)
-        self.lemo.update(thresholds=read_lemo_files(folder)[0].thresholds)
+        block = read_lemo_files(folder)[0]
+        self.lemo.update(thresholds=block.thresholds, **self._found_share(block))
         self.phase, self.finished, self.refits = stored["phase"], stored["finished"], stored["refits"]
         self.predictors_fitted = stored["predictors_fitted"]
         self.fitted_recall, self.refits_over = stored.get("fitted_recall"), stored.get("refits_over", False)
+
+    def _found_share(self, block: LemoConfig) -> dict[str, Any]:
+        # That of the run's start: pruned predictors may leave room for another one.
+        return {"keep_ratio": block.keep_ratio} if self.lemo.memory_budget else {}
 
     def _require_same_settings(self, stored: dict[str, Any], source: Path) -> None:
         for name, value in self._settings.items():

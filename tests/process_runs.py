@@ -115,6 +115,7 @@ def outcome(trainer: Any) -> dict[str, Any]:
     return {
         "curve": curve(trainer),
         "engine": type(trainer.model_wrapped).__name__,
+        "types": sorted({str(tensor.dtype) for tensor in predictor_tensors(backbone).values()}),
         "predictors": digest(predictor_tensors(backbone)),
         "thresholds": backbone.config.lemo.thresholds,
         "refits": trainer.lemo_run.refits if isinstance(trainer, LemoTrainer) else None,
@@ -180,8 +181,13 @@ def main(out: Path) -> None:
     sharded = train("fsdp", SAMPLED, fsdp=True, eval_dataset=RandomText(4), **SAVING)
     found["fsdp"]["eval_loss"] = sharded.evaluate()["eval_loss"]
     sharded.save_model(str(out / "fsdp_final"))
+    train("ddp_kept_rows", {**SAMPLED, "checkpoint": "kept_rows"}, max_steps=2)
     train("fsdp_kept_rows", {**SAMPLED, "checkpoint": "kept_rows"}, fsdp=True, max_steps=2)
     train("fsdp_checkpointing", SAMPLED, fsdp=True, max_steps=2, gradient_checkpointing=True)
+
+    for engine in ("ddp", "fsdp"):
+        ratio = {"selection": "ratio", "checkpoint": "kept_rows"}
+        train(f"bf16_{engine}", ratio, fsdp=engine == "fsdp", bf16=True, max_steps=2)
 
     # Resumed: by the same engine, by the other, and from what one process saved.
     later = {**SAVING, "resume": str(out / "fsdp" / "checkpoint-2")}

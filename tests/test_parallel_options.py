@@ -84,7 +84,8 @@ def plugin(**options: Any) -> FullyShardedDataParallelPlugin:
     ("options", "words"),
     [
         ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading=True"),
-        ({"activation_checkpointing": True}, "kept_rows"),
+        ({"activation_checkpointing": True}, "use LemoConfig(checkpoint='kept_rows')"),
+        ({"cpu_offload": True}, "fsdp_offload_params=True"),
         (
             {"transformer_cls_names_to_wrap": ["LlamaMLP"]},
             f"to wrap LlamaMLP; leave fsdp_transformer_layer_cls_to_wrap out, or name {LAYER}",
@@ -106,8 +107,14 @@ def test_sharded_optimizer_of_few_bits_is_refused(tmp_path: Path) -> None:
     assert "optim=adamw_bnb_8bit" in refused(lambda: refuse_fsdp(plugin(), arguments, tiny_lemo_model()))
 
 
+def test_compiled_layers_under_fsdp2_are_refused(tmp_path: Path) -> None:
+    arguments = tiny_arguments(tmp_path)
+    arguments.torch_compile = True
+    assert "torch_compile=True" in refused(lambda: refuse_fsdp(plugin(), arguments, tiny_lemo_model()))
+
+
 def test_fsdp2_by_whole_layers_is_let_through(tmp_path: Path) -> None:
-    for options in ({}, {"transformer_cls_names_to_wrap": [LAYER]}, {"cpu_offload": True}, {"reshard_after_forward": False}):
+    for options in ({}, {"transformer_cls_names_to_wrap": [LAYER]}, {"cpu_offload": False}, {"reshard_after_forward": False}):
         refuse_fsdp(plugin(**options), tiny_arguments(tmp_path), tiny_lemo_model())
 
 

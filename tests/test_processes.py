@@ -119,7 +119,7 @@ def test_batch_of_4_is_4_accumulated_is_2_processes_by_2_is_fsdp2(runs: dict[str
     assert ddp["curve"] == pytest.approx(runs["single"]["curve"], rel=1e-6)
     assert runs["accumulated"]["curve"] == pytest.approx(runs["single"]["curve"], rel=1e-6)
     assert fsdp["eval_loss"] == pytest.approx(runs["single"]["eval_loss"], rel=1e-6)
-    for name in ("fsdp_kept_rows", "fsdp_checkpointing"):
+    for name in ("ddp_kept_rows", "fsdp_kept_rows", "fsdp_checkpointing"):
         assert runs["ranks"][0][name]["curve"] == pytest.approx(ddp["curve"][:2], rel=1e-6)
         assert runs["ranks"][0][name]["saved_bytes"][0] < 0.5 * ddp["saved_bytes"][0]
 
@@ -162,6 +162,14 @@ def test_resumed_on_another_number_of_processes(runs: dict[str, Any], name: str)
     found = runs[name] if name in runs else runs["ranks"][0][name]
     assert found["curve"] == pytest.approx(runs["single"]["curve"], rel=1e-6)
     assert_close(adapter(runs["folder"] / folders[name] / "checkpoint-4"), adapter(runs["folder"] / "single" / "checkpoint-4"))
+
+
+def test_mixed_precision_leaves_predictors_and_loss_in_float32(runs: dict[str, Any]) -> None:
+    ddp, fsdp = runs["ranks"][0]["bf16_ddp"], runs["ranks"][0]["bf16_fsdp"]
+    assert ddp["types"] == fsdp["types"] == ["torch.float32"]
+    # The forwards round alike; a loss that is rounded itself would be off by 3e-3.
+    assert fsdp["curve"] == pytest.approx(ddp["curve"], rel=1e-4)
+    assert [round(loss * 128) / 128 for loss in fsdp["curve"]] != fsdp["curve"]
 
 
 def test_phases_are_shared_and_end_alike(runs: dict[str, Any]) -> None:

@@ -6,10 +6,13 @@ sequence or a matrix among processes would have to cut documents, blocks and sel
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainingArguments
 
 from ..errors import LemoError
@@ -47,8 +50,11 @@ def _refuse_sizes(sizes: Any) -> None:
 
 
 def prepare_engine(args: TrainingArguments, model: nn.Module) -> None:
-    """Looks at the engine that a trainer has set up, and has FSDP2 leave the predictors alone: they are small, stay float32, are
-    read outside of their layer's forward, and change their shapes.
+    """Looks at the engine that a trainer has set up, and prepares FSDP2 for LeMo.
+
+    It leaves the predictors alone: they are small, stay float32, are read outside of their layer's forward, and change their
+    shapes. With mixed precision it leaves the loss in float32, which accelerate has it round to 16 bits (a loss of 5 is known to
+    0.03 then), and reduces gradients in float32, as DDP does.
 
     Args:
         args: The trainer's.
@@ -75,11 +81,15 @@ def prepare_engine(args: TrainingArguments, model: nn.Module) -> None:
         refuse_fsdp(fsdp, args, model)
         # A model's own list also names the stock layers that its base class began with.
         fsdp.transformer_cls_names_to_wrap = [type(sparse_backbone(model).layers[0]).__name__]
+        policy = fsdp.mixed_precision_policy
+        if policy is not None and policy.param_dtype == policy.reduce_dtype == policy.output_dtype:  # accelerate's, from a word
+            fsdp.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         theirs = fsdp.ignored_modules
         if theirs is None or isinstance(theirs, str):
             fsdp.ignored_modules = f"(?:{theirs})|{_PREDICTORS}" if theirs else _PREDICTORS
         else:
-            fsdp.ignored_modules = [*theirs, *(layer.lemo_predictor for layer in sparse_backbone(model).layers)]
+            predictors = [layer.lemo_predictor.to(args.device) for layer in sparse_backbone(model).layers]
+            fsdp.ignored_modules = [*theirs, *predictors]
     elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise LemoError(
             f"FSDP was asked for, and accelerate did not set it up; device {args.device.type}, {args.world_size} processes; "
@@ -133,6 +143,11 @@ def refuse_fsdp(fsdp: Any, args: TrainingArguments, model: nn.Module) -> None:
             "LeMo's layers cannot stand within FSDP's checkpoint wrappers; fsdp activation_checkpointing=True; "
             "use LemoConfig(checkpoint='kept_rows'), or gradient_checkpointing=True"
         )
+    if isinstance(fsdp.cpu_offload, CPUOffloadPolicy):
+        raise LemoError(
+            "FSDP's offload of weights is not tried with LeMo; fsdp_offload_params=True; set it to false: checkpoint='kept_rows' and "
+            "save_on_cpu=True make room among the activations"
+        )
     layer = type(sparse_backbone(model).layers[0]).__name__
     names = {name for name in fsdp.transformer_cls_names_to_wrap or [] if name} or {layer}
     if names != {layer}:
@@ -145,6 +160,8 @@ def refuse_fsdp(fsdp: Any, args: TrainingArguments, model: nn.Module) -> None:
             f"FSDP2 may shard LeMo's models by whole layers only; min_num_params={fsdp.min_num_params}; "
             "set fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP"
         )
+    if getattr(args, "torch_compile", False):
+        raise LemoError("compiled layers under FSDP2 are not tried; torch_compile=True; leave it out, or train with DDP")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if any(part in optimizer for part in ("8bit", "4bit")):
         raise LemoError(

@@ -104,9 +104,9 @@ class Processes:
             LemoError: On every process alike, if they differ; names the first such value and two of its variants.
         """
         gathered = self.gather(values)
-        for name in gathered[0]:
+        for name in dict.fromkeys(name for one in gathered for name in one):
             for rank, others in enumerate(gathered):
-                mine, theirs = gathered[0][name], others.get(name)
+                mine, theirs = gathered[0].get(name), others.get(name)
                 if theirs != mine:
                     raise LemoError(
                         f"processes have different {name}; {_shown(mine)} on rank 0, {_shown(theirs)} on rank {rank}; {fix}"
@@ -162,6 +162,8 @@ def within_forward(model: nn.Module, call: Callable[[], T]) -> T:
 # Arguments that say where a process runs or what it shows, not what it trains.
 _OF_ONE_PROCESS = (
     *("local_rank", "disable_tqdm", "report_to", "run_name", "logging_dir", "log_level", "log_level_replica", "log_on_each_node"),
+    # Where a node keeps its copy of the base model.
+    *("_name_or_path", "base_model_name_or_path"),
     *("hub_token", "push_to_hub_token", "deepspeed", "debug", "dataloader_num_workers", "dataloader_pin_memory"),
 )
 
@@ -180,11 +182,13 @@ def settings_of(model: Any, lemo: dict[str, Any], arguments: Iterable[Any]) -> d
         found |= {name: _plain(value) for name, value in values.items() if name not in _OF_ONE_PROCESS}
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None:
-        found |= {f"adapter.{name}": _plain(value) for name, value in adapter.to_dict().items()}
+        values = adapter.to_dict()
+        found |= {f"adapter.{name}": _plain(value) for name, value in values.items() if name not in _OF_ONE_PROCESS}
     config = getattr(model, "config", None)
     if config is not None:
-        values = {name: value for name, value in config.to_dict().items() if name != "lemo"}
-        found |= {f"model.{name}": _plain(value) for name, value in values.items()}
+        values = config.to_dict()
+        values.pop("lemo", None)  # as it is now, not as it was loaded
+        found |= {f"model.{name}": _plain(value) for name, value in values.items() if name not in _OF_ONE_PROCESS}
     found["model.parameters"] = sum(weight.numel() for name, weight in model.named_parameters() if "lemo_predictor" not in name)
     found["model.trained"] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return found

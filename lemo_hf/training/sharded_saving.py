@@ -48,7 +48,7 @@ class ShardedSavingMixin(_Trainer):
             super().save_model(output_dir, _internal_call)
             return
         sharded: Any = self.model
-        weights = whole_weights(sharded)
+        weights = whole_weights(sharded, self.args.should_save)
         if self.args.should_save:
             # FSDP2 has made the model's class another one, whose source is no model's: code and auto_map are those of its own.
             self.model = sharded if isinstance(sharded, PeftModel) else _unsharded_twin(sharded)
@@ -105,22 +105,22 @@ def _whole(value: Any) -> Any:
     """A sharded tensor put together; every process has to ask. Anything else as it is."""
     if not isinstance(value, DTensor):
         return value
-    # Offloaded parts come from the CPU, where the engine may have no way to exchange them.
-    on_device: Any = value.to(value.device_mesh.device_type)
-    return on_device.full_tensor()
+    return value.full_tensor()
 
 
 def _part_of(whole: Tensor, like: DTensor) -> Tensor:
     """The part of a whole tensor that this process holds, cut as `like` is; nothing is exchanged."""
-    device = like.to_local().device
-    part = distribute_tensor(whole.to(like.device_mesh.device_type), like.device_mesh, like.placements, src_data_rank=None)
-    return part.to(device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a sharded model under their names, on the CPU of rank 0; other processes get an empty mapping.
+def whole_weights(model: nn.Module, keeps: bool) -> dict[str, Tensor]:
+    """The weights of a sharded model under their names, on the CPU; every process has to call it.
 
-    Every process has to call it. With an adapter the frozen weights of the layers are left out: they are the base model's.
+    With an adapter the frozen weights of the layers are left out: they are the base model's.
+
+    Args:
+        model: The sharded model.
+        keeps: Whether this process wants them; the others help, and get an empty mapping.
     """
     left_out = _tied(model)
     if isinstance(model, PeftModel):
@@ -130,7 +130,6 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
             for name, weight in model.named_parameters()
             if not weight.requires_grad and ".layers." in name and prefix not in name
         }
-    keeps = torch.distributed.get_rank() == 0
     found = {}
     for name, value in model.state_dict().items():
         if name not in left_out:

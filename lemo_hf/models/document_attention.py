@@ -211,11 +211,13 @@ def centred_keys(query: Tensor, key: Tensor, lse: Tensor, scope: AttentionScope)
     Returns:
         Keys and log-sum-exps to use instead; only the keys carry gradient. In 16 bits the shifted keys are rounded once more.
     """
-    parts = _by_document(key, [length for length in scope.lengths if length > 0])
-    means = [part.mean(2, keepdim=True, dtype=lse.dtype).to(key.dtype).expand_as(part) for part in parts]
-    centre = _as_rows(means)
-    with torch.no_grad():
-        by_head = centre.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        # In the wider dtype: an error here would scale a whole row of probabilities.
-        shift = (query * by_head.to(lse.dtype)).sum(-1, keepdim=True) * scope.scale
-    return key - centre, lse - shift
+    lengths = [length for length in scope.lengths if length > 0]
+    keys, shifts = [], []
+    for k, q in zip(_by_document(key, lengths), _by_document(query, lengths), strict=True):
+        mean = k.mean(2, keepdim=True, dtype=lse.dtype).to(k.dtype)
+        keys.append(k - mean)
+        with torch.no_grad():
+            # In the wider dtype: an error here would scale a whole row of probabilities.
+            by_head = mean.to(lse.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
+            shifts.append((q * by_head).sum(-1, keepdim=True) * scope.scale)
+    return _as_rows(keys), lse - _as_rows(shifts)

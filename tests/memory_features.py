@@ -111,16 +111,20 @@ FEATURES = {
     "new_tokens": Feature("embeddings", adapter={"trainable_token_indices": {"embed_tokens": [5, 7, 11]}}),
     "trained_ends": Feature("embeddings", adapter={"modules_to_save": ["embed_tokens", "norm"]}),
     "tied": Feature("tied", model={"tie_word_embeddings": True}),
+    "tied_adapters": Feature(
+        "tied", model={"tie_word_embeddings": True}, adapter={"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    ),
     "full": Feature("full"),
     "neftune": Feature("neftune", prepare=with_noise),
 }
 # No pair, in the stock libraries already; the last is refused at start.
 IMPOSSIBLE = {
     ("full", other): "there is no adapter"
-    for other in ("dora", "rslora", "dropout", "mlp", "head", "embeddings", "new_tokens", "trained_ends")
+    for other in ("dora", "rslora", "dropout", "mlp", "head", "embeddings", "new_tokens", "trained_ends", "tied_adapters")
 } | {
     ("full", "4bit"): "Trainer refuses to train a quantised base whole",
     ("full", "8bit"): "the same",
+    ("new_tokens", "tied_adapters"): "PEFT wraps embeddings once",
     ("8bit", "dora"): "PEFT loses the scales of 8-bit weights on a CPU",
 }
 

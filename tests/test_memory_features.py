@@ -4,8 +4,23 @@ from itertools import combinations
 
 import pytest
 import torch
-from memory_features import FEATURES, IMPOSSIBLE, Step, step
+from memory_features import FEATURES, IMPOSSIBLE, Step, batch_for, step
+from peft import (
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    OFTConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from references.tiny_models import assert_same_gradients, lemo_model, loss_and_gradients, stock_model, trainable_gradients
 from training_runs import curve, tiny_trainer
+
+from lemo_hf.models.sparse_decoder import sparse_backbone
 
 FORMS = ["exact", "sparse"]
 # In every `make test`; the others are slow. Each feature once, and the pairs in which something was or could be wrong.
@@ -31,6 +46,7 @@ CHOSEN = {
     ("head", "tied"): "an adapter on one of two tied ends",
     ("new_tokens", "tied"): "one trained row in two places",
     ("embeddings", "tied"): "an adapter on the other end",
+    ("kept_rows", "tied_adapters"): "one adapter in two places",
     ("head", "rslora"): "a fused loss could leave the adapter out",
     ("trained_ends", "neftune"): "noise on a wrapped module",
 }
@@ -100,7 +116,7 @@ def check(names, form, folder) -> None:
         assert got.layer_bytes < dense.layer_bytes
 
     # The head's dropout is drawn for rows with a label, the stock model's for all.
-    if not {"head", "dropout"} <= set(names):
+    if not ("dropout" in names and {"head", "tied_adapters"} & set(names)):
         whole = step(names, folder, {**lemo, "keep_ratio": 1.0})
         stock = step(tuple(name for name in names if name != "kept_rows"), folder, None, beside=names)
         # Rows are multiplied in other groups than the stock model's, through two layers and back.
@@ -111,6 +127,61 @@ def check(names, form, folder) -> None:
 @pytest.mark.parametrize(("first", "second"), [pair for pair in all_pairs() if "compile" not in pair.values])
 def test_pair(first, second, form, folder):
     check((first, second), form, folder)
+
+
+OTHER_METHODS = {
+    "prompts": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "encoded prompts": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "ia3": IA3Config(task_type="CAUSAL_LM"),
+    "norms": LNTuningConfig(task_type="CAUSAL_LM"),
+    "vera": VeraConfig(task_type="CAUSAL_LM", r=4),
+    "oft": OFTConfig(task_type="CAUSAL_LM", r=0, oft_block_size=4),
+    "hra": HRAConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"]),
+    "loha": LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]),
+    "tokens": TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[4, 5]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_other_methods_of_peft_train(method, form):
+    batch = batch_for(())
+
+    def trained(**lemo):
+        model = lemo_model(stock_model(), **lemo) if lemo else stock_model()
+        torch.manual_seed(0)
+        model = get_peft_model(model, OTHER_METHODS[method]).train()
+        torch.manual_seed(3)
+        loss, gradients = loss_and_gradients(model, batch)
+        return Step(loss, gradients, 0, 0, 0, sparse_backbone(model).lemo_kept_shares if lemo else ())
+
+    stock = trained()
+    assert_same(trained(keep_ratio=1.0, attention_forward=form), stock, 32 * torch.finfo(torch.float32).eps)
+    got, again = (trained(keep_ratio=0.4, attention_forward=form, checkpoint=checkpoint) for checkpoint in ("none", "kept_rows"))
+    assert max(got.shares) < 0.5
+    assert_same(again, got, torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_float16_scaler_scales_every_gradient(form, checkpoint):
+    """Gradients that the loss forms in its forward pass, before the scaler's factor, included."""
+    batch = batch_for(())
+    gradients = []
+    for scale in (None, 2.0**12):
+        model = lemo_model(
+            stock_model(), {"targets": "all-linear"}, keep_ratio=0.4, attention_forward=form, checkpoint=checkpoint
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = model(**batch).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        gradients.append(trainable_gradients(model))
+    largest = max(gradient.abs().max().item() for gradient in gradients[0].values())
+    assert_same_gradients(gradients[1], gradients[0], rtol=1e-2, atol=2 * torch.finfo(torch.float16).eps * largest)
 
 
 def compiled_pairs():

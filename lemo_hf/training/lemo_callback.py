@@ -44,7 +44,9 @@ class LemoCallback(TrainerCallback):
 
 def precision(args: TrainingArguments) -> torch.autocast:
     """The precision that the training forward runs in."""
-    return torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=bool(args.bf16))
+    device = args.device.type
+    half = bool(args.fp16) and device != "cpu"  # where accelerate leaves float16 out
+    return torch.autocast(device, dtype=torch.float16 if half else torch.bfloat16, enabled=bool(args.bf16) or half)
 
 
 def by_layer(name: str, values: list[float]) -> dict[str, float]:

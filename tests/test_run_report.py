@@ -243,7 +243,8 @@ def test_text_of_a_run_is_never_markup(copied):
     about["run"] |= {"base_model": HOSTILE, "data": HOSTILE, "adapter": HOSTILE, "precision": HOSTILE}
     about["run"]["provenance"] = {"commit": HOSTILE, "versions": {HOSTILE: HOSTILE}, "machine": {"gpu": HOSTILE}}
     about["arguments"] = {HOSTILE: HOSTILE}
-    about["device"] = HOSTILE
+    about["device"] = HOSTILE + "\ud800"
+    about["arguments"]["seed"] = "\ud800"
     entries[2][HOSTILE] = 1.0
     entries[2]["loss"] = HOSTILE
     (folder / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in [about, *entries]))

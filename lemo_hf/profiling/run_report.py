@@ -72,7 +72,7 @@ def write_report(
     """
     try:
         page = render_report(runs, baseline, title, notes)
-    except LemoConfigError:
+    except (LemoError, LemoConfigError):
         raise
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         names = ", ".join(repr(run.name) for run in runs)
@@ -80,7 +80,7 @@ def write_report(
         raise LemoError(f"run's files hold values of the wrong kind ({reason}); {names}; copy them from the run again") from error
     try:
         with atomic_path(path) as partial:
-            partial.write_text(page, encoding="utf-8")
+            partial.write_text(page, encoding="utf-8", errors="replace")  # a name may hold what is no character
     except OSError as error:
         raise LemoError(f"report cannot be written ({error.strerror}); {str(path)!r}; name another file with --out") from error
     return path

@@ -81,7 +81,7 @@ class RunRecord(LemoCallback):
             return
         path = run.folder / LOG_FILE
         try:
-            if self._written_of is not state:
+            if self._written_of is not state or len(state.log_history) < self._written:
                 about = self._about(args, state, kwargs["model"], kwargs["train_dataloader"].dataset)
                 with atomic_path(path) as partial:
                     partial.write_text("".join(f"{json.dumps(line)}\n" for line in [about, *state.log_history]), encoding="utf-8")

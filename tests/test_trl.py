@@ -230,6 +230,20 @@ def test_configs_of_both_in_one():
     assert asked.activation_checkpointing is True
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl's config sets it
+def test_trls_default_checkpointing_is_said(tmp_path, caplog):
+    default = {"activation_checkpointing": None}
+    with caplog.at_level("WARNING", logger="lemo_hf"):
+        hidden = trained(tmp_path / "a", SAMPLED, conversations(), max_steps=1, **default)
+        assert "gradient_checkpointing=True; set gradient_checkpointing=False, as LemoSFTConfig does" in caplog.text
+        caplog.clear()
+        trained(tmp_path / "b", SAMPLED, conversations(), max_steps=1)
+        lemo_sft_trainer(tmp_path / "c", activation_checkpointing=True)
+        assert "LemoSFTConfig" not in caplog.text
+    whole = trained(tmp_path / "d", {**SAMPLED, "keep_ratio": 1.0}, conversations(), max_steps=1, **default)
+    assert steps(hidden)[0]["saved_bytes/layer_1"] == steps(whole)[0]["saved_bytes/layer_1"]  # what is said is so
+
+
 def test_what_is_refused_at_start(tmp_path):
     with pytest.raises(LemoError, match=r"LemoSFTTrainer needs LemoSFTConfig; got SFTConfig; replace the class"):
         LemoSFTTrainer(model=model(SPARSE), args=SFTConfig(**sft_values(tmp_path)), train_dataset=conversations())

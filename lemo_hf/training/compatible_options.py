@@ -173,6 +173,12 @@ def _dropout_in_attention(options: Options) -> str | None:
     return None
 
 
+def _checkpointing_of_trl(options: Options) -> str | None:
+    is_default = hasattr(options.args, "loss_type") and not hasattr(options.args, "eval_sparse")  # SFTConfig, not LemoSFTConfig
+    both = is_default and options.lemo.enabled and options.checkpointing is not None
+    return "gradient_checkpointing=True" if both else None
+
+
 PAIRS = (
     Pair(
         "activation_checkpointing=True",
@@ -259,6 +265,14 @@ PAIRS = (
         "attention weights are never formed, and every layer chooses",
         "set attention_dropout and layerdrop to 0.0 in the model's config",
         _dropout_in_attention,
+    ),
+    Pair(
+        "trl's default, `gradient_checkpointing=True`",
+        "a LeMo model",
+        "whole-layer checkpointing stores every row of a layer, so LeMo saves time and hardly memory",
+        "set gradient_checkpointing=False, as LemoSFTConfig does, and checkpoint='kept_rows' if memory is short",
+        _checkpointing_of_trl,
+        is_refused=False,
     ),
 )
 

@@ -3,7 +3,7 @@
 The unit is a dense forward of one sample. In the sparse form the MLP's share of it, about 0.8 up to 16K tokens, is computed for
 every row and the rest for the share k of kept blocks; the exact form's forward is dense. Backward costs k: frozen weights have no
 gradient. Fitting predictors on a document costs its dense forward and about 0.2 more: block scores and the predictors' steps; a
-recall probe has no steps and costs 0.05 more.
+recall probe has no steps and costs 0.15 more, queries and keys projected once more among it.
 Attention, quadratic in length, counts like everything else, so these are estimates: right to tens of percent
 (benchmarks/phase_flops.py counts the phases).
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..models.lemo_config import LemoConfig
 
 _FIT = 1.2
-_PROBE = 1.05
+_PROBE = 1.15
 _MLP = 0.8
 # Share of a run's compute from which the phases are worth a warning.
 LARGE_SHARE = 0.05

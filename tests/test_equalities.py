@@ -37,12 +37,7 @@ WAYS = {
     "packed, by lengths": {"layout": "packed_cu"},
     "stock checkpointing": {"stock_checkpointing": True},
     "kept-row checkpointing": {"checkpoint": "kept_rows"},
-    "packed pairs, both checkpointings": {
-        "layout": "packed_cu",
-        "accumulation": 2,
-        "stock_checkpointing": True,
-        "checkpoint": "kept_rows",
-    },
+    "packed pairs, kept-row checkpointing": {"layout": "packed_cu", "accumulation": 2, "checkpoint": "kept_rows"},
 }
 
 

@@ -37,6 +37,8 @@ _END = 2**20  # bytes
 # What writing to a disk that is full, over quota, limited or failing raises.
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
+_TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
+
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoint folders in an output folder, whole or not, the newest (by step) first."""
@@ -249,7 +251,7 @@ def is_write_error(error: BaseException) -> bool:
     text = str(error)
     if isinstance(error, SafetensorError):
         return "I/O error" in text or "os error" in text
-    return isinstance(error, RuntimeError) and any(part in text for part in ("PytorchStreamWriter", "inline_container"))
+    return isinstance(error, RuntimeError) and any(part in text for part in _TORCH_WRITE_ERRORS)
 
 
 def _free_bytes(folder: Path) -> int:

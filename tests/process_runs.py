@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,17 @@ class UnevenText(RandomText):
             "labels": tokens.clone() if index not in (1, 4) else torch.full_like(tokens, -100),
             "attention_mask": mask,
         }
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Every other sample."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        samples = RandomText(40)
+        return (samples[index] for index in range(self.first, 40, 2))
 
 
 def padded(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -215,6 +226,10 @@ def main(out: Path) -> None:
         trainer.train()
     found["gradients"] = gradients(trainer, rank)
     found["thresholds"] = {"two": thresholds(trainer, Processes()), "one": thresholds(trainer, None)}
+
+    # A stream of which each process has its own part.
+    parts = {"data": Stream(rank), "accelerator_config": {"dispatch_batches": False}}
+    train("stream", THRESHOLD, **parts, **PHASES, max_steps=2)
 
     # Batches that are padding, without labels or short, on one process at a time.
     uneven = {"data": UnevenText(), "data_collator": padded, "train_sampling_strategy": "sequential", "max_steps": 4}

@@ -3,12 +3,12 @@
 import logging
 from typing import Any
 
-from torch.utils.data import IterableDataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..models.sparse_decoder import sparse_backbone
 from .lemo_callback import LemoCallback
 from .parallel_options import prepare_engine
+from .phase_documents import is_stream
 from .processes import Processes, settings_of
 
 _START_ALIKE = "start all processes with the same script, recipe and versions"
@@ -40,10 +40,9 @@ class JoinProcesses(LemoCallback):
         if not run.processes:
             return
         dataset = kwargs["train_dataloader"].dataset
-        is_stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
         found = {
             **{f"lemo.{name}": value for name, value in run.lemo.to_dict().items()},
-            "samples of the training set": None if is_stream else len(dataset),
+            "samples of the training set": None if is_stream(dataset) else len(dataset),
             "steps done": state.global_step,
             "phases done": run.finished,
             "progress of the phase": run.progress,

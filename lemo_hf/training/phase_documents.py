@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from ..errors import LemoError
 from ..evaluation.layer_scores import backbone_inputs, documents_of
@@ -30,11 +31,18 @@ def untouched_randomness() -> Iterator[None]:
             np.random.set_state(numpy)  # noqa: NPY002
 
 
+def is_stream(dataset: Any) -> bool:
+    """Whether samples can only be read one after the other."""
+    # One that is split among processes has a length, by its class, and raises when asked for it.
+    return isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+
+
 class PhaseDocuments:
     """Single samples of the training set as collated batches, in an order of their own.
 
     Args:
-        dataset: The training set; a stream is read from its start into memory as far as it is needed.
+        dataset: The training set, or of a stream that is split among processes the part of this one; a stream is read from its
+            start into memory as far as it is needed.
         collate: The training collator.
         seed: Seed of the order.
         probes, profile: How many documents, the first ones, measure recall, and how many after them are the profile set of
@@ -54,7 +62,7 @@ class PhaseDocuments:
         self._collate = collate
         # Called with every document and its name, before anybody reads it.
         self.check: Callable[[dict[str, Any], str], None] | None = None
-        self._stream = None if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else iter(dataset)
+        self._stream = iter(dataset) if is_stream(dataset) else None
         self._read: list[Any] = []
         self._order: list[int] = []
         if self._stream is None:

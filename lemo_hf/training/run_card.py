@@ -10,6 +10,7 @@ from ..hub.card_metadata import public_name
 from ..hub.lemo_files import context_config
 from ..hub.model_card import RunResults, values_by_layer
 from .lemo_run import LemoRun
+from .phase_documents import is_stream
 
 
 def results_of(run: LemoRun, model: Any, dataset: Any, history: list[dict[str, Any]], steps: int) -> RunResults:
@@ -25,7 +26,7 @@ def results_of(run: LemoRun, model: Any, dataset: Any, history: list[dict[str, A
     layers = len(run.backbone.layers)
     device = next(run.backbone.parameters()).device
     probes = [documents_of(backbone_inputs(batch, device), run.lemo.block_size) for batch in run.documents.probes()]
-    size = f"{len(dataset)} samples" if hasattr(dataset, "__len__") else "a stream of samples"
+    size = "a stream of samples" if is_stream(dataset) else f"{len(dataset)} samples"
     adapter = adapter_in_words(model)
     base = model.get_base_model() if adapter else model
     saved = [logs["saved_bytes"] for logs in history if "saved_bytes" in logs]

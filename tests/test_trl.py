@@ -18,6 +18,7 @@ from chat_runs import (
     texts,
     tokenizer,
 )
+from hub_server import HubServer, hub_client
 from peft import LoraConfig, get_peft_model
 from references.tiny_models import add_lora, batches_of, chosen_blocks
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -214,6 +215,36 @@ def test_evaluation_in_lemo_sft_trainer(tmp_path):
     dense.model.load_state_dict(evaluated.model.state_dict())
     kept = {name: value for name, value in evaluated.evaluate().items() if name in ("eval_entropy", "eval_mean_token_accuracy")}
     assert kept == {name: value for name, value in dense.evaluate().items() if name in kept}
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub 2.4, as in test_push.py
+def test_lemo_sft_trainer_pushes_predictors_and_our_card(tmp_path, monkeypatch):
+    with HubServer() as hub:
+        hub_client(monkeypatch, hub, hub.token)
+        changes = {"push_to_hub": True, "hub_model_id": "me/sft", "hub_token": hub.token, "hub_strategy": "checkpoint"}
+        trainer = lemo_sft_trainer(tmp_path / "run", save_strategy="steps", save_steps=2, **changes)
+        trainer.train()
+        trainer.push_to_hub(dataset_name="org/talks")
+        repo = hub.repos["me/sft"]
+    assert repo.private
+    last = {f"last-checkpoint/{name}" for name in ("lemo_predictors.safetensors", "lemo_state.json", "optimizer.pt")}
+    assert {"lemo_predictors.safetensors", "lemo_config.json", "adapter_model.safetensors", *last} <= repo.files.keys()
+    card = repo.files["README.md"].decode()
+    assert BEGIN in card
+    assert "# sft" in card
+    assert "org/talks" in card
+    assert not any(hub.token.encode() in data for data in repo.files.values())
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`, and the logits:FutureWarning")
+def test_metrics_of_the_user_in_lemo_sft_trainer(tmp_path):
+    def rows(outputs):
+        return {"rows": float(len(outputs.predictions)), "vocabulary": float(outputs.predictions.shape[-1])}
+
+    trainer = lemo_sft_trainer(tmp_path, eval_dataset=conversations(4), compute_metrics=rows, max_steps=1)
+    trainer.train()
+    assert {"eval_rows": 4.0, "eval_vocabulary": 300.0}.items() <= trainer.evaluate().items()
+    assert trainer.predict(trainer.eval_dataset).predictions.shape[::2] == (4, 300)
 
 
 def test_configs_of_both_in_one():

@@ -23,6 +23,8 @@ FAMILIES = {
     "mistral_7b_lora_32k": ("Mistral-7B", {"vocab_size": 32000, "sliding_window": 4096}, 7_241_732_096, None),
     "opt_6.7b_lora_2k": ("OPT-6.7B", {}, 6_658_473_984, None),
     "qwen3_8b_lora_32k": ("Qwen3-8B", {}, 8_190_735_360, None),
+    "qwen3_8b_answers_32k": ("Qwen3-8B", {}, 8_190_735_360, None),
+    "llama3_8b_pretrain_64k": ("Llama-3-8B", {}, 8_030_261_248, 8.0),
 }
 
 
@@ -52,6 +54,8 @@ def test_a_family_s_recipe_fits_its_model(name, tmp_path):
         assert 0 < predictors < 0.01 * parameters
         targets = recipe.lora.lora_target_modules
         tuned = get_peft_model(model, LoraConfig(r=recipe.lora.lora_r, target_modules=targets))
+    if targets == "all-linear":
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapters = [key for key, weight in tuned.named_parameters() if weight.requires_grad]
     assert len(adapters) == 2 * len(targets) * config.num_hidden_layers
     assert all(any(f".{target}." in key for target in targets) for key in adapters)

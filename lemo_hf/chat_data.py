@@ -27,6 +27,9 @@ from .text_data import PackedDocuments, data_paths, dataset_rows, jsonl_rows
 
 logger = logging.getLogger(__name__)
 
+# Token ids and labels of a conversation, int64 of one length: lists of Python's integers take three times the memory.
+Piece = tuple[torch.Tensor, torch.Tensor]
+
 ROLES = ("system", "user", "assistant", "tool")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -167,7 +170,11 @@ def set_chat_template(tokenizer: Any, path: str | Path | None, loss_on: str) -> 
     where = f"{str(path)!r}" if path is not None else f"that of {tokenizer.name_or_path!r}"
     if not tokenizer.chat_template:
         raise LemoError(f"tokenizer has no chat template; {tokenizer.name_or_path!r}; give one with chat_template: FILE.jinja")
-    if loss_on == "answers" and _GENERATION.search(tokenizer.get_chat_template()) is None:
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several templates, none of them the default
+        raise LemoError(f"tokenizer has no default chat template; {where}; give one with chat_template: FILE.jinja") from error
+    if loss_on == "answers" and _GENERATION.search(template) is None:
         raise LemoError(
             f"chat template does not mark answers, it has no {{% generation %}}; {where}; give one that has with chat_template: FILE.jinja "
             "({% generation %} before an answer, {% endgeneration %} behind its end-of-turn token), or set loss_on: all"
@@ -176,7 +183,7 @@ def set_chat_template(tokenizer: Any, path: str | Path | None, loss_on: str) -> 
 
 def tokenize_conversations(
     tokenizer: Any, conversations: Iterable[Conversation], seq_len: int, loss_on: str = "answers"
-) -> list[tuple[list[int], list[int]]]:
+) -> list[Piece]:
     """Token ids and labels of the conversations that fit into `seq_len` tokens; the others are shortened or left out, and counted.
 
     Args:
@@ -188,13 +195,13 @@ def tokenize_conversations(
     Raises:
         LemoError: If the template refuses a conversation, or marks none of its tokens as an answer.
     """
-    found: list[tuple[list[int], list[int]]] = []
+    found: list[Piece] = []
     total = shortened = 0
     for conversation in conversations:
         total += 1
         for tries, (ids, labels) in enumerate(_shorter_and_shorter(tokenizer, conversation, loss_on)):
             if len(ids) <= seq_len:
-                found.append((ids, labels))
+                found.append((torch.tensor(ids), torch.tensor(labels)))
                 shortened += tries > 0
                 break
     if shortened or len(found) < total:
@@ -288,10 +295,10 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return bins
 
 
-def _row(pieces: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+def _row(pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
     return {
-        "input_ids": torch.tensor([token for ids, _ in pieces for token in ids], dtype=torch.long),
-        "labels": torch.tensor([label for _, labels in pieces for label in labels], dtype=torch.long),
+        "input_ids": torch.cat([ids for ids, _ in pieces]),
+        "labels": torch.cat([labels for _, labels in pieces]),
         "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in pieces]),
     }
 

@@ -119,6 +119,9 @@ def test_files_that_hold_no_conversations_are_refused(tmp_path):
 def test_a_template_without_markers_is_refused_before_anything_is_read(tmp_path):
     marked = tmp_path / "mine.jinja"
     marked.write_text(MARKED)
+    bare = tokenizer({"rag": MARKED})
+    with pytest.raises(LemoError, match=r"tokenizer has no default chat template; .*; give one with chat_template: FILE.jinja"):
+        set_chat_template(bare, None, "all")
     bare = tokenizer(None)
     with pytest.raises(LemoError, match=r"tokenizer has no chat template; .*; give one with chat_template: FILE.jinja"):
         set_chat_template(bare, None, "all")
@@ -152,12 +155,13 @@ def test_labels_are_the_answers_tokens(template):
     messages = [{"role": "system", "content": "be short"}, *talk(8, 5)]
     ((ids, labels),) = tokenize_conversations(made, [Conversation("a", messages)], 4096)
     assert made.decode(ids) == made.apply_chat_template(messages, tokenize=False)
+    ids, labels = ids.tolist(), labels.tolist()
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     end = "<|im_end|>" if template == "chatml" else made.eos_token
     answers = "".join(message["content"] + end for message in messages if message["role"] == "assistant")
     assert made.decode([label for label in labels if label != -100]) == answers
     ((_, everything),) = tokenize_conversations(made, [Conversation("a", messages)], 4096, "all")
-    assert everything == [-100, *ids[1:]]
+    assert everything.tolist() == [-100, *ids[1:]]
 
 
 def test_long_conversations_lose_their_last_exchanges_and_are_counted(caplog):
@@ -181,7 +185,7 @@ def test_long_conversations_lose_their_last_exchanges_and_are_counted(caplog):
 def test_conversations_are_packed_whole():
     made = tokenizer()
     conversations = [Conversation(f"c:{seed}", conversation(seed, 5 + 3 * seed)) for seed in range(30)]
-    alone = sorted(ids for ids, _ in tokenize_conversations(made, conversations, 256))
+    alone = sorted(ids.tolist() for ids, _ in tokenize_conversations(made, conversations, 256))
     rows = pack_conversations(made, conversations, 256)
     found = []
     for row in rows:

@@ -29,6 +29,7 @@ from lemo_hf.errors import LemoError
 from lemo_hf.hub.lemo_files import read_json
 from lemo_hf.hub.model_card import BEGIN
 from lemo_hf.models.lemo_config import LemoConfigError
+from lemo_hf.profiling.activation_memory import ActivationMemory
 
 SPARSE = {"selection": "ratio", "attention_forward": "sparse"}
 SAMPLED = {"selection": "sampled"}
@@ -69,6 +70,21 @@ def test_sft_is_sparse_and_switched_off_is_the_stock_run(tmp_path, case):
         assert many["kept_share"] == 1.0
         for layer in (0, 1):
             assert few[f"saved_bytes/layer_{layer}"] < 0.62 * many[f"saved_bytes/layer_{layer}"]
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_saved_bytes_fall_against_the_stock_model(tmp_path, loss):
+    saved = {}
+    for name, lemo in (("off", {"enabled": False}), ("half", SAMPLED), ("kept rows", {**SAMPLED, "checkpoint": "kept_rows"})):
+        trainer = sft_trainer(tmp_path, lemo, conversations(), assistant_only_loss=True, loss_type=loss)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.model.train()
+        with ActivationMemory(trainer.model) as memory:
+            loss_and_graph = trainer.compute_loss(trainer.model, batch)
+        saved[name] = sum(memory.saved.by("layer").get(layer, 0) for layer in (0, 1))
+        assert loss_and_graph.requires_grad  # and what it saves is alive
+    assert saved["half"] < 0.6 * saved["off"]
+    assert saved["kept rows"] < 0.25 * saved["off"]
 
 
 @pytest.mark.parametrize("changes", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": None}], ids=["smoothing", "function"])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from references.tiny_models import lemo_model, place, random_tokens, stock_model, trainable_gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from lemo_hf import AutoLemoModelForCausalLM, LemoConfig
@@ -20,6 +21,8 @@ from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.activation_memory import ActivationMemory
 from lemo_hf.training.activation_offload import ActivationOffload
 
+# Releases of transformers that can checkpoint some layers only.
+EVERY_N = "every_n_layers" in signature(getattr(PreTrainedModel, "activation_checkpointing_enable", len)).parameters
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 BLOCK = {"block_size": 8, "predictor_rank": 8, "predictor_features": 8, "segment_size": 32}
 
@@ -67,12 +70,15 @@ def with_noise(model: Any) -> Any:
     return model
 
 
-def checkpointing(every_n_layers: int = 1, offload: bool = False, use_reentrant: bool = False) -> dict[str, Any]:
-    return {
-        "every_n_layers": every_n_layers,
-        "offload": offload,
-        "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
-    }
+def checkpointing(every_n_layers: int = 1, use_reentrant: bool = False) -> dict[str, Any]:
+    return {"every_n_layers": every_n_layers, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+
+
+def enable_checkpointing(model: Any, activation_checkpointing_kwargs: dict[str, Any], every_n_layers: int) -> None:
+    if EVERY_N:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers=every_n_layers)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=activation_checkpointing_kwargs)
 
 
 def selective_checkpointing() -> dict[str, Any]:
@@ -117,6 +123,8 @@ FEATURES = {
     "full": Feature("full"),
     "neftune": Feature("neftune", prepare=with_noise),
 }
+if not EVERY_N:
+    del FEATURES["every_2_layers"]
 # No pair, in the stock libraries already; the last is refused at start.
 IMPOSSIBLE = {
     ("full", other): "there is no adapter"
@@ -181,7 +189,7 @@ def make_model(names: tuple[str, ...], folder: Path, lemo: dict[str, Any] | None
             model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **values))
     for feature in features:
         if feature.checkpointing is not None:
-            model.activation_checkpointing_enable(**feature.checkpointing)
+            enable_checkpointing(model, **feature.checkpointing)
     return model.train()
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from training_runs import RandomText, tiny_arguments
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from training_runs import RandomText, curve, tiny_arguments
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from lemo_hf import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer
 from lemo_hf.errors import LemoError
@@ -111,3 +111,34 @@ def test_4bit_weights_laid_out_for_inference_are_refused(base, tmp_path):
     matrix.weight.quant_state.packing_format_for_cpu = True  # as bitsandbytes marks it
     with pytest.raises(LemoError, match=r"no gradient passes them; .*layers.1.mlp.up_proj; load the model anew"):
         LemoTrainer(model, tiny_arguments(tmp_path), train_dataset=RandomText())
+
+
+class StopAt(TrainerCallback):
+    """Ends a run in the middle of its third step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise InterruptedError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_run_on_few_bits_resumes_with_the_same_curve(bits, base, tmp_path):
+    def trainer(folder, *callbacks):
+        torch.manual_seed(0)
+        block = LemoConfig(**BLOCK, checkpoint="kept_rows")
+        model = AutoLemoModelForCausalLM.from_pretrained(base, lemo=block, dtype=torch.float32, **quantization(bits))
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=ATTENTION))
+        saving = {"save_strategy": "steps", "save_steps": 2}
+        args = tiny_arguments(tmp_path / folder, max_steps=4, predictor_documents=2, probe_steps=1, **saving)
+        return LemoTrainer(model, args, train_dataset=RandomText(), callbacks=list(callbacks))
+
+    straight = trainer("straight")
+    straight.train()
+    with pytest.raises(InterruptedError):
+        trainer("stopped", StopAt()).train()
+    resumed = trainer("stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert curve(resumed) == curve(straight)
+    assert len(curve(resumed)) == 4

@@ -84,7 +84,8 @@ class SaveOnCpu(LemoCallback):
         super().__init__(run)
         self._offload: ActivationOffload | None = None
 
-    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         self._end()  # of a training that was cut short
         if self.run.args.save_on_cpu:
             self._offload = ActivationOffload(self.run.backbone.layers, args.device.type)

@@ -53,6 +53,11 @@ class Options:
         return {} if any(getattr(layer, "gradient_checkpointing", False) for layer in layers) else None
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether the trainer compiles the model, or it came compiled."""
+        return bool(self.args.torch_compile) or hasattr(self.model, "_orig_mod")
+
+    @property
     def adapters(self) -> list[Any]:
         """PEFT's config of every adapter."""
         return list((getattr(self.model, "peft_config", None) or {}).values())
@@ -98,21 +103,21 @@ def _stock_and_kept_rows(options: Options) -> str | None:
 def _compiled_selection(options: Options) -> str | None:
     lemo = options.lemo
     changes = lemo.enabled and lemo.selection != "ratio"
-    return f"torch_compile=True, selection={lemo.selection!r}" if options.args.torch_compile and changes else None
+    return f"torch_compile=True, selection={lemo.selection!r}" if options.is_compiled and changes else None
 
 
 def _compiled_kept_rows(options: Options) -> str | None:
     again = options.lemo.enabled and options.lemo.checkpoint == "kept_rows"
-    return "torch_compile=True, checkpoint='kept_rows'" if options.args.torch_compile and again else None
+    return "torch_compile=True, checkpoint='kept_rows'" if options.is_compiled and again else None
 
 
 def _compiled_checkpointing(options: Options) -> str | None:
-    both = options.args.torch_compile and options.checkpointing is not None and options.lemo.enabled
+    both = options.is_compiled and options.checkpointing is not None and options.lemo.enabled
     return "torch_compile=True, activation_checkpointing=True" if both else None
 
 
 def _compiled_offload(options: Options) -> str | None:
-    both = options.args.torch_compile and options.own.save_on_cpu
+    both = options.is_compiled and options.own.save_on_cpu
     return "torch_compile=True, save_on_cpu=True" if both else None
 
 

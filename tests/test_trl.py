@@ -21,14 +21,16 @@ from chat_runs import (
 from hub_server import HubServer, hub_client
 from peft import LoraConfig, get_peft_model
 from references.tiny_models import add_lora, batches_of, chosen_blocks
+from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig
 
 from lemo_hf import LemoSFTConfig, LemoSFTTrainer, LemoTrainingArguments, lemo_callbacks
 from lemo_hf.errors import LemoError
-from lemo_hf.hub.lemo_files import read_json
+from lemo_hf.hub.lemo_files import predictor_tensors, read_json
 from lemo_hf.hub.model_card import BEGIN
 from lemo_hf.models.lemo_config import LemoConfigError
+from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.activation_memory import ActivationMemory
 
 SPARSE = {"selection": "ratio", "attention_forward": "sparse"}
@@ -149,6 +151,33 @@ def test_a_packed_document_is_as_alone(tmp_path, form, layout):
     torch.testing.assert_close(changed[: ends[1] - 1], together[: ends[1] - 1], rtol=0, atol=2e-5)
 
 
+class StopAfter(TrainerCallback):
+    """Ends a run at a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_trls_own_trainer_resumes_and_leaves_lemos_files(tmp_path):
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    straight = trained(tmp_path / "straight", SPARSE, conversations(), **changes)
+    cut = sft_trainer(tmp_path / "cut", SPARSE, conversations(), **changes)
+    cut.add_callback(StopAfter(3))
+    cut.train()
+    resumed = sft_trainer(tmp_path / "cut", SPARSE, conversations(), **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert torch.equal(losses(resumed), losses(straight))
+    resumed.save_model()
+    assert (tmp_path / "cut" / "adapter_model.safetensors").is_file()
+    wanted = predictor_tensors(sparse_backbone(straight.model))
+    stored = load_file(tmp_path / "cut" / "lemo_predictors.safetensors")
+    assert stored.keys() == wanted.keys()
+    assert all(torch.equal(stored[name], value) for name, value in wanted.items())
+
+
 def lemo_sft_trainer(folder, lemo=SPARSE, data=None, **changes):
     kinds = {name: changes.pop(name) for name in ("callbacks", "eval_dataset", "compute_metrics") if name in changes}
     values = {"predictor_documents": 2, "predictor_steps": 2, "probe_steps": 0, **sft_values(folder, **changes)}
@@ -162,16 +191,6 @@ def lemo_sft_trainer(folder, lemo=SPARSE, data=None, **changes):
     )
 
 
-class StopAfter(TrainerCallback):
-    """Ends a run at a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
 def test_lemo_sft_trainer_trains_as_trls_with_the_callbacks(tmp_path):
     ours = lemo_sft_trainer(tmp_path / "ours", SAMPLED, predictor_documents=None)
     ours.train()
@@ -180,7 +199,7 @@ def test_lemo_sft_trainer_trains_as_trls_with_the_callbacks(tmp_path):
     assert {"entropy", "mean_token_accuracy", "kept_share/layer_1", "saved_bytes"} <= steps(ours)[-1].keys()
 
 
-def test_lemo_sft_trainer_saves_pushes_nothing_and_resumes(tmp_path):
+def test_lemo_sft_trainer_saves_and_resumes(tmp_path):
     changes = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "assistant_only_loss": True}
     straight = lemo_sft_trainer(tmp_path / "straight", **changes)
     straight.train()

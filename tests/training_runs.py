@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
-from transformers import LlamaConfig
+from transformers import LlamaConfig, TrainerCallback
 
 from lemo_hf import LemoConfig, LemoTrainer, LemoTrainingArguments
 from lemo_hf.models.modeling_lemo_llama import LemoLlamaForCausalLM
@@ -93,3 +93,18 @@ def tiny_trainer(folder: Path, lemo: dict[str, Any] | None = None, **changes: An
 def curve(trainer: Any) -> list[float]:
     """The logged losses, step by step."""
     return [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+
+
+class Killed(Exception):
+    """What ends a run as a kill does, but for the process."""
+
+
+class KillAt(TrainerCallback):
+    """Ends a run before the step that follows `step` steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed

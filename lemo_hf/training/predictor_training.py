@@ -19,20 +19,18 @@ same predictors on all of them. A round of 8 documents with the steps of one gav
 (docs/experiments.md).
 """
 
-import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import LemoRunError
 from ..evaluation.block_recall import PositionProfile
 from ..evaluation.layer_scores import LayerScores, visit_layers
 from ..hub.lemo_files import predictor_tensors, record_predictor_sizes
 from ..models.pattern_predictor import PatternPredictor, predicted_block_scores, predicted_informativeness
 from ..models.token_informativeness import block_informativeness
 from .processes import Processes
+from .sample_checks import without_uniform_documents
 
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8
@@ -45,8 +43,6 @@ _START_SPREAD = 0.02
 _START_ROWS = 16384
 # Weight of a document in the running variances.
 _VARIANCE_WEIGHT = 0.1
-# Largest difference of rows that are alike, over their largest value: above what rounding to 16 bits makes of equal ones.
-_ALIKE = 0.05
 
 
 class _LayerFit:
@@ -256,23 +252,6 @@ class _LayerFit:
         self.running = tensors["running"]
 
 
-def _without_uniform_documents(found: LayerScores) -> LayerScores:
-    """Leaves a document whose rows are all alike, such as one token a million times, without blocks to learn from.
-
-    Its features cannot tell its blocks apart. As a first document it would set the scale of all features by rounding errors.
-    """
-    scores = []
-    for rows, of_document in zip(found.hidden.split(found.documents.lengths), found.scores, strict=True):
-        largest = rows.abs().amax().item()
-        if not math.isfinite(largest):
-            raise LemoRunError(
-                f"attention input is not finite; layer {found.layer}; look at the model's weights, and at the sample that is read"
-            )
-        alike = (rows - rows[:1]).abs().amax().item() <= _ALIKE * largest
-        scores.append(of_document[:1, :1] if alike else of_document)
-    return replace(found, scores=scores)
-
-
 def _causal_pairs(scores: Tensor) -> Tensor:
     """Entries below the diagonal, `(blocks * (blocks - 1) / 2,)`."""
     blocks = len(scores)
@@ -345,7 +324,7 @@ class PredictorTraining:
 
     def _learn(self, found: LayerScores, together: int, counted: bool) -> float:
         fit = self._fits[found.layer]
-        whole, found = found, _without_uniform_documents(found)
+        whole, found = found, without_uniform_documents(found)
         fit.observe(found, counted)
         for informativeness in whole.informativeness() if counted else ():
             self._read.add(found.layer, informativeness)

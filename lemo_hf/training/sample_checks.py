@@ -1,18 +1,24 @@
-"""What a batch must be before a model reads it; one wait for the device for all of it."""
+"""What a batch must be before a model reads it, and what of it predictors can learn from."""
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..errors import LemoError
+from ..errors import LemoError, LemoRunError
+from ..evaluation.layer_scores import LayerScores
 from ..models.segmented_loss import IGNORE_INDEX
+
+# Largest difference of rows that are alike, over their largest value: above what rounding to 16 bits makes of equal ones.
+_ALIKE = 0.05
 
 
 def require_sound(batch: Mapping[str, Any], config: Any, name: Callable[[int | None], str]) -> None:
-    """Refuses what no forward can take.
+    """Refuses what no forward can take; one wait for the device for all of it.
 
     Args:
         batch: Collated inputs.
@@ -82,3 +88,23 @@ def require_finite_embeddings(batch: Mapping[str, Any], embeddings: Any, name: C
             f"token has an embedding that is not finite; token {bad[0]}, {name(None)}; "
             "initialise the embeddings of tokens that were added, or leave such samples out"
         )
+
+
+def without_uniform_documents(found: LayerScores) -> LayerScores:
+    """Leaves a document whose rows are all alike, such as one token a million times, without blocks to learn from.
+
+    Its features cannot tell its blocks apart. As a first document it would set the scale of all features by rounding errors.
+
+    Raises:
+        LemoRunError: If the layer's input is not finite.
+    """
+    scores = []
+    for rows, of_document in zip(found.hidden.split(found.documents.lengths), found.scores, strict=True):
+        largest = rows.abs().amax().item()
+        if not math.isfinite(largest):
+            raise LemoRunError(
+                f"attention input is not finite; layer {found.layer}; look at the model's weights, and at the sample that is read"
+            )
+        alike = (rows - rows[:1]).abs().amax().item() <= _ALIKE * largest
+        scores.append(of_document[:1, :1] if alike else of_document)
+    return replace(found, scores=scores)

@@ -8,13 +8,14 @@ import subprocess
 import pytest
 import torch
 from training_runs import RandomText, curve, tiny_arguments, tiny_lemo_model, tiny_trainer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from lemo_hf import LemoTrainer, cli
+from lemo_hf import LemoTrainer, cli, lemo_callbacks
 from lemo_hf.errors import LemoError
 from lemo_hf.hub.lemo_files import read_json, write_json, write_tensors
 from lemo_hf.hub.model_card import RESULTS_FILE, RunResults
 from lemo_hf.models.lemo_config import LemoConfig
+from lemo_hf.profiling.process_memory import after_forward_metrics, memory_metrics
 from lemo_hf.profiling.run_comparison import pair, require_comparable
 from lemo_hf.profiling.run_plots import RecallSeries, draw_recall
 from lemo_hf.profiling.run_report import render_report, report_run
@@ -136,6 +137,28 @@ def test_memory_is_logged_with_phases_and_steps(runs):
     assert all(2**20 < size <= peaks[-1] for size in forwards)
 
 
+def test_memory_of_the_fullest_card_is_what_counts(monkeypatch):
+    peaks, now = [5.0, 7.0], [3.0, 2.0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", now.__getitem__)
+    assert memory_metrics(torch.device("cuda")) == {"memory/peak_bytes": 7.0}
+    assert after_forward_metrics(torch.device("cuda")) == {"memory/after_forward_bytes": 3.0}
+    assert memory_metrics(torch.device("meta")) == {}
+
+
+def test_a_stock_trainer_with_our_callbacks_leaves_the_same_log(tmp_path):
+    arguments = tiny_arguments(tmp_path, max_steps=2, probe_steps=1)
+    model = tiny_lemo_model(selection="ratio")
+    trainer = Trainer(model=model, args=arguments, train_dataset=RandomText(), callbacks=lemo_callbacks(arguments))
+    trainer.train()
+    assert lines_of(tmp_path)[1:] == trainer.state.log_history
+    run = read_run(tmp_path, "run")
+    assert run.finished
+    assert run.layers_of("kept_share") == run.layers_of("recall") == run.maps.layers == [0, 1]
+    assert run.seconds()["training"] > 0
+
+
 def test_a_resumed_run_goes_on_with_its_log_and_its_seconds(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     cut = tiny_trainer(tmp_path, **settings)
@@ -218,6 +241,13 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got(copied):
     assert "5 of 8 steps" in text
     assert "the log ends at step 5 of 8" in text
     assert len(read_run(folder, "run").points("loss")) == 5
+
+
+def test_maps_of_an_earlier_run_in_the_folder_are_not_shown(runs, copied):
+    folder = copied("dense")
+    shutil.copy(runs[0] / "whole" / MAPS_FILE, folder)
+    assert read_run(runs[0] / "whole", "run").maps is not None
+    assert read_run(folder, "run").maps is None
 
 
 def test_a_stock_trainers_run_is_shown(runs, tmp_path):

@@ -171,10 +171,10 @@ def draw_losses(losses: Mapping[str, Sequence[Point]], evaluations: Mapping[str,
                 style = {"linestyle": "none", "marker": MARKERS[index % len(MARKERS)], "markerfacecolor": "none"}
                 axis.plot(*zip(*held_out, strict=True), color=SERIES[index % len(SERIES)], label=f"{arm}, held-out text", **style)
         axis.grid(alpha=0.3)
-    axes[0].set(xlabel="step", ylabel="loss (nats per token)", title="at equal steps")
+    axes[0].set(xlabel="step", ylabel="loss (nats per token)", title="at equal steps" if len(losses) > 1 else "by step")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     if timed:
-        axes[1].set(xlabel=f"{word} of training", title="at equal time")
+        axes[1].set(xlabel=f"{word} of training", title="at equal time" if len(losses) > 1 else "by time")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 

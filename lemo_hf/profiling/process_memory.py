@@ -3,6 +3,7 @@
 Nothing is reset: whoever reads `torch.cuda.max_memory_allocated()` after training finds the peak of all of it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,10 +30,9 @@ def after_forward_metrics(device: torch.device) -> dict[str, float]:
     return {} if now is None else {"memory/after_forward_bytes": float(now)}
 
 
-def _bytes(device: torch.device, field: str, of_card: object) -> int | None:
+def _bytes(device: torch.device, field: str, of_card: Callable[[int], int]) -> int | None:
     if device.type == "cuda":
-        assert callable(of_card)
-        return max(int(of_card(card)) for card in range(torch.cuda.device_count()))
+        return max(of_card(card) for card in range(torch.cuda.device_count()))
     if device.type != "cpu" or not _STATUS.is_file():
         return None
     for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():

@@ -198,7 +198,8 @@ def read_run(folder: str | Path, label: str) -> RunData:
         run.results = RunResults.read(path / RESULTS_FILE)
         # Refuses here, in a line, what no figure could be made of.
         LemoConfig.from_dict(run.results.lemo)
-    if (path / MAPS_FILE).is_file():
+    # Without a probe in the log they are an earlier run's in the same folder.
+    if (path / MAPS_FILE).is_file() and run.entries("recall"):
         run.maps = _read_maps(path / MAPS_FILE)
     return run
 

@@ -66,7 +66,8 @@ def losses(runs: Sequence[RunData]) -> Drawing | None:
     if not points:
         return None
     held_out = {run.label: run.points("eval_loss") for run in runs if run.points("eval_loss")}
-    caption = "Lower is better; look whether the curves part. Time is that of steps, phases and probes: evaluation and saving are left out."
+    caption = "Lower is better; look whether the curves part. " if len(points) > 1 else "Lower is better; single steps scatter. "
+    caption += "Time is that of steps, phases and probes: evaluation and saving are left out."
     if any(run.points("loss") and not run.seconds() and run.training_seconds for run in runs):
         caption += " Where a log does not say when its steps were made, an even pace is assumed."
     return Drawing(figure_svg(draw_losses(points, held_out), "losses"), "Loss by step and by time", caption)
@@ -85,7 +86,7 @@ def kept_share(run: RunData) -> Drawing | None:
             "A column that is bright throughout is text that the thresholds found informative; layers differ by calibration."
         )
     else:
-        caption += "One even colour is as it should be: this selection keeps a fixed share of each document's blocks."
+        caption += "One even colour is as it should be: this selection keeps a fixed share of a document's blocks, and a little more of short ones."
     if run.lemo.dense_layers:
         caption += " Layers set to keep every token are at 1."
     drawn = draw_kept_share({run.label: thin(shown, _MOST_COLUMNS)}, (10.0, 1.6 + min(0.12 * len(layers), 3.0)))

@@ -54,17 +54,20 @@ class ActivationOffload:
             # Rows' numbers, which all layers share, stay too.
             if not tensor.is_floating_point() or _address(tensor) in weights:
                 return tensor
+            shape = tensor.shape
+            if tensor.is_contiguous():
+                tensor = tensor.detach().view(-1)  # heads and their concatenation are one tensor
             view = (_address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
             if view not in self._copies:
                 self._copies[view] = tensor.detach(), self._stock.pack_hook(tensor)
                 self.copied_bytes += tensor.nbytes
-            return self._copies[view][1]
+            return self._copies[view][1], shape
 
         self._hooks = saved_tensors_hooks(pack, self._unpack)
         self._hooks.__enter__()
 
     def _unpack(self, packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else self._stock.unpack_hook(packed)
+        return packed if isinstance(packed, Tensor) else self._stock.unpack_hook(packed[0]).view(packed[1])
 
     def _end(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self._hooks is not None:

@@ -135,7 +135,8 @@ def _damage_by_structure(folder: Path) -> str | None:
             return f"{name} is missing"
     # With `save_only_model` none of them is there.
     groups = {
-        OPTIMIZER_NAME: {name for name in names if name.startswith("optimizer")} or set(folder.glob("optimizer_*")),
+        OPTIMIZER_NAME: {name for name in names if name.startswith("optimizer")}
+        or {path.name for path in folder.glob("optimizer_*")},
         SCHEDULER_NAME: names & {SCHEDULER_NAME},
         "rng_state.pth": {name for name in names if name.startswith("rng_state")},
     }

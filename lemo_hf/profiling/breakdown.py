@@ -44,6 +44,9 @@ _PART_OF_CODE: dict[tuple[str, str | None], str] = {
     ("pattern_predictor", None): "predictor",
     ("token_informativeness", None): "selection",
     ("token_elimination", "choose_blocks"): "selection",
+    # Baselines that do likewise.
+    ("artifact_lemo", "pruned_feed_forward"): "mlp",
+    ("tokentune", "attend_all"): "attention",
 }
 
 

@@ -79,7 +79,7 @@ def _selecting(layer: Any, draw: _Draw) -> Callable[..., Tensor]:
         positions = positions_of(arguments, draw.selected)
         scale = attention_scale(layer, positions)
         own_heads = heads(layer, first(selected), positions)
-        attended, others_attended = _SelectedAttention.apply(*own_heads, others_heads, draw, scale)
+        attended, others_attended = attend_all(own_heads, others_heads, draw, scale)
         selected = selected + project_output(layer, attended)
         selected = selected + feed_forward(layer, second(selected))
         with torch.no_grad():
@@ -89,6 +89,20 @@ def _selecting(layer: Any, draw: _Draw) -> Callable[..., Tensor]:
         return _laid_out(selected, others, draw)
 
     return forward
+
+
+def attend_all(selected: tuple[Tensor, ...], others: tuple[Tensor, ...], draw: _Draw, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention over all rows, with gradients to the selected rows' heads only.
+
+    Args:
+        selected, others: Queries, keys and values of the selected rows and of the others, `(batch, rows, heads, head_dim)`.
+        draw: Where the rows stand.
+        scale: Factor on the dot products.
+
+    Returns:
+        The selected rows' output and the others', which has no gradient.
+    """
+    return _SelectedAttention.apply(*selected, others, draw, scale)
 
 
 def _laid_out(selected: Tensor, others: Tensor | None, draw: _Draw) -> Tensor:

@@ -91,7 +91,9 @@ def check(names, form, folder) -> None:
     others = tuple(name for name in names if name not in neutral)
     # A micro-batch is a forward of its own and draws anew; a compiled model is not to be compiled for each draw.
     selection = "ratio" if {"accumulation", "compile"} & set(names) else "sampled"
-    lemo = {"keep_ratio": 0.4, "attention_forward": form, "selection": selection}
+    # Draws of each layer's own would be others in a second run that chose again; shared ones are the default.
+    draws = "by_layer" if form == "sparse" else "shared"
+    lemo = {"keep_ratio": 0.4, "attention_forward": form, "selection": selection, "draws": draws}
     got = step(names, folder, lemo)
     assert all(0 < share < 0.5 for share in got.shares)
     assert got.shares

@@ -1,6 +1,6 @@
 """What two processes do for tests/test_processes.py: started once, they train many tiny runs together and write what they found.
 
-    RANK=0 WORLD_SIZE=2 ... python tests/process_runs.py FOLDER
+    RANK=0 WORLD_SIZE=2 ... python tests/process_runs.py FOLDER [die]
 
 One file of results per process, `rank<r>.json`. accelerate sets FSDP up on accelerators only: where it is told that there are
 several, FSDP2 runs on the CPU with gloo.
@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from training_runs import RandomText, curve, tiny_arguments, tiny_lemo_model
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from lemo_hf import LemoTrainer, lemo_callbacks
 from lemo_hf.evaluation.layer_scores import visit_layers
@@ -174,6 +175,25 @@ def thresholds(trainer: Any, processes: Processes | None) -> list[float]:
     return search.thresholds
 
 
+class DieInStep(TrainerCallback):
+    """Kills this process, as kill -9 does, in a step; the others are left waiting for it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die(out: Path) -> None:
+    """A run under FSDP2 whose second process dies in the third step."""
+    trainer = make_trainer(out / "died", SAMPLED, fsdp=True, **SAVING)
+    if os.environ["RANK"] == "1":
+        trainer.add_callback(DieInStep(3))
+    trainer.train()
+
+
 def main(out: Path) -> None:
     """Everything that two processes are asked to do."""
     rank = int(os.environ["RANK"])
@@ -291,7 +311,7 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    {"die": die}.get(sys.argv[-1], main)(Path(sys.argv[1]))
     faulthandler.cancel_dump_traceback_later()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -287,3 +287,18 @@ def test_rank_0_alone_speaks_and_writes(runs: dict[str, Any]) -> None:
     assert names == {"lemo_block_scores.safetensors", "lemo_log.jsonl"}
     lines = (runs["folder"] / "phases_fsdp" / "lemo_log.jsonl").read_text().splitlines()
     assert sum('"loss"' in line for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_stops_all_and_one_goes_on(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, str(RUNS), str(tmp_path), "die"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    alone = {"per_device_train_batch_size": 4, **SAVING}
+    straight = make_trainer(tmp_path / "straight", SAMPLED, **alone)
+    straight.train()
+    resumed = make_trainer(tmp_path / "died", SAMPLED, **alone)
+    resumed.train(resume_from_checkpoint=True)
+    assert outcome(resumed)["curve"] == pytest.approx(outcome(straight)["curve"], rel=1e-6)
+    assert len(outcome(resumed)["curve"]) == 4

@@ -54,6 +54,10 @@ def _step_of(path: Path) -> int:
 
 def seal(folder: Path) -> None:
     """Waits until every file of a finished checkpoint is on the disk, and lists them in it."""
+    reason = _damage_by_structure(folder)
+    if reason is not None:
+        logger.warning("checkpoint is not sealed: %s; %s; the run goes on, resuming will pass it over", reason, folder)
+        return
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL_FILE):
         with path.open("rb") as file:

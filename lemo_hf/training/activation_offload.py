@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..profiling.activation_memory import plain_tensors
+from ..profiling.breakdown import storage_of
 from .lemo_callback import LemoCallback
 from .lemo_run import LemoRun
 
@@ -33,7 +35,7 @@ class ActivationOffload:
         self._stock = save_on_cpu(pin_memory=device_type != "cpu", device_type=device_type)
         self._handles: list[Any] = []
         self._hooks: saved_tensors_hooks | None = None
-        # By storage and view: the tensor, which must live as long as its address stands for it, and its copy.
+        # By storage and view: the tensor, which must live as long as its storage stands for it, and its copy.
         self._copies: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
 
     def __enter__(self) -> "ActivationOffload":
@@ -48,16 +50,19 @@ class ActivationOffload:
         self._handles = []
 
     def _begin(self, layer: nn.Module, args: Any) -> None:
-        weights = {_address(weight) for weight in (*layer.parameters(), *layer.buffers())}
+        # Looked at anew in each forward: FSDP2 has just gathered them.
+        residents = (*layer.parameters(), *layer.buffers())
+        weights = {storage_of(part)[0] for weight in residents for part in plain_tensors(weight)}
 
         def pack(tensor: Tensor) -> Any:
-            # Rows' numbers, which all layers share, stay too.
-            if not tensor.is_floating_point() or _address(tensor) in weights:
+            # Rows' numbers, which all layers share, stay too, and so does what is sharded or quantised.
+            is_plain = next(plain_tensors(tensor)) is tensor
+            if not (is_plain and tensor.is_floating_point()) or storage_of(tensor)[0] in weights:
                 return tensor
             shape = tensor.shape
             if tensor.is_contiguous():
                 tensor = tensor.detach().view(-1)  # heads and their concatenation are one tensor
-            view = (_address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+            view = (storage_of(tensor)[0], tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
             if view not in self._copies:
                 self._copies[view] = tensor.detach(), self._stock.pack_hook(tensor)
                 self.copied_bytes += tensor.nbytes
@@ -74,10 +79,6 @@ class ActivationOffload:
             self._hooks.__exit__(None, None, None)
         self._hooks = None
         self._copies.clear()
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 class SaveOnCpu(LemoCallback):

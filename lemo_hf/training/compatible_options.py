@@ -210,7 +210,7 @@ PAIRS = (
     Pair(
         "torch_compile=True",
         "activation_checkpointing=True",
-        "layers remember their selection for the second run, which the compiler leaves to Python",
+        "a layer notes its selection for the second run, which breaks its graph",
         "leave one of them out",
         _compiled_checkpointing,
         is_refused=False,

@@ -151,7 +151,7 @@ def test_options_that_changed_since_are_looked_at_again(tmp_path):
 @of_its_old_name
 def test_trls_default_is_named(tmp_path):
     args = SFTConfig(str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(LemoError, match="trl's SFTConfig has it on by default"):
+    with pytest.raises(LemoError, match="trl's SFTConfig and PEFT's prepare_model_for_kbit_training turn it on"):
         require_compatible(args, LemoTrainingArguments(str(tmp_path), use_cpu=True), tiny_lemo_model(**KEPT_ROWS))
     offloads = SFTConfig(str(tmp_path), use_cpu=True, report_to="none", gradient_checkpointing=False, activation_offloading=True)
     with pytest.raises(LemoError, match="save_on_cpu=True, activation_offloading=True"):

@@ -189,7 +189,7 @@ PAIRS = (
         "activation_checkpointing=True",
         'checkpoint="kept_rows"',
         "both run a layer again, and the first stores every row of its input",
-        "leave activation_checkpointing (gradient_checkpointing) out: kept rows store less; trl's SFTConfig has it on by default",
+        "leave activation_checkpointing (gradient_checkpointing) out: kept rows store less; trl's SFTConfig and PEFT's prepare_model_for_kbit_training turn it on",
         _stock_and_kept_rows,
     ),
     Pair(

@@ -1,6 +1,6 @@
 """What two processes do for tests/test_processes.py: started once, they train many tiny runs together and write what they found.
 
-    RANK=0 WORLD_SIZE=2 ... python tests/process_runs.py FOLDER [die]
+    RANK=0 WORLD_SIZE=2 ... python tests/process_runs.py FOLDER [die | variants]
 
 One file of results per process, `rank<r>.json`. accelerate sets FSDP up on accelerators only: where it is told that there are
 several, FSDP2 runs on the CPU with gloo.
@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
 from training_runs import RandomText, curve, tiny_arguments, tiny_lemo_model
 from transformers import Trainer, TrainerCallback
 
 from lemo_hf import LemoTrainer, lemo_callbacks
 from lemo_hf.evaluation.layer_scores import visit_layers
 from lemo_hf.hub.lemo_files import predictor_tensors
+from lemo_hf.models.modeling_lemo_llama import LemoLlamaForCausalLM
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.training.predictor_training import _LayerFit
 from lemo_hf.training.processes import Processes
@@ -104,11 +106,11 @@ def make_trainer(
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     distributed = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
     kwargs = {"data_collator": changes.pop("data_collator")} if "data_collator" in changes else {}
-    eval_dataset = changes.pop("eval_dataset", None)
+    eval_dataset, given = changes.pop("eval_dataset", None), changes.pop("model", None)
     arguments = tiny_arguments(folder, **distributed, fsdp=fsdp, **changes)
     if fsdp:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    model = tiny_lemo_model(lora=lora, **lemo)
+    model = given or tiny_lemo_model(lora=lora, **lemo)
     return LemoTrainer(model=model, args=arguments, train_dataset=data or RandomText(), eval_dataset=eval_dataset, **kwargs)
 
 
@@ -192,6 +194,44 @@ def die(out: Path) -> None:
     if os.environ["RANK"] == "1":
         trainer.add_callback(DieInStep(3))
     trainer.train()
+
+
+def variant(tied: bool, targets: list[str] | None, modules_to_save: list[str] | None = None) -> Any:
+    """A tiny model whose embeddings and head are tied, adapted or trained."""
+    torch.manual_seed(0)
+    plain = tiny_lemo_model(lora=False, **SAMPLED).config
+    plain.tie_word_embeddings = tied
+    model = LemoLlamaForCausalLM(plain)
+    if targets is None:
+        return model
+    adapter = LoraConfig(
+        r=2, target_modules=targets, modules_to_save=modules_to_save, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, adapter)
+
+
+def variants(out: Path) -> None:
+    """The same steps by DDP and FSDP2 of models whose ends are tied, adapted, trained; weights and losses by engine."""
+    kinds: dict[str, tuple[bool, Any, Any, dict[str, Any]]] = {
+        "tied": (True, ["q_proj", "v_proj"], None, {}),
+        "tied_whole": (True, None, None, {}),
+        "whole_accumulated": (False, None, None, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}),
+        "ends_adapted": (False, ["q_proj", "lm_head", "embed_tokens"], None, {}),
+        "head_trained": (False, ["q_proj"], ["lm_head"], {}),
+    }
+    found: dict[str, Any] = {}
+    for name, (tied, targets, saved, changes) in kinds.items():
+        for engine in ("ddp", "fsdp"):
+            folder = out / f"{name}_{engine}"
+            trainer = make_trainer(
+                *(folder, SAMPLED, engine == "fsdp"),
+                model=variant(tied, targets, saved),
+                **{"max_steps": 2, "learning_rate": 1e-3, **changes},
+            )
+            trainer.train()
+            trainer.save_model(str(folder / "final"))
+            found[f"{name}_{engine}"] = curve(trainer)
+    (out / f"variants{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def main(out: Path) -> None:
@@ -311,7 +351,7 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     torch.set_num_threads(1)
-    {"die": die}.get(sys.argv[-1], main)(Path(sys.argv[1]))
+    {"die": die, "variants": variants}.get(sys.argv[-1], main)(Path(sys.argv[1]))
     faulthandler.cancel_dump_traceback_later()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

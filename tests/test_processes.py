@@ -302,3 +302,24 @@ def test_a_process_that_dies_stops_all_and_one_goes_on(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=True)
     assert outcome(resumed)["curve"] == pytest.approx(outcome(straight)["curve"], rel=1e-6)
     assert len(outcome(resumed)["curve"]) == 4
+
+
+@pytest.mark.slow
+def test_ends_of_a_model_tied_adapted_or_trained(tmp_path: Path) -> None:
+    port = free_port()
+    processes = [
+        subprocess.Popen([sys.executable, str(RUNS), str(tmp_path), "variants"], env=environment(rank, port)) for rank in (0, 1)
+    ]
+    try:
+        assert [process.wait(timeout=LIMIT) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    curves, others = (json.loads((tmp_path / f"variants{rank}.json").read_text()) for rank in (0, 1))
+    assert curves == others
+    names = [name.removesuffix("_ddp") for name in curves if name.endswith("_ddp")]
+    assert len(names) == 5
+    for name in names:
+        assert curves[f"{name}_fsdp"] == pytest.approx(curves[f"{name}_ddp"], rel=1e-6)
+        (replicated,) = (tmp_path / f"{name}_ddp" / "final").glob("*model.safetensors")
+        assert_close(load_file(tmp_path / f"{name}_fsdp" / "final" / replicated.name), load_file(replicated))

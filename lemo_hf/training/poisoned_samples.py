@@ -98,7 +98,7 @@ class SampleWatch(LemoCallback):
             bad = [row for row in rows if not self._is_finite(self._row(row))]
             if not bad or not all(self._is_finite(batch) for batch in self.run.documents.probes() if _has_labels(batch)):
                 return None
-        except RuntimeError as error:
+        except Exception as error:  # whatever it is, it must not stand in for what is reported
             logger.info("rows of the step could not be run alone: %s", error)
             return None
         names = [f"{self.name(row)}{self._bad_tokens(row)}" for row in bad[:4]]

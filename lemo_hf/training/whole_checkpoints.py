@@ -237,7 +237,7 @@ def explained_write_errors(folder: Path, what: str, run: Path | None = None) -> 
         if not is_write_error(error):
             raise
         checkpoint = _NAME.fullmatch(folder.name) is not None
-        if checkpoint:
+        if checkpoint and folder.is_dir() and damage(folder) is not None:
             shutil.rmtree(folder, ignore_errors=True)
         output = run or (folder.parent if checkpoint else folder)
         kept = newest_whole(output)

@@ -124,6 +124,48 @@ def test_the_sparse_form_counts_original_distance(window):
     assert_near(got, reference_attend(inputs, scope(kept_lengths, window, places)), torch.float32)
 
 
+def attended(inputs, lengths, window, kept, kept_lengths, places, upstream):
+    """Both forms: the forward over all rows, the gradients of kept rows by it, and the forward among kept rows."""
+    kept_places = places[kept].to(DEVICE)
+    output, lse = attend(*inputs, lengths, SCALE, window)
+    leaves = [part[kept.to(DEVICE)].requires_grad_() for part in inputs]
+    finished = output[kept.to(DEVICE)], lse[kept.to(DEVICE)]
+    attached = with_kept_row_gradient(*leaves, *finished, kept_lengths, SCALE, window, kept_places)
+    gradients = torch.autograd.grad(attached, leaves, upstream)
+    among = attend(*(leaf.detach() for leaf in leaves), kept_lengths, SCALE, window, kept_places)
+    return (output, lse), leaves, finished, gradients, among
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 100], ids=str)
+def test_long_documents_beside_each_other_do_not_see_each_other(window):
+    """Of several tiles each, three query heads on a key head; what one document holds changes no bit of the others.
+
+    Finite numbers, that is: a tile may hold rows of two documents, and 0 * nan is nan.
+    """
+    lengths = [300, 0, 1, 130, 64, 200]
+    inputs = heads(sum(lengths), 3, 1)
+    kept, kept_lengths = kept_of(lengths, 0.5, seed=5)
+    places = places_of(lengths)
+    upstream = heads(len(kept), 3, 1, seed=6)[0]
+    everything, leaves, finished, gradients, among = attended(inputs, lengths, window, kept, kept_lengths, places, upstream)
+    assert_near(everything, reference_attend(inputs, scope(lengths, window, places)), torch.float32)
+    kept_scope = scope(kept_lengths, window, places[kept])
+    assert_near(gradients, reference_gradients(leaves, *finished, upstream, kept_scope), torch.float32)
+    assert_near(among, reference_attend(leaves, kept_scope), torch.float32)
+    row = torch.arange(sum(lengths))
+    changed = (row >= 301) & (row < 431)
+    other = [part.masked_fill(changed.to(DEVICE)[:, None, None], 30.0) for part in inputs]
+    again, _, _, other_gradients, other_among = attended(other, lengths, window, kept, kept_lengths, places, upstream)
+    for before, after, rows in (
+        *((mine, theirs, row) for mine, theirs in zip(everything, again, strict=True)),
+        *((mine, theirs, kept) for mine, theirs in zip((*gradients, *among), (*other_gradients, *other_among), strict=True)),
+    ):
+        same = ~changed[rows].to(DEVICE)
+        assert torch.equal(before[same], after[same])
+        assert not torch.equal(before[~same], after[~same])
+
+
 def test_one_kept_row_of_many():
     inputs = heads(66, seed=9)
     output, lse = (part[37:38] for part in attend(*inputs, [66], SCALE))

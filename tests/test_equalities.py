@@ -98,10 +98,21 @@ def assert_the_same(folder, architecture, selection, form, way):
     assert loss == pytest.approx(wanted_loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
+OTHERS = [
+    "accumulated from single samples",
+    "padded on the left",
+    "packed, by positions",
+    "packed pairs, kept-row checkpointing",
+]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "selection", "form"),
-    [("llama", "uniform", "exact"), ("mistral", "ratio", "sparse"), ("opt", "informed", "exact")],
+    ("architecture", "selection", "form", "way"),
+    [
+        *[("llama", "uniform", "exact", way) for way in WAYS],
+        *[("mistral", "ratio", "sparse", way) for way in OTHERS],
+        *[("opt", "informed", "exact", way) for way in OTHERS],
+    ],
 )
 def test_every_way_of_feeding_the_same_samples_gives_the_same_run(architecture, selection, form, way, tmp_path):
     assert_the_same(tmp_path, architecture, selection, form, way)

@@ -80,7 +80,7 @@ STOPS = {
 
 
 # The others are slow: each case is two runs.
-QUICK = "calibrate", "step", "optimizer"
+QUICK = "step", "optimizer"
 
 
 def some_quick(cases):

@@ -1,11 +1,11 @@
 """Drift: LoRA moves the model away from its predictors, so their recall is probed now and then, and they are fitted again.
 
 A probe runs the same held-out documents through the model every time, densely and without autograd, so two of them differ by
-what training did and by nothing else. What recall a layer's blocks allow depends on model and text (the embedded model starts
-at 0.8, others at 0.6), so the bound is relative: a refit comes when mean recall has lost `recall_drop` since the last fit.
+what training did and by nothing else. What recall can be depends on model and text (docs/experiments.md), so the bound is
+relative: a refit comes when mean recall has lost `recall_drop` since the last fit.
 
-Cost, in dense forwards: a probe 1.15 a document; a refit 1.2 for each of `refit_documents`, and with thresholds 2 for each of
-`calibrate_documents` (phase_cost.py says the share of the run). Memory: one layer's rows at a time, as in the predictor phase.
+Cost, in dense forwards: a probe 1.15 a document; a refit 1.2 for each of `refit_documents`, the probe after it, and with thresholds 2 for
+each of `calibrate_documents` (phase_cost.py says the share of the run). Memory: one layer's rows at a time, as in the predictor phase.
 """
 
 import logging

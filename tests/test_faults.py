@@ -14,7 +14,9 @@ from training_runs import KillAt, Killed, RandomText, curve, tiny_arguments, tin
 from transformers import Trainer
 
 from lemo_hf import LemoTrainer, cli, last_whole_checkpoint, lemo_callbacks
-from lemo_hf.errors import LemoError
+from lemo_hf.errors import LemoError, LemoStopped
+from lemo_hf.training.predictor_training import PredictorTraining
+from lemo_hf.training.threshold_search import ThresholdSearch
 from lemo_hf.training.whole_checkpoints import SEAL_FILE, damage
 
 SPARSE = {"selection": "ratio", "attention_forward": "sparse"}
@@ -154,6 +156,26 @@ def test_a_signal_after_a_training_that_failed_goes_to_who_had_it_before(tmp_pat
         assert heard == [1, 1]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_before_the_rounds_of_calibration_is_heard_and_the_phase_goes_on(tmp_path, monkeypatch):
+    def trainer():
+        return tiny_trainer(
+            tmp_path, {**SPARSE, "selection": "threshold"}, predictor_documents=1, phase_save_documents=9, max_steps=1
+        )
+
+    begin = ThresholdSearch.begin
+    with monkeypatch.context() as patch:
+        patch.setattr(ThresholdSearch, "begin", lambda search: (begin(search), signal.raise_signal(signal.SIGTERM)))
+        patch.setattr(ThresholdSearch, "step", lambda search: pytest.fail("a round has begun"))
+        with pytest.raises(LemoStopped) as stopped:
+            trainer().train()
+    assert stopped.value.code == 143
+    # The predictor phase, whose document no save had come after, is not done again.
+    monkeypatch.setattr(PredictorTraining, "fit", None)
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    assert len(curve(again)) == 1
 
 
 def out_of_memory(*args, **kwargs):

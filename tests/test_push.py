@@ -25,6 +25,7 @@ from lemo_hf.hub.export import export_run
 from lemo_hf.hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, predictor_tensors
 from lemo_hf.hub.model_card import BEGIN
 from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.training.whole_checkpoints import SEAL_FILE, damage
 
 # huggingface_hub 2.4 hands files to its HTTP client in a way that this deprecates; nothing here can avoid it.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -352,6 +353,19 @@ def test_the_callbacks_alone_push_predictors_and_settings_too(hub, tmp_path):
     for place in ("", "last-checkpoint/"):
         predictors = load(files[place + PREDICTORS_FILE])
         assert all(torch.equal(predictors[name], value) for name, value in predictor_tensors(trainer.model.model.model).items())
+
+
+def test_checkpoints_are_pushed_sealed_and_left_alone_afterwards(hub, tmp_path):
+    trainer = tiny_trainer(tmp_path / "run", SPARSE, **pushing(tmp_path, hub, "checkpoint"))
+    listing = Listing()
+    trainer.add_callback(listing)
+    trainer.train()
+    assert all(f"checkpoint-{step}/{SEAL_FILE}" in seen for step, seen in zip((3, 6), listing.seen, strict=True))
+    for layer in sparse_backbone(trainer.model).layers:  # as those of the best step, which is loaded at the end
+        for weight in layer.lemo_predictor.parameters():
+            weight.data += 1
+    trainer.push_to_hub()
+    assert damage(tmp_path / "run" / "checkpoint-6") is None
 
 
 @pytest.mark.parametrize("fault", ["no token", "unknown token"])

@@ -42,7 +42,7 @@ from .predictor_training import PredictorTraining, parameter_share
 from .recall_probe import DEFAULT_DOCUMENTS, RecallProbe, probe, threshold_search
 from .run_record import RunRecord
 from .step_forecast import StepForecast
-from .whole_checkpoints import newest_whole, unseal
+from .whole_checkpoints import SEAL_FILE, newest_whole, unseal
 
 logger = logging.getLogger(__name__)
 
@@ -218,9 +218,13 @@ class CalibratePhase(LemoCallback):
             search.restore(taken[0])
         rounds = own.calibrate_rounds if search.differentiates else 0
         with tqdm(total=rounds, initial=search.round, desc="calibrate", unit="round", disable=not run.shows_progress) as bar:
+            if rounds and taken is None:
+                run.save_progress("calibrate", search.state(), {})
             # A round is long, and what it found before its end is not kept.
             run.stop.leave_at_once = True
             while search.round < rounds:
+                if run.stop_requested():  # by a signal that came before the rounds
+                    run.stop.leave("where its files stand")
                 search.step()
                 run.save_progress("calibrate", search.state(), {})
                 bar.update()
@@ -302,7 +306,8 @@ class SparsePhase(LemoCallback):
             return
         self.run.save_files(self.run.folder, with_state=False)
         checkpoint = self.run.folder / f"checkpoint-{state.global_step}"
-        if checkpoint.is_dir():
+        # One that is sealed stays as it is: after training the model may be that of an earlier step, the best one.
+        if checkpoint.is_dir() and not (checkpoint / SEAL_FILE).is_file():
             self.run.save_files(checkpoint, with_state=True)
             self.run.forget_progress()
 

@@ -316,6 +316,9 @@ class LemoTrainerMixin(ShardedSavingMixin, _Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._say_failed_pushes()
+        if self._pushes_checkpoints:
+            # All of it lies there. Sealed later, as others are, it might arrive with the seal of the one before.
+            self.lemo_run.seal(self.state.global_step)
         if self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             self._write_card(folder, _card_in(folder))

@@ -70,6 +70,13 @@ def test_one_process_on_several_gpus_is_refused(tmp_path: Path) -> None:
     assert "torchrun --nproc_per_node 2" in refused(lambda: prepare_engine(arguments, tiny_lemo_model()))
 
 
+def test_a_batch_size_that_one_process_would_lower_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = tiny_arguments(tmp_path, auto_find_batch_size=True)
+    prepare_engine(arguments, tiny_lemo_model())
+    monkeypatch.setattr(type(arguments), "world_size", 2)
+    assert "auto_find_batch_size=True, 2 processes" in refused(lambda: prepare_engine(arguments, tiny_lemo_model()))
+
+
 def test_fsdp_that_would_silently_not_be_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "FSDP was asked for" in refused(lambda: prepare_engine(tiny_arguments(tmp_path), tiny_lemo_model()))

@@ -69,6 +69,11 @@ def prepare_engine(args: TrainingArguments, model: nn.Module) -> None:
             f"one process on {args.n_gpu} GPUs would train by DataParallel, which LeMo does not; n_gpu={args.n_gpu}; "
             f"start with `torchrun --nproc_per_node {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0"
         )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise LemoError(
+            "a process that runs out of memory begins anew by itself, and the others wait for it; auto_find_batch_size=True, "
+            f"{args.world_size} processes; leave it out and set per_device_train_batch_size"
+        )
     engine: Any = AcceleratorState() if AcceleratorState._shared_state else None
     _refuse_sizes(getattr(engine, "parallelism_config", None))
     deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", None)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 from lemo_hf import LemoTrainer
 from lemo_hf.errors import LemoError, LemoRunError
 from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.training.sample_checks import require_sound
 
 SPARSE = {"selection": "ratio", "attention_forward": "sparse"}
 SAMPLED = {"selection": "sampled"}
@@ -106,6 +108,15 @@ def test_the_index_is_right_in_a_later_epoch_and_after_resuming(tmp_path):
         whole.train()
     with pytest.raises(LemoError, match="500 at place 3, sample 13 of the training set"):
         trainer(put("labels", 3, 500)).train(resume_from_checkpoint=True)
+
+
+def test_documents_in_a_row_may_together_be_longer_than_learned_positions():
+    config = SimpleNamespace(vocab_size=128, max_position_embeddings=32)
+    row = {"input_ids": torch.full((1, 60), 5)}
+    with pytest.raises(LemoError, match="longer than the model's 32 positions; 60 tokens"):
+        require_sound(row, config, str)
+    require_sound({**row, "position_ids": torch.arange(30).repeat(2)[None]}, config, str)
+    require_sound({**row, "seq_idx": torch.arange(60)[None] // 30}, config, str)
 
 
 def with_nan_embedding(model):

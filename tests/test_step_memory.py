@@ -3,12 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from training_runs import RandomText, tiny_arguments, tiny_lemo_model, tiny_trainer
 from transformers import TrainerCallback
 
 from lemo_hf import LemoTrainer
 from lemo_hf.errors import LemoError
 from lemo_hf.hub.lemo_files import read_lemo_files
+from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling import memory_estimate
 from lemo_hf.profiling.memory_estimate import Estimator
 from lemo_hf.profiling.step_trace import trace_step
@@ -173,3 +175,17 @@ def test_a_budget_for_a_step_that_is_not_estimated_is_refused(tmp_path):
     by_layer = tiny_trainer(tmp_path, {**SAMPLED, "memory_budget": "1GiB", "keep_ratio": [0.5, 0.4]}, max_steps=1)
     with pytest.raises(LemoError, match="keep_ratio lists 2; leave one out"):
         by_layer.train()
+
+
+def test_a_step_that_an_engine_spreads_is_not_estimated(tmp_path):
+    """`accelerate launch` says so neither in args.fsdp nor in args.deepspeed."""
+    trainer = tiny_trainer(tmp_path, SAMPLED, max_steps=1)
+    run, args = trainer.lemo_run, trainer.args
+    run.model, run.backbone = trainer.model, sparse_backbone(trainer.model)
+    args.deepspeed_plugin = object()
+    with pytest.raises(LemoError, match="an engine spreads the step"):
+        step_settings(run, args)
+    args.deepspeed_plugin = None
+    run.model.__class__ = type("Sharded", (FSDPModule, type(run.model)), {})
+    with pytest.raises(LemoError, match="an engine spreads the step"):
+        step_settings(run, args)

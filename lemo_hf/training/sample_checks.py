@@ -15,6 +15,8 @@ from ..models.segmented_loss import IGNORE_INDEX
 
 # Largest difference of rows that are alike, over their largest value: above what rounding to 16 bits makes of equal ones.
 _ALIKE = 0.05
+# What says of a row that it holds several documents.
+_PLACES = ("position_ids", "seq_idx", "cu_seq_lens_q")
 
 
 def require_sound(batch: Mapping[str, Any], config: Any, name: Callable[[int | None], str]) -> None:
@@ -41,9 +43,10 @@ def require_sound(batch: Mapping[str, Any], config: Any, name: Callable[[int | N
             shapes = f"{tuple(labels.shape)} labels for {tuple(tokens.shape)} tokens"
             raise LemoError(f"labels and tokens differ in shape; {shapes}, {name(None)}; give one label per token, -100 for none")
         limits["label"] = (labels.masked_fill(labels == IGNORE_INDEX, 0), config.vocab_size)
-    # Learned positions (OPT) end; rotary ones go on.
+    # Learned positions (OPT) end; rotary ones go on. Several documents in a row may together be longer: the model looks at each.
     length = tokens.shape[1]
-    if getattr(config, "rope_parameters", None) is None and length > config.max_position_embeddings:
+    is_one = all(batch.get(name) is None for name in _PLACES)
+    if is_one and getattr(config, "rope_parameters", None) is None and length > config.max_position_embeddings:
         raise LemoError(
             f"sample is longer than the model's {config.max_position_embeddings:,} positions; {length:,} tokens, {name(0)}; "
             "cut it, or pack with a shorter seq_len"

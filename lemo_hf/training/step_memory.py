@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 
 from ..errors import LemoError
@@ -138,7 +139,9 @@ def _refuse_unknown(run: "LemoRun", args: TrainingArguments) -> None:
         or adapters[0].rank_pattern,
         "the base is quantised": getattr(run.backbone.config, "quantization_config", None) is not None,
         "the model lies on several devices": len(set(getattr(run.model, "hf_device_map", {}).values())) > 1,
-        "an engine spreads the step": bool(args.fsdp) or bool(args.deepspeed) or args.n_gpu > 1,
+        "an engine spreads the step": isinstance(run.model, FSDPModule)
+        or getattr(args, "deepspeed_plugin", None) is not None
+        or args.n_gpu > 1,  # not by args.fsdp: `accelerate launch` sets neither that nor args.deepspeed
         "layers are checkpointed": checkpointed,
         "activations are offloaded": run.args.save_on_cpu,
         "the model is compiled": bool(args.torch_compile),

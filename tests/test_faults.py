@@ -178,6 +178,34 @@ def test_a_signal_before_the_rounds_of_calibration_is_heard_and_the_phase_goes_o
     assert len(curve(again)) == 1
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_signal_is_heard_where_only_the_best_model_is_saved(tmp_path, strategy):
+    """Trainer does not save what an evaluation finds no better, whatever callbacks ask for."""
+    changes = {
+        "eval_strategy": strategy,
+        "eval_steps": 1,
+        "max_steps": 24,
+        "save_strategy": "best",
+        "metric_for_best_model": "loss",
+    }
+    args = tiny_arguments(tmp_path, predictor_documents=0, **changes)
+    trainer = LemoTrainer(model=tiny_lemo_model(**SAMPLED), args=args, train_dataset=RandomText(), eval_dataset=RandomText(1))
+    evaluations, evaluate = [], trainer.evaluate
+
+    def evaluate_and_stop(*args, **kwargs):
+        evaluations.append(trainer.state.global_step)
+        if len(evaluations) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    trainer.evaluate = evaluate_and_stop
+    trainer._determine_best_metric = lambda metrics, trial: len(evaluations) == 1
+    with pytest.raises(LemoStopped) as stopped:
+        trainer.train()
+    assert stopped.value.code == 143
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{evaluations[-1 if strategy == 'steps' else 0]}")
+
+
 def out_of_memory(*args, **kwargs):
     raise torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which"

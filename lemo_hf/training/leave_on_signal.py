@@ -5,6 +5,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .lemo_callback import LemoCallback
+from .whole_checkpoints import newest_whole
 
 
 class LeaveOnSignal(LemoCallback):
@@ -19,10 +20,17 @@ class LeaveOnSignal(LemoCallback):
         if self.run.is_attached and state.global_step:
             self.on_step_end(args, state, control)
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # save_strategy="best" takes the wish back where the evaluation after it finds no better model; a loop that ends comes by here.
+        if self.run.stop.is_saving:
+            control.should_save = True
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.run.stop.is_saving:
             self.run.stop.leave(f"in {self.run.folder / f'checkpoint-{state.global_step}'}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.run.stop.is_saving:  # and it was taken back again, by an evaluation at the epoch's end
+            self.run.stop.leave(f"in {newest_whole(self.run.folder)}")
         # What comes after the last step is short: the run is finished instead.
         self.run.stop.release()

@@ -14,7 +14,7 @@ def bench(
     ] = "python-llama-4m",
     seq_len: Annotated[str, typer.Option(help="Tokens of a sample; several with commas.")] = "4096",
     methods: Annotated[
-        str, typer.Option(help="Methods with commas, NAME or NAME@SHARE; all of them: all. The table below lists them.")
+        str, typer.Option(help="Methods with commas, NAME or NAME@SHARE; all of them: all. They are listed above.")
     ] = "stock,lemo-exact,lemo-sparse",
     steps: Annotated[int, typer.Option(help="Timed steps in each process.")] = 3,
     repeats: Annotated[int, typer.Option(help="Processes of each method, taking turns.")] = 3,

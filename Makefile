@@ -47,7 +47,9 @@ lint: $(STAMP)       ## style and types
 format: $(STAMP)     ## put the code into the style that lint checks
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
-bench: $(STAMP)      ## what a layer saves and computes at 8B shapes; results in benchmarks/results and README.md
+bench: $(STAMP)      ## methods side by side on the embedded model, counts at 8B shapes; results in benchmarks/results and README.md
+	@$(BIN)/lemo bench --model python-llama-4m --seq-len 4096 --methods stock,longlora,lemo-artifact,random-ltd,tokentune,lemo-exact,lemo-exact@0.3,lemo-exact-rows,lemo-sparse --steps 3 --repeats 3 \
+		--perplexity benchmarks/results/quickstart--amd-epyc-2-cores.json --out outputs/bench_small.json
 	@$(BIN)/python -W ignore::FutureWarning benchmarks/layer_arithmetic.py --out benchmarks/results/layer_arithmetic--any.json
 	@$(BIN)/python -W ignore::FutureWarning benchmarks/phase_flops.py
 	@$(BIN)/python benchmarks/update_readme.py

@@ -110,6 +110,18 @@ def test_the_index_is_right_in_a_later_epoch_and_after_resuming(tmp_path):
         trainer(put("labels", 3, 500)).train(resume_from_checkpoint=True)
 
 
+def test_a_mask_that_remote_code_refuses_is_named_too(tmp_path):
+    trainer = tiny_trainer(tmp_path, SAMPLED, predictor_documents=0, max_steps=1)
+    own = type("PaddingMaskError", (ValueError,), {})  # not the package's, as that of transformers_modules
+
+    def refuse(*args, **kwargs):
+        raise own("the attention mask may pad a row's ends only")
+
+    trainer.model.get_base_model().model._documents = refuse
+    with pytest.raises(LemoError, match=r"ends only \(samples \d+, \d+ of the training set\)"):
+        trainer.train()
+
+
 def test_documents_in_a_row_may_together_be_longer_than_learned_positions():
     config = SimpleNamespace(vocab_size=128, max_position_embeddings=32)
     row = {"input_ids": torch.full((1, 60), 5)}

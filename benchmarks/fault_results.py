@@ -1,7 +1,7 @@
 """The table of faults in docs/reliability.md, from what the tests of faults reported.
 
     pytest -m "slow or not slow" tests/test_kills.py tests/test_faults.py tests/test_out_of_memory.py \
-        tests/test_poisoned_samples.py tests/test_full_disk.py --junitxml=faults.xml -o junit_family=xunit1
+        tests/test_sample_watch.py tests/test_full_disk.py --junitxml=faults.xml -o junit_family=xunit1
     python benchmarks/fault_results.py faults.xml
 
 Several reports may be given, of one run of each test. Counts are those of passed tests; a test that failed stops the table.

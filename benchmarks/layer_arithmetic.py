@@ -26,7 +26,7 @@ from lemo_hf.profiling.activation_memory import ActivationMemory
 from lemo_hf.profiling.fake_model import fake_model
 from lemo_hf.profiling.flops import FlopCounter
 from lemo_hf.profiling.provenance import provenance
-from lemo_hf.training.predictor_training import parameter_share
+from lemo_hf.training.phases.predictor_training import parameter_share
 
 LLAMA_3_8B = {
     "hidden_size": 4096,

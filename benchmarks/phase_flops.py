@@ -26,9 +26,9 @@ from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.flops import FlopCounter
 from lemo_hf.profiling.provenance import provenance
 from lemo_hf.training.arguments import LemoTrainingArguments
-from lemo_hf.training.phase_cost import estimate_cost, estimate_probe_cost
-from lemo_hf.training.predictor_training import PredictorTraining
-from lemo_hf.training.threshold_search import ThresholdSearch
+from lemo_hf.training.phases.phase_cost import estimate_cost, estimate_probe_cost
+from lemo_hf.training.phases.predictor_training import PredictorTraining
+from lemo_hf.training.phases.threshold_search import ThresholdSearch
 
 # "any": exact counts are the same on every machine.
 RESULT = Path(__file__).parent / "results" / "phase_flops--any.json"

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from .registry import AutoLemoModelForCausalLM
     from .training.arguments import LemoTrainingArguments
     from .training.callbacks import lemo_callbacks
+    from .training.faults.whole_checkpoints import last_whole_checkpoint
     from .training.sft_trainer import LemoSFTConfig, LemoSFTTrainer
     from .training.trainer import LemoTrainer
-    from .training.whole_checkpoints import last_whole_checkpoint
 
 __version__ = "0.1.0.dev0"
 
@@ -74,7 +74,7 @@ _HOME = {
     "LemoSFTTrainer": ".training.sft_trainer",
     "LemoTrainer": ".training.trainer",
     "LemoTrainingArguments": ".training.arguments",
-    "last_whole_checkpoint": ".training.whole_checkpoints",
+    "last_whole_checkpoint": ".training.faults.whole_checkpoints",
     "lemo_callbacks": ".training.callbacks",
 }
 

@@ -67,7 +67,7 @@ def train(
     """  # noqa: D301 (\b is for the help formatter)
     from .recipe import read_recipe
     from .recipe.running import run_recipe
-    from .training.processes import Processes
+    from .training.scale_out.processes import Processes
 
     checked = read_recipe(recipe, _overrides(context.args))
     results = run_recipe(checked)

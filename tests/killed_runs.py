@@ -28,7 +28,8 @@ from transformers import TrainerState
 
 from lemo_hf import LemoTrainer
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training import callbacks, predictor_training, recall_probe, threshold_search
+from lemo_hf.training import callbacks
+from lemo_hf.training.phases import predictor_training, recall_probe, threshold_search
 from lemo_hf.training.trainer import holds_run
 
 LEMO = {"selection": "threshold", "attention_forward": "sparse"}

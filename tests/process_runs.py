@@ -31,9 +31,9 @@ from lemo_hf.evaluation.layer_scores import visit_layers
 from lemo_hf.hub.lemo_files import predictor_tensors
 from lemo_hf.models.modeling_lemo_llama import LemoLlamaForCausalLM
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training.predictor_training import _LayerFit
-from lemo_hf.training.processes import Processes
-from lemo_hf.training.threshold_search import ThresholdSearch
+from lemo_hf.training.phases.predictor_training import _LayerFit
+from lemo_hf.training.phases.threshold_search import ThresholdSearch
+from lemo_hf.training.scale_out.processes import Processes
 
 # Where a hang ends, seconds after the start.
 LIMIT = 420

@@ -174,7 +174,7 @@ class OutOfMemoryAt(TrainerCallback):
 
 
 def test_auto_find_batch_size_begins_anew_and_clean(tmp_path, monkeypatch):
-    from lemo_hf.training import predictor_training
+    from lemo_hf.training.phases import predictor_training
 
     fitted = []
     untouched = predictor_training.PredictorTraining.fit

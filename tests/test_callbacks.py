@@ -12,8 +12,8 @@ from lemo_hf import LemoTrainer
 from lemo_hf.errors import LemoError
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.training.callbacks import all_finite
-from lemo_hf.training.phase_documents import PhaseDocuments
-from lemo_hf.training.predictor_training import PredictorTraining
+from lemo_hf.training.phases.phase_documents import PhaseDocuments
+from lemo_hf.training.phases.predictor_training import PredictorTraining
 
 SPARSE = {"selection": "ratio", "attention_forward": "sparse"}
 SAMPLED = {"selection": "sampled"}

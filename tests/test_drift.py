@@ -12,9 +12,9 @@ from lemo_hf.evaluation.block_recall import RecallReport, measure_recall
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.live_bytes import LiveBytes
 from lemo_hf.training.arguments import LemoTrainingArguments
-from lemo_hf.training.phase_cost import LARGE_PROBE_SHARE, estimate_probe_cost
-from lemo_hf.training.predictor_training import PredictorTraining
-from lemo_hf.training.recall_probe import RecallProbe, threshold_search
+from lemo_hf.training.phases.phase_cost import LARGE_PROBE_SHARE, estimate_probe_cost
+from lemo_hf.training.phases.predictor_training import PredictorTraining
+from lemo_hf.training.phases.recall_probe import RecallProbe, threshold_search
 
 SELECTIONS = {
     "ratio": {"selection": "ratio", "attention_forward": "sparse"},
@@ -107,17 +107,17 @@ def test_kept_shares_stay_where_thresholds_follow(tmp_path, monkeypatch):
 
 def test_refits_end_where_they_do_not_help_and_it_is_said_once(tmp_path, monkeypatch, caplog):
     fallen = iter([0.8, 0.7, 0.7, 0.6, 0.5])
-    monkeypatch.setattr("lemo_hf.training.recall_probe.probe", lambda *_: RecallReport([next(fallen)], [], 0.5))
+    monkeypatch.setattr("lemo_hf.training.phases.recall_probe.probe", lambda *_: RecallReport([next(fallen)], [], 0.5))
     monkeypatch.setattr("lemo_hf.training.callbacks.probe", lambda *_: RecallReport([next(fallen)], [0.5], 0.5))
     few = {"predictor_documents": 1, "refit_documents": 1, "max_steps": 3, "probe_steps": 1, "learning_rate": 0.0}
-    with caplog.at_level(logging.WARNING, logger="lemo_hf.training.recall_probe"):
+    with caplog.at_level(logging.WARNING, logger="lemo_hf.training.phases.recall_probe"):
         trainer = run(tmp_path, SELECTIONS["ratio"], refit_limit=5, **few)
     assert trainer.lemo_run.refits == 1
     assert logged(trainer, "recall") == [0.8, 0.7, 0.6, 0.5]
     assert caplog.text.count("fitting again on 1 documents did not help: 0.700; raise refit_documents") == 1
     caplog.clear()
     fallen = iter([0.8, 0.7, 0.75, 0.6, 0.5])
-    with caplog.at_level(logging.WARNING, logger="lemo_hf.training.recall_probe"):
+    with caplog.at_level(logging.WARNING, logger="lemo_hf.training.phases.recall_probe"):
         trainer = run(tmp_path / "b", SELECTIONS["ratio"], refit_limit=1, **few)
     assert trainer.lemo_run.refits == 1
     said = "mean recall is 0.600, it was 0.750 when the predictors were last fitted; refit_limit=1 is used up"

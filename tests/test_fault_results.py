@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TESTS = {
     name
-    for file in ("test_kills.py", "test_faults.py", "test_out_of_memory.py", "test_poisoned_samples.py", "test_full_disk.py")
+    for file in ("test_kills.py", "test_faults.py", "test_out_of_memory.py", "test_sample_watch.py", "test_full_disk.py")
     for name in re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.MULTILINE)
 }
 

@@ -15,9 +15,9 @@ from transformers import Trainer
 
 from lemo_hf import LemoTrainer, cli, last_whole_checkpoint, lemo_callbacks
 from lemo_hf.errors import LemoError, LemoStopped
-from lemo_hf.training.predictor_training import PredictorTraining
-from lemo_hf.training.threshold_search import ThresholdSearch
-from lemo_hf.training.whole_checkpoints import SEAL_FILE, damage
+from lemo_hf.training.faults.whole_checkpoints import SEAL_FILE, damage
+from lemo_hf.training.phases.predictor_training import PredictorTraining
+from lemo_hf.training.phases.threshold_search import ThresholdSearch
 
 SPARSE = {"selection": "ratio", "attention_forward": "sparse"}
 SAMPLED = {"selection": "sampled"}

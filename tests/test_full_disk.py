@@ -15,7 +15,7 @@ import torch
 from training_runs import RandomText, tiny_trainer
 from lemo_hf import last_whole_checkpoint
 from lemo_hf.errors import LemoRunError
-from lemo_hf.training.whole_checkpoints import damage
+from lemo_hf.training.faults.whole_checkpoints import damage
 torch.set_num_threads(1)
 place = Path(sys.argv[1])
 for size in range(60, 420, 12):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from killed_runs import Fault, Killer, limit_files, run_server, send_to_itself
 
-from lemo_hf.training.whole_checkpoints import damage, newest_whole
+from lemo_hf.training.faults.whole_checkpoints import damage, newest_whole
 
 
 @pytest.fixture(scope="module")

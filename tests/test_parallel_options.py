@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from lemo_hf import LemoTrainer, lemo_callbacks
 from lemo_hf.errors import LemoError
-from lemo_hf.training.parallel_options import prepare_engine, refuse_deepspeed, refuse_fsdp
+from lemo_hf.training.scale_out.parallel_options import prepare_engine, refuse_deepspeed, refuse_fsdp
 
 LAUNCH = Path(__file__).parent.parent / "recipes" / "launch"
 LAYER = "LemoLlamaDecoderLayer"

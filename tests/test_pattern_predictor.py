@@ -14,7 +14,7 @@ from lemo_hf.models.pattern_predictor import (
     predicted_informativeness,
 )
 from lemo_hf.models.token_informativeness import block_informativeness
-from lemo_hf.training.predictor_training import parameter_share
+from lemo_hf.training.phases.predictor_training import parameter_share
 
 
 def predictor(hidden_size=12, sizes=(5, 6, 7, 4), features=3):

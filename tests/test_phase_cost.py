@@ -2,7 +2,7 @@ import phase_flops
 import pytest
 
 from lemo_hf import LemoConfig
-from lemo_hf.training.phase_cost import estimate_cost
+from lemo_hf.training.phases.phase_cost import estimate_cost
 
 
 def test_the_sparse_form_of_an_8b_model():

@@ -7,7 +7,7 @@ from lemo_hf.evaluation.block_recall import measure_recall
 from lemo_hf.evaluation.layer_scores import visit_layers
 from lemo_hf.hub.lemo_files import PREDICTORS_FILE, load_predictors, predictor_tensors, record_predictor_sizes, save_lemo_files
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training.predictor_training import PredictorTraining, parameter_share
+from lemo_hf.training.phases.predictor_training import PredictorTraining, parameter_share
 
 
 class TokenRuns(RandomText):
@@ -158,7 +158,7 @@ def test_inputs_of_one_layer_live_at_a_time(monkeypatch):
         return untouched(self, number)
 
     seen = []
-    import lemo_hf.training.predictor_training as module
+    import lemo_hf.training.phases.predictor_training as module
 
     def visit(backbone, batch, visit_one):
         def remember(found):

@@ -25,7 +25,7 @@ from lemo_hf.hub.export import export_run
 from lemo_hf.hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, predictor_tensors
 from lemo_hf.hub.model_card import BEGIN
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training.whole_checkpoints import SEAL_FILE, damage
+from lemo_hf.training.faults.whole_checkpoints import SEAL_FILE, damage
 
 # huggingface_hub 2.4 hands files to its HTTP client in a way that this deprecates; nothing here can avoid it.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

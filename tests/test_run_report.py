@@ -17,7 +17,7 @@ from lemo_hf.hub.model_card import RESULTS_FILE
 from lemo_hf.profiling.process_memory import after_forward_metrics, memory_metrics
 from lemo_hf.profiling.run_report import report_run
 from lemo_hf.profiling.run_report_data import STATE_FILE, read_run
-from lemo_hf.training.block_score_maps import MAP_CELLS, MAPS_FILE, cells
+from lemo_hf.training.phases.block_score_maps import MAP_CELLS, MAPS_FILE, cells
 from lemo_hf.training.run_record import LOG_FILE
 
 SECTIONS = ("summary", "losses", "kept-share", "recall", "block-scores", "memory", "time", "saved-bytes", "settings", "machine")

@@ -6,7 +6,7 @@ from references.tiny_models import batches_of
 from training_runs import RandomText, tiny_lemo_model
 
 from lemo_hf.models.sparse_decoder import sparse_backbone, sparse_evaluation
-from lemo_hf.training.threshold_search import ThresholdSearch, kept_share
+from lemo_hf.training.phases.threshold_search import ThresholdSearch, kept_share
 
 SPARSE = {"selection": "threshold", "attention_forward": "sparse"}
 

@@ -18,7 +18,7 @@ from lemo_hf import AutoLemoModelForCausalLM, LemoTrainer, cli
 from lemo_hf.errors import LemoError
 from lemo_hf.loading import load_saved_model
 from lemo_hf.models.lemo_config import LemoConfigError
-from lemo_hf.training.whole_checkpoints import SEAL_FILE
+from lemo_hf.training.faults.whole_checkpoints import SEAL_FILE
 
 OURS = {"api": AutoLemoModelForCausalLM.from_pretrained, "command": load_saved_model}
 

@@ -26,7 +26,7 @@ from ..profiling.provenance import provenance
 from ..quickstart.comparison import BASE, EVALUATION_PACKAGES, SEQ_LEN, context
 from ..registry import AutoLemoModelForCausalLM
 from ..text_data import pack_documents, python_sources, spread_samples
-from ..training.predictor_training import PredictorTraining, parameter_share
+from ..training.phases.predictor_training import PredictorTraining, parameter_share
 
 # The base's own text and other people's; the packages that recall is measured on are not among them.
 PACKAGES = ("stdlib", "networkx", "accelerate", "peft", "sympy", "transformers")

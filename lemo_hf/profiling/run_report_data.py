@@ -15,7 +15,7 @@ from ..errors import LemoError
 from ..hub.lemo_files import CONFIG_FILE, read_json, read_tensors
 from ..hub.model_card import RESULTS_FILE, RunResults
 from ..models.lemo_config import LemoConfig
-from ..training.block_score_maps import MAP_CELLS, MAP_LAYERS, MAPS_FILE
+from ..training.phases.block_score_maps import MAP_CELLS, MAP_LAYERS, MAPS_FILE
 from ..training.run_record import LOG_FILE, LOG_VERSION
 
 STATE_FILE = "trainer_state.json"

@@ -31,11 +31,11 @@ from ..models.lemo_config import LemoConfigError
 from ..registry import AutoLemoModelForCausalLM
 from ..text_data import PackedDocuments
 from ..training.arguments import LemoTrainingArguments
+from ..training.faults.whole_checkpoints import checkpoints, last_whole_checkpoint, require_whole
 from ..training.lemo_run import has_progress
-from ..training.processes import Processes, within_forward
 from ..training.run_card import results_of
+from ..training.scale_out.processes import Processes, within_forward
 from ..training.trainer import LemoTrainer, holds_run
-from ..training.whole_checkpoints import checkpoints, last_whole_checkpoint, require_whole
 from .reading import Recipe
 from .samples import collator_of, load_samples
 

@@ -30,19 +30,19 @@ from ..profiling.activation_memory import plain_tensors
 from .activation_offload import SaveOnCpu
 from .arguments import LemoTrainingArguments
 from .compatible_options import CompatibleOptions
-from .join_processes import JoinProcesses
+from .faults.leave_on_signal import LeaveOnSignal
+from .faults.sample_watch import SampleWatch
+from .faults.whole_checkpoints import SEAL_FILE, newest_whole, unseal
 from .layer_metrics import LayerMetrics
-from .leave_on_signal import LeaveOnSignal
 from .lemo_callback import LemoCallback, by_layer
 from .lemo_run import LemoRun
-from .phase_cost import LARGE_SHARE, estimate_cost
-from .phase_documents import require_blocks
-from .poisoned_samples import SampleWatch
-from .predictor_training import PredictorTraining, parameter_share
-from .recall_probe import DEFAULT_DOCUMENTS, RecallProbe, probe, threshold_search
+from .phases.phase_cost import LARGE_SHARE, estimate_cost
+from .phases.phase_documents import require_blocks
+from .phases.predictor_training import PredictorTraining, parameter_share
+from .phases.recall_probe import DEFAULT_DOCUMENTS, RecallProbe, probe, threshold_search
 from .run_record import RunRecord
+from .scale_out.join_processes import JoinProcesses
 from .step_forecast import StepForecast
-from .whole_checkpoints import SEAL_FILE, newest_whole, unseal
 
 logger = logging.getLogger(__name__)
 

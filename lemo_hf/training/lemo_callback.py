@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .faults.out_of_memory import is_out_of_memory, out_of_memory
 from .lemo_run import LemoRun
-from .out_of_memory import is_out_of_memory, out_of_memory
-from .phase_documents import untouched_randomness
-from .processes import within_forward
+from .phases.phase_documents import untouched_randomness
+from .scale_out.processes import within_forward
 
 
 class LemoCallback(TrainerCallback):

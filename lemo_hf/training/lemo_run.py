@@ -33,13 +33,13 @@ from ..models.lemo_config import LemoConfig, LemoConfigError
 from ..models.sparse_decoder import sparse_backbone
 from ..profiling.process_memory import memory_metrics
 from .arguments import LemoTrainingArguments
-from .phase_documents import PhaseDocuments
-from .processes import Processes
+from .faults.sample_checks import require_finite_embeddings, require_sound
+from .faults.stop_signals import StopSignals
+from .faults.whole_checkpoints import STATE_FILE, explained_write_errors, seal, set_aside_cut
+from .phases.phase_documents import PhaseDocuments
 from .run_clock import RunClock
-from .sample_checks import require_finite_embeddings, require_sound
+from .scale_out.processes import Processes
 from .step_memory import keep_within_budget
-from .stop_signals import StopSignals
-from .whole_checkpoints import STATE_FILE, explained_write_errors, seal, set_aside_cut
 
 logger = logging.getLogger(__name__)
 

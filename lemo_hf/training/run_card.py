@@ -10,7 +10,7 @@ from ..hub.card_metadata import public_name
 from ..hub.lemo_files import context_config
 from ..hub.model_card import RunResults, values_by_layer
 from .lemo_run import LemoRun
-from .phase_documents import is_stream
+from .phases.phase_documents import is_stream
 
 
 def results_of(run: LemoRun, model: Any, dataset: Any, history: list[dict[str, Any]], steps: int) -> RunResults:

@@ -27,13 +27,13 @@ from ..models.segmented_loss import IGNORE_INDEX, shift_labels
 from ..models.sparse_decoder import sparse_backbone, sparse_evaluation
 from .arguments import LemoTrainingArguments
 from .callbacks import callbacks_of, not_finite
+from .faults.out_of_memory import is_out_of_memory, out_of_memory
+from .faults.whole_checkpoints import checkpoints, explained_write_errors, last_whole_checkpoint, require_whole, unseal
 from .lemo_run import LemoRun, has_progress
-from .out_of_memory import is_out_of_memory, out_of_memory
-from .parallel_options import refuse_split_sequences
-from .phase_documents import untouched_randomness
+from .phases.phase_documents import untouched_randomness
 from .run_card import results_of
-from .sharded_saving import ShardedSavingMixin
-from .whole_checkpoints import checkpoints, explained_write_errors, last_whole_checkpoint, require_whole, unseal
+from .scale_out.parallel_options import refuse_split_sequences
+from .scale_out.sharded_saving import ShardedSavingMixin
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..errors import LemoStopped
-from .processes import Processes
+from ...errors import LemoStopped
+from ..scale_out.processes import Processes
 
 logger = logging.getLogger(__name__)
 

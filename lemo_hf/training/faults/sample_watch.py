@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..models.segmented_loss import IGNORE_INDEX, shift_labels
-from .lemo_callback import LemoCallback, precision
-from .lemo_run import LemoRun
-from .phase_documents import untouched_randomness
-from .processes import Processes
+from ...models.segmented_loss import IGNORE_INDEX, shift_labels
+from ..lemo_callback import LemoCallback, precision
+from ..lemo_run import LemoRun
+from ..phases.phase_documents import untouched_randomness
+from ..scale_out.processes import Processes
 from .sample_checks import require_sound
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..errors import LemoError, LemoRunError
-from ..evaluation.layer_scores import LayerScores
-from ..models.segmented_loss import IGNORE_INDEX
+from ...errors import LemoError, LemoRunError
+from ...evaluation.layer_scores import LayerScores
+from ...models.segmented_loss import IGNORE_INDEX
 
 # Largest difference of rows that are alike, over their largest value: above what rounding to 16 bits makes of equal ones.
 _ALIKE = 0.05

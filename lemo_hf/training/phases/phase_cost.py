@@ -10,7 +10,7 @@ Attention, quadratic in length, counts like everything else, so these are estima
 
 from dataclasses import dataclass
 
-from ..models.lemo_config import LemoConfig
+from ...models.lemo_config import LemoConfig
 
 _FIT = 1.2
 _PROBE = 1.15

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from lemo_hf import LemoTrainer
 from lemo_hf.errors import LemoError, LemoRunError
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training.sample_checks import require_sound
+from lemo_hf.training.faults.sample_checks import require_sound
 
 SPARSE = {"selection": "ratio", "attention_forward": "sparse"}
 SAMPLED = {"selection": "sampled"}

@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainingArguments
 
-from ..errors import LemoError
-from ..models.sparse_decoder import sparse_backbone
+from ...errors import LemoError
+from ...models.sparse_decoder import sparse_backbone
 
 _PREDICTORS = r".*lemo_predictor"
 _SIZES = {

@@ -22,8 +22,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from ..errors import LemoError, LemoRunError
-from ..hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, write_json
+from ...errors import LemoError, LemoRunError
+from ...hub.lemo_files import CONFIG_FILE, PREDICTORS_FILE, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from .lemo_callback import LemoCallback
+from ..lemo_callback import LemoCallback
 from .whole_checkpoints import newest_whole
 
 

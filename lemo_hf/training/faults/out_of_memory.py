@@ -16,8 +16,8 @@ from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[imp
 from torch import Tensor
 from transformers import TrainingArguments
 
-from ..errors import LemoRunError
-from .lemo_run import LemoRun
+from ...errors import LemoRunError
+from ..lemo_run import LemoRun
 
 # Functions, and files without ending, that say what a frame is part of; a later frame is the more precise one.
 _PARTS = {

@@ -14,15 +14,15 @@ import math
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..evaluation.block_recall import RecallReport, measure_recall
-from ..hub.lemo_files import predictor_tensors
+from ...evaluation.block_recall import RecallReport, measure_recall
+from ...hub.lemo_files import predictor_tensors
+from ..lemo_callback import LemoCallback, by_layer, precision
+from ..lemo_run import LemoRun
+from ..scale_out.processes import within_forward
 from .block_score_maps import BlockScoreMaps
-from .lemo_callback import LemoCallback, by_layer, precision
-from .lemo_run import LemoRun
 from .phase_cost import LARGE_PROBE_SHARE, estimate_probe_cost
 from .phase_documents import untouched_randomness
 from .predictor_training import PredictorTraining
-from .processes import within_forward
 from .threshold_search import ThresholdSearch
 
 logger = logging.getLogger(__name__)

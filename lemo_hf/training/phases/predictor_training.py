@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.block_recall import PositionProfile
-from ..evaluation.layer_scores import LayerScores, visit_layers
-from ..hub.lemo_files import predictor_tensors, record_predictor_sizes
-from ..models.pattern_predictor import PatternPredictor, predicted_block_scores, predicted_informativeness
-from ..models.token_informativeness import block_informativeness
-from .processes import Processes
-from .sample_checks import without_uniform_documents
+from ...evaluation.block_recall import PositionProfile
+from ...evaluation.layer_scores import LayerScores, visit_layers
+from ...hub.lemo_files import predictor_tensors, record_predictor_sizes
+from ...models.pattern_predictor import PatternPredictor, predicted_block_scores, predicted_informativeness
+from ...models.token_informativeness import block_informativeness
+from ..faults.sample_checks import without_uniform_documents
+from ..scale_out.processes import Processes
 
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8

@@ -5,10 +5,10 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..models.sparse_decoder import sparse_backbone
-from .lemo_callback import LemoCallback
+from ...models.sparse_decoder import sparse_backbone
+from ..lemo_callback import LemoCallback
+from ..phases.phase_documents import is_stream
 from .parallel_options import prepare_engine
-from .phase_documents import is_stream
 from .processes import Processes, settings_of
 
 _START_ALIKE = "start all processes with the same script, recipe and versions"

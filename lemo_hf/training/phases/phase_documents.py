@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from ..errors import LemoError
-from ..evaluation.layer_scores import backbone_inputs, documents_of
-from ..models.lemo_config import LemoConfig
-from ..models.token_elimination import kept_block_count
+from ...errors import LemoError
+from ...evaluation.layer_scores import backbone_inputs, documents_of
+from ...models.lemo_config import LemoConfig
+from ...models.token_elimination import kept_block_count
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..errors import LemoError
-from ..hub.lemo_files import opened_tensors, read_json
+from ...errors import LemoError
+from ...hub.lemo_files import opened_tensors, read_json
 
 if TYPE_CHECKING:  # a mixin calls the methods of the trainer that it is put before
     _Trainer = Trainer

@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..evaluation.layer_scores import backbone_inputs, evaluation_mode
-from ..models.segmented_loss import shift_labels
-from ..models.sparse_decoder import sparse_evaluation
-from .processes import Processes
+from ...evaluation.layer_scores import backbone_inputs, evaluation_mode
+from ...models.segmented_loss import shift_labels
+from ...models.sparse_decoder import sparse_evaluation
+from ..scale_out.processes import Processes
 
 logger = logging.getLogger(__name__)
 

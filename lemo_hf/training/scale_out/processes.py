@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from ..errors import LemoError
-from ..models.lemo_config import shown
+from ...errors import LemoError
+from ...models.lemo_config import shown
 
 T = TypeVar("T")
 

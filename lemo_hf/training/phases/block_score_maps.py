@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.layer_scores import LayerScores
-from ..hub.lemo_files import write_tensors
-from ..models.pattern_predictor import predicted_block_scores
-from .lemo_run import LemoRun
+from ...evaluation.layer_scores import LayerScores
+from ...hub.lemo_files import write_tensors
+from ...models.pattern_predictor import predicted_block_scores
+from ..lemo_run import LemoRun
 
 logger = logging.getLogger(__name__)
 

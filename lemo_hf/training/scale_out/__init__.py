@@ -1,0 +1,1 @@
+"""Several processes: what they settle, share and save together."""

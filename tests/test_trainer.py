@@ -14,8 +14,9 @@ from lemo_hf.hub import lemo_files
 from lemo_hf.hub.lemo_files import read_json
 from lemo_hf.hub.model_card import BEGIN, END
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training import lemo_run, predictor_training, threshold_search
+from lemo_hf.training import lemo_run
 from lemo_hf.training.lemo_run import PROGRESS_FILE
+from lemo_hf.training.phases import predictor_training, threshold_search
 from lemo_hf.training.phases.block_score_maps import MAPS_FILE
 from lemo_hf.training.run_record import LOG_FILE
 

@@ -4,7 +4,6 @@ Bad input of any kind ends in one line on stderr, `fact; value; fix`, and exit c
 """
 
 import dataclasses
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,8 +30,6 @@ app = typer.Typer(
 @app.callback()
 def _lemo() -> None:
     """Long-context LoRA fine-tuning that leaves uninformative tokens out of each layer's computation."""
-    # PEFT imports bitsandbytes where it is installed, and that warns of an operator for inference which nothing here calls.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class _TrainCommand(TyperCommand):

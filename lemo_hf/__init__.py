@@ -4,6 +4,7 @@ Public names load on first use. Importing the package registers the LeMo models 
 `AutoModelForCausalLM`, and needs only torch, transformers, peft, accelerate and safetensors.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from .supported_versions import check_versions, declared_requirements
 
 # Before anything of transformers or torch is imported: an older one would fail with an error about some name of its own.
 check_versions(declared_requirements())
+
+# PEFT imports bitsandbytes where it is installed, which on some CPUs warns of an operator for inference that training never calls.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
 
 from .registry import register  # noqa: E402
 

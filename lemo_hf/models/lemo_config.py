@@ -45,8 +45,9 @@ class LemoConfig:
         sampling_temperature: For `"sampled"`: blocks are drawn with probability proportional to
             informativeness ** (1 / temperature). `None` is the infinite temperature, the uniform draw, which needs no scores.
         draws: For `"sampled"`: with `"shared"` random numbers all layers of a step draw the same blocks (those with a smaller
-            `keep_ratio` some of these), so a kept token's gradient passes every layer whole; `"by_layer"` draws each layer's
-            own, and what comes down from the layers above is then missing a part of them at every token.
+            `keep_ratio` some of these), so a kept token's gradient passes the branches of every layer, attention to other
+            blocks apart; with a temperature layers weigh them by their own scores. `"by_layer"` draws each layer's own, and
+            what comes down from the layers above is then missing a part of them at every token.
         score_source: `"predicted"` scores come from the pattern predictors, `"true"` ones from the layer's own queries
             and keys (quadratic in tokens: for experiments and tests).
         attention_forward: `"exact"` keeps the dense forward pass and restricts the gradient to kept tokens; `"sparse"`

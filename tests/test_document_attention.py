@@ -1,6 +1,9 @@
+from itertools import accumulate
+
 import pytest
 import torch
 from references.decoder_layer import hidden_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lemo_hf.models.document_attention import AttentionScope, attend, centred_keys, with_kept_row_gradient
 from lemo_hf.models.lemo_config import LemoConfigError
@@ -18,7 +21,8 @@ def scope_of(lengths, window=None, kept=None):
     places = torch.cat([torch.arange(length) for length in lengths])
     if kept is not None:
         places, lengths = places[kept], [int(part.sum()) for part in kept.split(lengths)]
-    return AttentionScope(lengths, SCALE, window, None if window is None else places)
+    bounds = torch.tensor([0, *accumulate(lengths)])
+    return AttentionScope(lengths, SCALE, window, None if window is None else places, bounds)
 
 
 def by_formula(query, key, value, scope):
@@ -251,3 +255,54 @@ def test_centred_keys_in_other_dtypes(dtype, common, tolerance):
             scores = torch.einsum("qhd,khd->hqk", query[kept][part].double(), k) * SCALE
             pairs.append((scores - total[part].double().transpose(0, 1)).tril().exp())
         torch.testing.assert_close(pairs[1], pairs[0], rtol=tolerance, atol=tolerance)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [(7, 9), (8, 8)], ids=["unequal", "equal"])
+def test_centring_takes_as_many_operators_for_40_documents_as_for_2(lengths):
+    """On an accelerator each is a launch, in every layer and step."""
+    ran = []
+    for lengths_of_all in (list(lengths), list(lengths) * 20):
+        query, key, _ = heads(sum(lengths_of_all))
+        scope, lse = scope_of(lengths_of_all), torch.zeros(*query.shape[:2], 1, dtype=query.dtype)
+        with Operators() as operators:
+            shifted, _ = centred_keys(query, key.requires_grad_(), lse, scope)
+            torch.autograd.grad(shifted, key, torch.ones_like(shifted))
+        ran.append(operators.names)
+    assert ran[0] == ran[1]
+    assert "aten::sub.Tensor" in ran[0]
+
+
+# Documents without rows, of one row, and longer than the rows that are summed at once.
+@pytest.mark.parametrize("lengths", [[12], [5, 5], [3, 0, 9, 1, 0], [700, 1, 256, 300], [255, 257], [0, 513, 4]], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_keys_and_their_gradients_lose_the_mean_of_their_own_document(lengths, dtype, tolerance):
+    query, key, upstream = heads(sum(lengths), dtype=dtype)
+    key, upstream = (key + 1).transpose(1, 2).contiguous().transpose(1, 2), upstream - 1
+    lse = torch.zeros(*query.shape[:2], 1, dtype=torch.promote_types(dtype, torch.float32))
+    shifted, lse_shifted = centred_keys(query, key.requires_grad_(), lse, scope_of(lengths))
+    (grad,) = torch.autograd.grad(shifted, key, upstream)
+    parts = (part.detach().double().split(lengths) for part in (query, key, upstream))
+    for q, k, up, *got in zip(*parts, *(each.split(lengths) for each in (shifted, lse_shifted, grad)), strict=True):
+        if not len(k):
+            continue
+        wanted = (q * k.mean(0).to(dtype).double().repeat_interleave(2, 0)).sum(-1, keepdim=True) * -SCALE
+        for mine, reference in zip(got, (k - k.mean(0), wanted, up - up.mean(0)), strict=True):
+            torch.testing.assert_close(mine.double(), reference, rtol=tolerance, atol=tolerance)
+
+
+def test_centring_passes_gradcheck():
+    query, key, _ = heads(16, dim=4)
+    lse, scope = torch.zeros(16, 4, 1, dtype=torch.float64), scope_of([4, 11, 1])
+    assert torch.autograd.gradcheck(lambda key: centred_keys(query, key, lse, scope)[0], (key.requires_grad_(),))

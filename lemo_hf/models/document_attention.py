@@ -31,6 +31,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 # The operator walks keys in blocks of 512: strips that begin where its blocks do give the same bits as the whole at once.
 _STRIP = 512
+# Rows of a document that `_means` sums in one go, before their sums.
+_SEGMENT = 256
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,15 @@ class AttentionScope:
         window: Width of the sliding window in original positions; `None` if there is none, or no document is longer.
         positions: Original position of every row in its document, `(rows,)` int64, ascending within a document; for a window
             only.
+        bounds: First row of every document, and the number of rows, `(documents + 1,)` int64 on the rows' device; for
+            `centred_keys` of documents of unequal lengths only.
     """
 
     lengths: list[int]
     scale: float
     window: int | None = None
     positions: Tensor | None = None
+    bounds: Tensor | None = None
 
 
 def _kernel(name: str, query: Tensor, scope: AttentionScope) -> Callable[..., Any] | None:
@@ -191,6 +196,47 @@ def with_kept_row_gradient(
     return _KeptRowGradient.apply(query, key, value, output, lse, scope)
 
 
+def _grid(rows: Tensor, scope: AttentionScope) -> Tensor:
+    """Rows `(rows, ...)` as a view `(documents, length, ...)` if all documents are equally long, else `(1, rows, ...)`."""
+    lengths = [length for length in scope.lengths if length > 0]
+    return rows.unflatten(0, (len(lengths) if len(set(lengths)) == 1 else 1, -1))
+
+
+def _means(rows: Tensor, scope: AttentionScope) -> Tensor:
+    """What to take from `_grid(rows, scope)` to centre each document: means `(documents, 1, ...)` or `(1, rows, ...)`.
+
+    They are summed in float32 at least, by as many operators for a hundred documents as for two, none of which waits for the
+    device or adds in an order that changes.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if len({length for length in scope.lengths if length > 0}) == 1:
+        return _grid(rows, scope).mean(1, keepdim=True, dtype=wide).to(rows.dtype)
+    bounds = scope.bounds
+    assert bounds is not None, "documents of unequal lengths are told apart by their bounds"
+    # Cut at documents and at every 256th row, so that a long document is no long chain of additions.
+    places = torch.arange(len(rows), device=rows.device)
+    cuts = torch.cat((bounds, places[::_SEGMENT])).sort().values
+    sums = torch.segment_reduce(rows.flatten(1).to(wide), "sum", offsets=cuts, unsafe=True)
+    sums = torch.segment_reduce(sums, "sum", offsets=torch.searchsorted(cuts, bounds), unsafe=True)
+    means = (sums / bounds.diff().unsqueeze(1)).to(rows.dtype)
+    document = torch.searchsorted(bounds[1:], places, right=True)
+    return means.index_select(0, document).view(1, *rows.shape)
+
+
+class _CentredRows(torch.autograd.Function):
+    """Rows less their document's mean, which is given; a symmetric matrix, so that gradients are centred likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, means: Tensor, scope: AttentionScope) -> Tensor:
+        ctx.scope = scope
+        return (_grid(rows, scope) - means).flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (_grid(grad, ctx.scope) - _means(grad, ctx.scope)).flatten(0, 1), None, None
+
+
 def centred_keys(query: Tensor, key: Tensor, lse: Tensor, scope: AttentionScope) -> tuple[Tensor, Tensor]:
     """Kept keys less their mean in each document, for the exact form's backward pass (ours).
 
@@ -206,18 +252,14 @@ def centred_keys(query: Tensor, key: Tensor, lse: Tensor, scope: AttentionScope)
     Args:
         query, key: Those of kept rows, as in `with_kept_row_gradient`.
         lse: Kept rows' log-sum-exp of the dense scores, `(kept, heads, 1)`, float32 or wider.
-        scope: The kept rows' documents and scale.
+        scope: The kept rows' documents, their bounds if they are of unequal lengths, and scale.
 
     Returns:
         Keys and log-sum-exps to use instead; only the keys carry gradient. In 16 bits the shifted keys are rounded once more.
     """
-    lengths = [length for length in scope.lengths if length > 0]
-    keys, shifts = [], []
-    for k, q in zip(_by_document(key, lengths), _by_document(query, lengths), strict=True):
-        mean = k.mean(2, keepdim=True, dtype=lse.dtype).to(k.dtype)
-        keys.append(k - mean)
-        with torch.no_grad():
-            # In the wider dtype: an error here would scale a whole row of probabilities.
-            by_head = mean.to(lse.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
-            shifts.append((q * by_head).sum(-1, keepdim=True) * scope.scale)
-    return _as_rows(keys), lse - _as_rows(shifts)
+    with torch.no_grad():
+        means = _means(key, scope)
+        # In the wider dtype: an error here would scale a whole row of probabilities.
+        groups = _grid(query.unflatten(1, (key.shape[1], -1)), scope)
+        shift = (groups * means.to(lse.dtype).unsqueeze(3)).sum(-1).view_as(lse) * scope.scale
+    return _CentredRows.apply(key, means, scope), lse - shift

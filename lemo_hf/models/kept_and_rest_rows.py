@@ -131,10 +131,13 @@ class KeptAndRestRows:
     def _scope(self, lengths: list[int], real_rows: Tensor | None = None) -> AttentionScope:
         """What attention among all real rows, or some of them, needs to know; `lengths` of them belong to each document."""
         scale, window = self.layer.attention_scale, self.layer.attention_window
+        bounds = None
+        if self.exact and real_rows is not None and len(set(lengths)) > 1:
+            bounds = torch.searchsorted(real_rows, self.documents.bounds)
         if window is None or window >= max(self.documents.lengths):
-            return AttentionScope(lengths, scale)
+            return AttentionScope(lengths, scale, bounds=bounds)
         positions = self.documents.place_of_row
-        return AttentionScope(lengths, scale, window, positions if real_rows is None else positions[real_rows])
+        return AttentionScope(lengths, scale, window, positions if real_rows is None else positions[real_rows], bounds)
 
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The dense attention of all real rows: kept rows' output and log-sum-exp; the rest rows' output is put by."""

@@ -262,8 +262,36 @@ def test_a_process_that_dies_is_a_failed_row(small_model, monkeypatch):
     assert "| failed |" in bench_table([row])
 
 
+def test_ratios_are_between_adapters_of_one_float_type():
+    def row(method, adapters, saved):
+        return {"model": "m", "seq_len": 8, "method": method, "words": method, "adapters": adapters, "saved_bytes": saved * 2**20}
+
+    rows = [row("stock", "float32", 8), row("lemo-exact@0.5", "bfloat16", 3)]
+    alone = bench_table(rows)
+    assert "against stock; rows with bfloat16 adapters against nothing, for want of" in alone
+    assert "| 3 MiB |" in alone
+    both = bench_table([*rows, row("stock-bf16", "bfloat16", 6)])
+    assert "against stock; rows with bfloat16 adapters against stock-bf16" in both
+    assert "| 3 MiB (0.50) |" in both
+    assert "| 8 MiB (1.00) |" in both
+
+
+def test_results_of_other_settings_are_not_mixed_unnoticed():
+    document = {
+        "kind": "lemo bench",
+        "commit": "c",
+        "machine": "any",
+        "config": {"batch_size": 1, "dtype": "bfloat16"},
+        "rows": [],
+    }
+    other = document | {"config": {"batch_size": 2, "dtype": "bfloat16"}}
+    with pytest.raises(LemoError, match="another batch_size in one table; 1 and 2"):
+        merged([document, other])
+    assert merged([document, other], mixed=True) == merged([document, document]) == []
+
+
 def test_counts_need_neither_weights_nor_a_gpu(small_model, shown_by):
-    shown = shown_by("--model", small_model, "--seq-len", "256", "--methods", "stock,liger,lemo-exact-rows", "--counts-only")
+    shown = shown_by("--model", small_model, "--seq-len", "256", "--methods", "stock-bf16,liger,lemo-exact-rows", "--counts-only")
     assert "machine: any" in shown
     assert shown.count(NOT_MEASURED) == 3
     stock, liger, rows = (line.split("|") for line in shown.splitlines() if "float" in line and line.startswith("| "))

@@ -15,7 +15,7 @@ def bench(
     seq_len: Annotated[str, typer.Option(help="Tokens of a sample; several with commas.")] = "4096",
     methods: Annotated[
         str, typer.Option(help="Methods with commas, NAME or NAME@SHARE; all of them: all. They are listed above.")
-    ] = "stock,lemo-exact,lemo-sparse",
+    ] = "stock-bf16,lemo-exact,lemo-sparse",
     steps: Annotated[int, typer.Option(help="Timed steps in each process.")] = 3,
     repeats: Annotated[int, typer.Option(help="Processes of each method, taking turns.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Samples of a step.")] = 1,
@@ -29,7 +29,7 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
     table: Annotated[list[Path] | None, typer.Option(help="Run nothing; a table of this result; may be repeated.")] = None,
-    mixed: Annotated[bool, typer.Option("--mixed", help="With --table: commits and machines may differ.")] = False,
+    mixed: Annotated[bool, typer.Option("--mixed", help="With --table: commits, machines and settings may differ.")] = False,
 ) -> None:
     """Memory, FLOPs and speed of training methods side by side, on random weights of a model's shape.
 

@@ -53,7 +53,7 @@ def merged(documents: Sequence[dict[str, Any]], mixed: bool = False) -> list[dic
 
     Args:
         documents: Result files of `lemo bench`.
-        mixed: Whether commits and machines may differ.
+        mixed: Whether commits, machines, batch sizes, float types and devices may differ.
 
     Raises:
         LemoError: If a document is no such result, or they differ and `mixed` is not set.
@@ -65,6 +65,12 @@ def merged(documents: Sequence[dict[str, Any]], mixed: bool = False) -> list[dic
         found = list(dict.fromkeys(str(document.get(name)) for document in documents))
         if len(found) > 1 and not mixed:
             raise LemoError(f"results of different {name}s in one table; {' and '.join(found)}; measure anew, or add --mixed")
+    for name in ("batch_size", "dtype", "device"):
+        found = list(
+            dict.fromkeys(str(said) for document in documents if (said := document.get("config", {}).get(name)) is not None)
+        )
+        if len(found) > 1 and not mixed:
+            raise LemoError(f"results of another {name} in one table; {' and '.join(found)}; measure anew, or add --mixed")
     return [row | {"commit": document["commit"]} for document in documents for row in document["rows"]]
 
 
@@ -84,7 +90,8 @@ def perplexity_cell(row: Mapping[str, Any]) -> str:
 
 
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as Markdown, one table a model and length; ratios against the table's first method.
+    """Rows as Markdown, one table a model and length, with ratios against the table's first method. Rows whose adapters have another
+    float type are held against the stock row with such adapters, or against nothing: a float type is no merit of a method.
 
     Args:
         rows: Of one result, or as [`merged`] gives them.
@@ -92,11 +99,25 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
     tables = []
     for model, seq_len in dict.fromkeys((row["model"], row["seq_len"]) for row in rows):
         chosen = [row for row in rows if (row["model"], row["seq_len"]) == (model, seq_len)]
-        lines = [f"{model}, {seq_len} tokens; in parentheses against {chosen[0]['words']}", ""]
+        references = {chosen[0]["adapters"]: chosen[0]}
+        for row in chosen:
+            if row["method"] in ("stock", "stock-bf16"):
+                references.setdefault(row["adapters"], row)
+        lines = [f"{model}, {seq_len} tokens; in parentheses against {_in_words(chosen, references)}", ""]
         lines += ["| " + " | ".join(_COLUMNS) + " |", "| --- | --- " + "| ---: " * (len(_COLUMNS) - 3) + "| --- |"]
-        lines += ["| " + " | ".join(_cells(row, chosen[0])) + " |" for row in chosen]
+        lines += ["| " + " | ".join(_cells(row, references.get(row["adapters"], {}))) + " |" for row in chosen]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def _in_words(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]) -> str:
+    """What ratios are against, by the float type of the adapters where there are several."""
+    text = str(rows[0]["words"])
+    for adapters in dict.fromkeys(row["adapters"] for row in rows if row["adapters"] != rows[0]["adapters"]):
+        found = references.get(adapters)
+        against = f"against {found['words']}" if found else "against nothing, for want of a stock row with such adapters"
+        text += f"; rows with {adapters} adapters {against}"
+    return text
 
 
 def _cells(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
@@ -146,8 +167,9 @@ def source_line(document: Mapping[str, Any]) -> str:
         if config["device"].startswith("estimated")
         else f" --steps {config['steps']} --repeats {config['repeats']}"
     )
+    peak = {"cpu": "the most bytes of tensors alive", "cuda": "the allocator's"}.get(config["device"], "as estimated")
     return (
         f"{document['date']}, commit {document['commit']}, torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"peft {versions['peft']}, machine: {where}; batch {config['batch_size']}, {config['dtype']} base, LoRA {config['lora']}, "
-        f"random weights. Repeat: `lemo bench {options}{counted}`."
+        f"peft {versions['peft']}, machine: {where}; batch {config['batch_size']}, {config['dtype']} base, no autocast, LoRA "
+        f"{config['lora']}, random weights; peak memory: {peak}. Repeat: `lemo bench {options}{counted}`."
     )

@@ -34,6 +34,19 @@ def test_losses_are_paired_at_equal_steps_and_equal_time():
     assert require_comparable(run, baseline) == []
 
 
+def test_what_the_two_runs_do_not_share_is_said():
+    run, baseline = synthetic([3.0] * 4), synthetic([3.0] * 4, label="baseline")
+    baseline.results.precision, run.results.precision = "float32 base", "bfloat16 base"
+    run.arguments, baseline.arguments = {"per_device_train_batch_size": "1"}, {"per_device_train_batch_size": "4"}
+    run.results.provenance, baseline.results.provenance = {"machine": {"threads": 2}}, {"machine": {"threads": 8}}
+    notes = require_comparable(run, baseline)
+    assert len(notes) == 3
+    assert notes[0].startswith("The baseline differs in float types (float32 base, this run bfloat16 base)")
+    assert "per_device_train_batch_size (4, this run 1): memory" in notes[1]
+    assert "on another machine" in notes[2]
+    assert all(note in render_report([run], baseline, "", notes).replace("&#39;", "'") for note in notes)
+
+
 def test_loss_of_the_sparse_forward_is_not_passed_off_as_the_dense_one():
     baseline = synthetic([3.0] * 4, lemo=LemoConfig(enabled=False))
     sparse = synthetic([3.0] * 4, lemo=LemoConfig(attention_forward="sparse"))

@@ -62,7 +62,7 @@ def _mean(values: list[float]) -> float:
 
 
 def require_comparable(run: RunData, baseline: RunData) -> list[str]:
-    """Notes on what is not known of the two runs' likeness.
+    """Notes on what the two runs do not share, or what is not known of their likeness: one sentence each.
 
     Raises:
         LemoError: If they trained another base model, or samples of another length.
@@ -74,4 +74,29 @@ def require_comparable(run: RunData, baseline: RunData) -> list[str]:
         own, other = getattr(run.results, what), getattr(baseline.results, what)
         if own != other:
             raise LemoError(f"baseline trained {fix}; {own!r} in the run, {other!r} in the baseline; give one that is comparable")
-    return []
+    pairs = [
+        (what, getattr(run.results, name), getattr(baseline.results, name), spoilt)
+        for name, what, spoilt in (
+            ("data", "text", "losses"),
+            ("adapter", "adapter", "losses, memory and time"),
+            ("precision", "float types", "memory and time"),
+        )
+    ]
+    for name, spoilt in (
+        ("per_device_train_batch_size", "memory and losses at equal steps"),
+        ("gradient_accumulation_steps", "losses at equal steps"),
+        ("learning_rate", "losses"),
+    ):
+        pairs.append((name, run.arguments.get(name), baseline.arguments.get(name), spoilt))
+    notes = [
+        f"The baseline differs in {what} ({other}, this run {own}): {spoilt} differ by that too."
+        for what, own, other, spoilt in pairs
+        if own and other and own != other
+    ]
+    about = [each.results.provenance for each in (run, baseline)]
+    machines = [each["machine"] for each in about if isinstance(each, dict) and each.get("machine")]
+    if len(machines) == 2 and machines[0] != machines[1]:
+        notes.append(
+            "The baseline ran on another machine (table at the end): times, and losses at equal time, differ by that too."
+        )
+    return notes

@@ -24,6 +24,8 @@ def test_the_wheel_holds_both_packages_and_the_kernels_import_from_it(tmp_path):
         files = {f"{package}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
         assert files
         assert files <= names
+    assets = {str(path.relative_to(ROOT)) for path in (ROOT / "lemo_hf" / "assets").rglob("*") if path.is_file()}
+    assert assets | {"lemo_hf/py.typed", "lemo_hf/model_cards/card_template.md"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"lemo_hf", "lemo_kernels"}
     code = "import lemo_kernels; print(lemo_kernels.__file__)"
     path = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(wheel)}, capture_output=True, text=True).stdout

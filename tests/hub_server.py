@@ -15,6 +15,7 @@ from base64 import b64decode
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -309,3 +310,19 @@ def hub_client(monkeypatch: Any, hub: HubServer, token: str | None) -> None:
     monkeypatch.setattr(_http, "time", at_once)
     monkeypatch.setattr(lemo_hf.hub.push, "time", at_once)
     _http.close_session()
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def require_no_token(hub: HubServer, caplog: Any, capfd: Any, *folders: Path) -> None:
+    """The token is in no log, no output, no local file and no file on the Hub; logs are those of every logger at every level."""
+    shown = capfd.readouterr()
+    for text in (shown.out, shown.err, caplog.text):
+        assert hub.token not in text
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if hub.token.encode() in path.read_bytes()]
+    assert not [name for repo in hub.repos.values() for name, data in repo.files.items() if hub.token.encode() in data]

@@ -1,5 +1,6 @@
 """What a run does about checkpoints that are cut off, and the exit codes of the command."""
 
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from transformers import Trainer
 
 from lemo_hf import LemoTrainer, cli, last_whole_checkpoint, lemo_callbacks
 from lemo_hf.errors import LemoError, LemoStopped
-from lemo_hf.training.faults.whole_checkpoints import SEAL_FILE, damage
+from lemo_hf.training.faults.whole_checkpoints import SEAL_FILE, STATE_FILE, damage
 from lemo_hf.training.phases.predictor_training import PredictorTraining
 from lemo_hf.training.phases.threshold_search import ThresholdSearch
 
@@ -80,6 +81,30 @@ def test_every_way_to_cut_a_checkpoint_is_seen(copy, sealed):
             path.write_bytes(whole)
             seen += 1
     assert seen >= (50 if sealed else 28)
+    assert damage(newest) is None
+
+
+@pytest.mark.parametrize("processes", [4, None])
+def test_a_missing_random_state_of_one_of_several_processes_is_seen(copy, processes):
+    """An older version did not write their number; then the last rank's cannot be missed."""
+    newest = copy / "checkpoint-4"
+    (newest / SEAL_FILE).unlink()
+    state = json.loads((newest / STATE_FILE).read_text())
+    assert state["processes"] == 1
+    (newest / STATE_FILE).write_text(json.dumps({**state, "processes": processes}))
+    whole = (newest / "rng_state.pth").read_bytes()
+    if processes:
+        assert damage(newest) == "rng_state_0.pth is missing"
+    (newest / "rng_state.pth").unlink()
+    for rank in range(4):
+        (newest / f"rng_state_{rank}.pth").write_bytes(whole)
+    assert damage(newest) is None
+    for rank in range(4 if processes else 3):
+        (newest / f"rng_state_{rank}.pth").unlink()
+        assert damage(newest) == f"rng_state_{rank}.pth is missing"
+        (newest / f"rng_state_{rank}.pth").write_bytes(whole)
+    for name in (*(f"rng_state_{rank}.pth" for rank in range(4)), "optimizer.pt", "scheduler.pt"):  # as save_only_model leaves it
+        (newest / name).unlink()
     assert damage(newest) is None
 
 
@@ -204,6 +229,21 @@ def test_a_signal_is_heard_where_only_the_best_model_is_saved(tmp_path, strategy
         trainer.train()
     assert stopped.value.code == 143
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{evaluations[-1 if strategy == 'steps' else 0]}")
+
+
+@pytest.mark.parametrize("only_model", [True, False])
+def test_a_signal_says_whether_the_optimizer_was_saved(tmp_path, caplog, only_model):
+    changes = {"save_strategy": "steps", "save_only_model": only_model, "predictor_documents": 0}
+    trainer = tiny_trainer(tmp_path, SPARSE, **changes)
+    forward = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: (signal.raise_signal(signal.SIGTERM), forward(*args, **kwargs))[1]
+    with pytest.raises(LemoStopped):
+        trainer.train()
+    (said,) = [record.message for record in caplog.records if record.message.startswith("stopped by SIGTERM")]
+    assert str(tmp_path / "checkpoint-1") in said
+    assert (tmp_path / "checkpoint-1" / "optimizer.pt").is_file() is not only_model
+    assert ("no optimizer (save_only_model=True)" in said) is only_model
+    assert ("go on with resume_from_checkpoint" in said) is not only_model
 
 
 def out_of_memory(*args, **kwargs):

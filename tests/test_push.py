@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import READ_TOKEN, HubServer, Repo, hub_client
+from hub_server import READ_TOKEN, HubServer, Repo, hub_client, require_no_token, snapshot
 from references.tiny_models import random_tokens
 from remote_process import run_remote
 from safetensors.torch import load
@@ -59,21 +59,6 @@ def ends(arguments, code=0):
     with pytest.raises(SystemExit) as end:
         cli.main([str(each) for each in arguments])
     assert end.value.code == code
-
-
-def snapshot(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def require_no_token(hub, caplog, capfd, *folders):
-    """The token is in no log, no output, no local file and no file on the Hub; logs are those of every logger at every level."""
-    shown = capfd.readouterr()
-    for text in (shown.out, shown.err, caplog.text):
-        assert hub.token not in text
-    files = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
-    assert files
-    assert not [path for path in files if hub.token.encode() in path.read_bytes()]
-    assert not [name for repo in hub.repos.values() for name, data in repo.files.items() if hub.token.encode() in data]
 
 
 # lemo export --push.

@@ -10,7 +10,7 @@ from lemo_hf import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer
 from lemo_hf.errors import LemoError
 from lemo_hf.hub.lemo_files import predictor_tensors
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training.quantised_bases import keep_trainable
+from lemo_hf.training.compatible_options import keep_trainable
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 BLOCK = {"block_size": 8, "predictor_rank": 8, "predictor_features": 8, "selection": "ratio", "keep_ratio": 0.4}

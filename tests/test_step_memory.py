@@ -14,14 +14,15 @@ from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling import memory_estimate
 from lemo_hf.profiling.memory_estimate import Estimator
 from lemo_hf.profiling.step_trace import trace_step
-from lemo_hf.training import step_forecast, step_memory
-from lemo_hf.training.step_memory import forecast, step_settings
+from lemo_hf.training import memory_warning as warning_module
+from lemo_hf.training import step_memory
+from lemo_hf.training.step_memory import memory_warning, step_settings
 
 SAMPLED = {"selection": "sampled"}
 
 
 class Ask(TrainerCallback):
-    """Forecasts within a run, where the run is attached."""
+    """Estimates within a run, where the run is attached."""
 
     def __init__(self, *memory):
         self.memory, self.lines = memory, []
@@ -29,7 +30,7 @@ class Ask(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if not state.global_step:
             self.settings = step_settings(self.run, args)
-            self.lines = [forecast(self.run, args, size, on_gpu=False) for size in self.memory]
+            self.lines = [memory_warning(self.run, args, size, on_gpu=False) for size in self.memory]
 
 
 def asked(trainer, *memory):
@@ -108,9 +109,9 @@ def test_the_bound_is_above_the_estimate(tmp_path):
 
 
 def test_the_warning_comes_before_the_first_step_on_cuda_only(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(step_forecast, "memory_of", lambda device: 2**20)
-    monkeypatch.setattr(step_forecast, "forecast", lambda run, args, memory, on_gpu: f"{memory} bytes do not fit")
-    callback = step_forecast.StepForecast(tiny_trainer(tmp_path, SAMPLED).lemo_run)
+    monkeypatch.setattr(warning_module, "memory_of", lambda device: 2**20)
+    monkeypatch.setattr(warning_module, "memory_warning", lambda run, args, memory, on_gpu: f"{memory} bytes do not fit")
+    callback = warning_module.WarnOfMemory(tiny_trainer(tmp_path, SAMPLED).lemo_run)
     trainer = tiny_trainer(tmp_path, SAMPLED, max_steps=1)
     trainer.train()
     assert "do not fit" not in caplog.text

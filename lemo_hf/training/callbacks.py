@@ -36,13 +36,13 @@ from .faults.whole_checkpoints import SEAL_FILE, newest_whole, unseal
 from .layer_metrics import LayerMetrics
 from .lemo_callback import LemoCallback, by_layer
 from .lemo_run import LemoRun
+from .memory_warning import WarnOfMemory
 from .phases.phase_cost import LARGE_SHARE, estimate_cost
 from .phases.phase_documents import require_blocks
 from .phases.predictor_training import PredictorTraining, parameter_share
 from .phases.recall_probe import DEFAULT_DOCUMENTS, RecallProbe, probe, threshold_search
 from .run_record import RunRecord
 from .scale_out.join_processes import JoinProcesses
-from .step_forecast import StepForecast
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def callbacks_of(run: LemoRun) -> list[TrainerCallback]:
         JoinProcesses,
         CompatibleOptions,
         SaveOnCpu,
-        StepForecast,
+        WarnOfMemory,
         PredictorPhase,
         CalibratePhase,
         SparsePhase,
@@ -86,7 +86,7 @@ class PredictorPhase(LemoCallback):
         run, own = self.run, self.run.args
         if not run.trainer_saves:
             refuse_beyond_stock(own, args, state)
-        require_blocks([*run.documents.probes(), *run.documents.profile()], run.lemo, len(run.backbone.layers))
+        require_blocks(run.documents, run.lemo, len(run.backbone.layers))
         if "predictor" in run.finished:
             return
         documents = own.predictor_documents
@@ -220,15 +220,13 @@ class CalibratePhase(LemoCallback):
         with tqdm(total=rounds, initial=search.round, desc="calibrate", unit="round", disable=not run.shows_progress) as bar:
             if rounds and taken is None:
                 run.save_progress("calibrate", search.state(), {})
-            # A round is long, and what it found before its end is not kept.
-            run.stop.leave_at_once = True
+            # What a round found before its end is not kept: waiting for it would save nothing.
+            search.after_document = self._leave_if_asked
             while search.round < rounds:
-                if run.stop_requested():  # by a signal that came before the rounds
-                    run.stop.leave("where its files stand")
+                self._leave_if_asked()  # by a signal that came before the rounds
                 search.step()
                 run.save_progress("calibrate", search.state(), {})
                 bar.update()
-            run.stop.leave_at_once = False
         run.processes.require_same({"thresholds": search.thresholds}, "see that all run on the same kind of device")
         run.report(
             {
@@ -238,6 +236,10 @@ class CalibratePhase(LemoCallback):
                 "calibrate_seconds": time.perf_counter() - began,
             }
         )
+
+    def _leave_if_asked(self) -> None:
+        if self.run.stop_requested():
+            self.run.stop.leave("where its files stand")
 
 
 class SparsePhase(LemoCallback):

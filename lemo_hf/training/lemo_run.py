@@ -35,7 +35,7 @@ from ..profiling.process_memory import memory_metrics
 from .arguments import LemoTrainingArguments
 from .faults.sample_checks import require_finite_embeddings, require_sound
 from .faults.stop_signals import StopSignals
-from .faults.whole_checkpoints import STATE_FILE, explained_write_errors, seal, set_aside_cut
+from .faults.whole_checkpoints import PROCESSES_FIELD, STATE_FILE, explained_write_errors, seal, set_aside_cut
 from .phases.phase_documents import PhaseDocuments
 from .run_clock import RunClock
 from .scale_out.processes import Processes
@@ -104,6 +104,7 @@ class LemoRun:
         self.progress: dict[str, Any] | None = None
         self.progress_tensors: dict[str, Tensor] = {}
         self._settings: dict[str, Any] = {}
+        self._processes_of_checkpoint: int | None = None
         self._attached_to: TrainerState | None = None
         self._outside_tail: list[int] | None = None
 
@@ -138,8 +139,11 @@ class LemoRun:
         parts = self.args.probe_documents, self.args.calibrate_documents
         self.documents = PhaseDocuments(train_dataloader.dataset, train_dataloader.collate_fn, seed, *parts)
         self.documents.check = self._check_document
+        if self.lemo.enabled:
+            self.documents.agree(self.processes)
         self.folder = Path(str(args.output_dir))
         self.writes = state.is_world_process_zero
+        self._processes_of_checkpoint = None if args.save_on_each_node else self.processes.count
         self.shows_progress = self.writes and not args.disable_tqdm
         self.lemo.validate_for(len(self.backbone.layers))
         if self.lemo.enabled and self.lemo.memory_budget and state.global_step == 0:
@@ -259,6 +263,7 @@ class LemoRun:
         if with_state:
             values = {"phase": self.phase, "finished": self.finished, "refits": self.refits, "settings": self._settings}
             values |= {"fitted_recall": self.fitted_recall, "refits_over": self.refits_over}
+            values[PROCESSES_FIELD] = self._processes_of_checkpoint
             write_json(Path(folder) / STATE_FILE, {**values, "predictors_fitted": self.predictors_fitted})
 
     def seal(self, step: int) -> None:

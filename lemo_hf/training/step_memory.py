@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _SURE = 0.5
 
 
-def forecast(run: "LemoRun", args: TrainingArguments, memory: int, on_gpu: bool) -> str | None:
+def memory_warning(run: "LemoRun", args: TrainingArguments, memory: int, on_gpu: bool) -> str | None:
     """What to say of a step that is not expected to fit; `None` if it is, or cannot be estimated.
 
     Args:

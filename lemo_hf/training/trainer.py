@@ -27,6 +27,7 @@ from ..models.segmented_loss import IGNORE_INDEX, shift_labels
 from ..models.sparse_decoder import sparse_backbone, sparse_evaluation
 from .arguments import LemoTrainingArguments
 from .callbacks import callbacks_of, not_finite
+from .faults.data_workers import keep_workers
 from .faults.out_of_memory import is_out_of_memory, out_of_memory
 from .faults.whole_checkpoints import checkpoints, explained_write_errors, last_whole_checkpoint, require_whole, unseal
 from .lemo_run import LemoRun, has_progress
@@ -94,6 +95,7 @@ class LemoTrainerMixin(ShardedSavingMixin, _Trainer):
             sparse_backbone(model)
         refuse_split_sequences(args, model)
         self.lemo_run = LemoRun(args)
+        self.lemo_run.trainer_saves = True  # callbacks look at it as the trainer is made
         self._has_trained = False
         self._said_no_label = False
         # What the card is rendered from, and its heading: set by who knows more of the run than the trainer does.
@@ -103,7 +105,7 @@ class LemoTrainerMixin(ShardedSavingMixin, _Trainer):
         kwargs["callbacks"] = [*(callbacks or []), *callbacks_of(self.lemo_run)]
         super().__init__(model, args, *others, **kwargs)
         _ = self._backbone  # model_init may have made the model
-        self.lemo_run.send, self.lemo_run.trainer_saves = self.log, True
+        self.lemo_run.send = self.log
         for shown in self.callback_handler.callbacks:
             if isinstance(shown, PrinterCallback | DEFAULT_PROGRESS_CALLBACK):
                 _show_means_only(shown)
@@ -208,6 +210,7 @@ class LemoTrainerMixin(ShardedSavingMixin, _Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As in the trainer; with `eval_sparse` the metrics also hold `<prefix>_sparse_forward_loss`."""
+        keep_workers(dataloader)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         wanted = description == "Evaluation" and self.lemo_run.args.eval_sparse  # and not for predict
         if wanted and self._backbone.config.lemo.enabled and output.metrics is not None:

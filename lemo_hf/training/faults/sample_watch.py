@@ -1,4 +1,4 @@
-"""Samples that would spoil a run: refused by name before they do, or found after they did.
+"""Poisoned samples, which would spoil a run: refused by name before they do, or found after they did.
 
 Before every forward the batch is looked at: empty or ragged rows, tokens and labels that are no whole numbers or no words of the
 vocabulary. On a GPU an index out of range is a device-side assertion, after which the process can do nothing, not even save. When

@@ -29,8 +29,6 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.caught: signal.Signals | None = None
-        # While the run's files hold all that it has done, waiting for anything else saves nothing.
-        self.leave_at_once = False
         self.is_saving = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -38,7 +36,7 @@ class StopSignals:
         """Begins to catch them; in another thread than the main one Python does not allow it."""
         if self._before or threading.current_thread() is not threading.main_thread():
             return
-        self.caught, self.leave_at_once, self.is_saving = None, False, False
+        self.caught, self.is_saving = None, False
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def release(self) -> None:
@@ -57,8 +55,6 @@ class StopSignals:
         if self.caught is not None:
             return
         self.caught = signal.Signals(number)
-        if self.leave_at_once:
-            self.leave("where its files stand")
         # A logger may be at work right now, and must not be entered again.
         os.write(2, f"lemo: {self.caught.name} received; saving at the end of this step, then leaving\n".encode())
 
@@ -73,15 +69,27 @@ class StopSignals:
             self.caught = signal.SIGTERM
         return requested
 
-    def leave(self, where: str) -> None:
+    def leave(self, where: str, with_optimizer: bool = True) -> None:
         """Ends the run.
+
+        Args:
+            where: Where it saved, for the message.
+            with_optimizer: Whether what it saved holds the optimizer; without it a resumed run is another one.
 
         Raises:
             LemoStopped: Always.
         """
         self.release()
         number = self.caught or signal.SIGTERM
-        logger.warning("stopped by %s, saved %s; go on with resume_from_checkpoint", number.name, where)
+        if with_optimizer:
+            logger.warning("stopped by %s, saved %s; go on with resume_from_checkpoint", number.name, where)
+        else:
+            logger.warning(
+                "stopped by %s, saved the weights %s, and no optimizer (save_only_model=True); resume_from_checkpoint would begin a new "
+                "optimizer and learning rate at this step, so the run would not be the same",
+                number.name,
+                where,
+            )
         raise LemoStopped(128 + number)
 
 

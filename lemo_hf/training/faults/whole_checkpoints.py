@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 SEAL_FILE = "lemo_checkpoint.json"
 STATE_FILE = "lemo_state.json"
+# In the state file: how many processes wrote into the checkpoint; `None` if each node has a folder of its own.
+PROCESSES_FIELD = "processes"
+_RANDOM_STATE = re.compile(r"rng_state_(\d{1,6})\.pth")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _CUT_PREFIX = "cut-"
 # Checksums of larger files are those of their two ends: a step must not wait for gigabytes to be read again.
@@ -131,6 +134,8 @@ def _damage_by_structure(folder: Path) -> str | None:
         if path.suffix == ".json" and _json(path) is None:
             return f"{path.name} is damaged"
     names = {path.name for path in files}
+    if (missing_state := _missing_random_state(folder, names)) is not None:
+        return f"{missing_state} is missing"
     weights = {name for name in names if name.endswith((".safetensors", ".bin", ".distcp")) and name != "training_args.bin"}
     if not weights - {PREDICTORS_FILE} and not any(folder.glob("global_step*")):
         return "it holds no weights"
@@ -147,6 +152,17 @@ def _damage_by_structure(folder: Path) -> str | None:
     missing = [name for name, found in groups.items() if not found]
     engine = any(folder.glob("global_step*"))  # DeepSpeed's own format
     return f"{missing[0]} is missing" if missing and len(missing) < len(groups) and not engine else None
+
+
+def _missing_random_state(folder: Path, names: set[str]) -> str | None:
+    """The first random state that is not there, of those that the run's processes have saved; without any, the rule for all of them holds."""
+    if not any(name.startswith("rng_state") for name in names):
+        return None
+    ranks = [int(match[1]) for name in names if (match := _RANDOM_STATE.fullmatch(name))]
+    stored = _json(folder / STATE_FILE) if STATE_FILE in names else None
+    count = stored.get(PROCESSES_FIELD) if isinstance(stored, dict) else None
+    needed = max([rank + 1 for rank in ranks] + [count if isinstance(count, int) and count > 1 else 0])
+    return next((name for name in map("rng_state_{}.pth".format, range(needed)) if name not in names), None)
 
 
 def _cut_tensors(path: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,12 @@ from ...errors import LemoError
 from ...evaluation.layer_scores import backbone_inputs, documents_of
 from ...models.lemo_config import LemoConfig
 from ...models.token_elimination import kept_block_count
+from ..scale_out.processes import Processes
 
 logger = logging.getLogger(__name__)
+
+# Samples whose lengths are looked at before the first step: for their share, and at most, where all of them are short.
+_LOOKED_AT, _MOST_LOOKED_AT = 64, 512
 
 
 @contextmanager
@@ -59,6 +63,8 @@ class PhaseDocuments:
     ) -> None:
         self._dataset = dataset
         self._probes, self._profile = probes, profile
+        # Documents that every process has, as far as it matters to how many measure recall.
+        self._shared = probes + 1
         self._collate = collate
         # Called with every document and its name, before anybody reads it.
         self.check: Callable[[dict[str, Any], str], None] | None = None
@@ -75,7 +81,7 @@ class PhaseDocuments:
             raise LemoError("the training set is empty; 0 samples; give it at least one")
         with untouched_randomness():
             place = index % total
-            batch = self._collate([self._dataset[self._order[place]] if self._stream is None else self._read[place]])
+            batch = self._collate([self._sample(place)])
         if self.check is not None:
             self.check(batch, self.name(index))
         return batch
@@ -101,10 +107,51 @@ class PhaseDocuments:
                 self._read.append(sample)
         return min(wanted, len(self._read))
 
+    def agree(self, processes: Processes) -> None:
+        """Has all processes measure recall on equally many documents, whatever the parts of a stream are that they read.
+
+        Args:
+            processes: Those that train together; all of them have to call it.
+
+        Raises:
+            LemoError: On every process alike, if one has no document.
+        """
+        counts = processes.gather(self.count(self._shared)) if processes else [self._shared]
+        self._shared = min(counts)
+        if not self._shared:
+            raise LemoError(
+                f"the training set is empty on rank {counts.index(0)}; 0 samples; give each process at least one, "
+                "or leave dispatch_batches=False out"
+            )
+
+    def stated_lengths(self, least: int, enough: int) -> list[int]:
+        """Tokens of the first documents as the samples' `input_ids` have them, not collated; none if a sample does not say.
+
+        Looked at are `least` of a stream and some more of a training set that is at hand, and while none has `enough` tokens, many.
+        """
+        lengths: list[int] = []
+        with untouched_randomness():
+            while len(lengths) < _MOST_LOOKED_AT:
+                wanted = least if self._stream is not None else max(least, _LOOKED_AT)
+                if len(lengths) >= wanted and max(lengths) >= enough:
+                    break
+                if self.count(len(lengths) + 1) == len(lengths):
+                    break
+                sample = self._sample(len(lengths))
+                tokens = sample.get("input_ids") if isinstance(sample, Mapping) else None
+                if not isinstance(tokens, Sized) or getattr(tokens, "ndim", 1) != 1:
+                    return []
+                mask = sample.get("attention_mask")
+                lengths.append(len(tokens) if mask is None else int(np.count_nonzero(mask)))
+        return lengths
+
+    def _sample(self, place: int) -> Any:
+        return self._dataset[self._order[place]] if self._stream is None else self._read[place]
+
     @property
     def probe_count(self) -> int:
-        """Documents that nothing is fitted on: 0 only if there is no second document."""
-        return min(self._probes, max(self.count(self._probes + 1) - 1, 0))
+        """Documents that nothing is fitted on, as many on every process: 0 only if there is no second document."""
+        return min(self._probes, max(self.count(self._shared) - 1, 0))
 
     def probes(self) -> list[dict[str, Any]]:
         """The documents that recall is measured on."""
@@ -133,21 +180,20 @@ class PhaseDocuments:
         return first + place % max(self.count(first + place + 1) - first, 1)
 
 
-def require_blocks(batches: list[dict[str, Any]], lemo: LemoConfig, num_layers: int) -> None:
+def require_blocks(documents: PhaseDocuments, lemo: LemoConfig, num_layers: int) -> None:
     """Looks at documents of the training set: training where no block can be left out is dense, and nobody asked for that.
 
     Args:
-        batches: Collated documents.
+        documents: Those of the phases.
         lemo: The model's lemo block.
         num_layers: Layers of the model.
 
     Raises:
-        LemoError: If every document is shorter than a block.
+        LemoError: If every document that is looked at is shorter than a block.
     """
-    cpu = torch.device("cpu")
-    found = [documents_of(backbone_inputs(batch, cpu), lemo.block_size) for batch in batches]
-    longest = max((length for documents in found for length in documents.lengths), default=0)
     chosen = [layer for layer in range(num_layers) if not lemo.is_dense(layer, num_layers)]
+    lengths = _lengths(documents, lemo.block_size)
+    longest = max(lengths, default=0)
     if not longest or not chosen:
         return
     if longest < lemo.block_size:
@@ -157,12 +203,34 @@ def require_blocks(batches: list[dict[str, Any]], lemo: LemoConfig, num_layers: 
     blocks = -(-longest // lemo.block_size)
     # By a threshold every block but the first and the last may go.
     ratio = 0.0 if lemo.selection == "threshold" else min(map(lemo.ratio_of, chosen))
+    short = sum(length < lemo.block_size for length in lengths)
     if kept_block_count(blocks, ratio) >= blocks:
         logger.warning(
             "no document has a block that can be left out, so training is dense; the longest of %d has %d blocks (%d tokens, "
             "block_size=%d), and the first and last always stay; lower block_size, or use longer samples",
-            len(batches),
+            len(lengths),
             blocks,
             longest,
             lemo.block_size,
         )
+    elif short > len(lengths) / 2:
+        logger.warning(
+            "most documents are shorter than one block and are trained densely; %d of %d looked at, block_size=%d; lower block_size, "
+            "or use longer samples",
+            short,
+            len(lengths),
+            lemo.block_size,
+        )
+
+
+def _lengths(documents: PhaseDocuments, block_size: int) -> list[int]:
+    """Tokens of documents, several per sample where samples are packed: of many samples, if they give it without being collated.
+
+    What a sample's `input_ids` say is believed if it is what the collator made of those that the phases read: it may cut or pack.
+    """
+    cpu = torch.device("cpu")
+    batches = [*documents.probes(), *documents.profile()]
+    collated = [documents_of(backbone_inputs(batch, cpu), block_size).lengths for batch in batches]
+    drawn = [length for lengths in collated for length in lengths]
+    stated = documents.stated_lengths(len(batches), block_size)
+    return stated if stated[: len(drawn)] == drawn else drawn

@@ -27,6 +27,7 @@ from training_runs import RandomText, curve, tiny_arguments, tiny_lemo_model
 from transformers import Trainer, TrainerCallback
 
 from lemo_hf import LemoTrainer, lemo_callbacks
+from lemo_hf.errors import LemoStopped
 from lemo_hf.evaluation.layer_scores import visit_layers
 from lemo_hf.hub.lemo_files import predictor_tensors
 from lemo_hf.models.modeling_lemo_llama import LemoLlamaForCausalLM
@@ -65,12 +66,12 @@ class UnevenText(RandomText):
 class Stream(torch.utils.data.IterableDataset):
     """Every other sample."""
 
-    def __init__(self, first: int) -> None:
-        self.first = first
+    def __init__(self, first: int, end: int = 40) -> None:
+        self.first, self.end = first, end
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         samples = RandomText(40)
-        return (samples[index] for index in range(self.first, 40, 2))
+        return (samples[index] for index in range(self.first, self.end, 2))
 
 
 def padded(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -175,6 +176,27 @@ def thresholds(trainer: Any, processes: Processes | None) -> list[float]:
     search.begin()
     search.step()
     return search.thresholds
+
+
+def stop_in_calibration(out: Path, rank: int) -> list[int]:
+    """A run whose second process alone gets a signal within a round of calibration: its exit code, and what was read by then."""
+    trainer, read = make_trainer(out / "signalled", THRESHOLD, **PHASES, max_steps=2), []
+    measure = ThresholdSearch._sum_of_losses
+
+    def measure_and_signal(search: Any, batch: Any) -> Any:
+        read.append(batch)
+        if rank == 1 and search.round == 1 and len(read) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return measure(search, batch)
+
+    ThresholdSearch._sum_of_losses = measure_and_signal
+    try:
+        trainer.train()
+    except LemoStopped as stopped:
+        return [stopped.code, len(read)]
+    finally:
+        ThresholdSearch._sum_of_losses = measure
+    return [0, len(read)]
 
 
 class DieInStep(TrainerCallback):
@@ -291,6 +313,14 @@ def main(out: Path) -> None:
     parts = {"data": Stream(rank), "accelerator_config": {"dispatch_batches": False}}
     train("stream", THRESHOLD, **parts, **PHASES, max_steps=2)
 
+    # Parts of unequal length under FSDP2, where every process has to run equally many forwards.
+    parts["data"] = Stream(rank, end=9 if rank else 40)
+    one = {"predictor_documents": 1, "probe_documents": 8, "probe_steps": 1, "max_steps": 1}
+    short = train("short_stream", {"selection": "ratio"}, fsdp=True, **parts, **one)
+    found["short_stream"]["probes"] = short.lemo_run.documents.probe_count
+
+    found["signal"] = stop_in_calibration(out, rank)
+
     # Batches that are padding, without labels or short, on one process at a time.
     uneven = {"data": UnevenText(), "data_collator": padded, "train_sampling_strategy": "sequential", "max_steps": 4}
     uneven |= {"per_device_train_batch_size": 1, **PHASES}
@@ -319,13 +349,18 @@ def main(out: Path) -> None:
     found["best"]["checkpoint"] = trainer.state.best_model_checkpoint
 
     # Callbacks in a stock trainer.
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
-    arguments = tiny_arguments(out / "stock", ddp_backend="gloo", max_steps=2)
-    stock = Trainer(
-        model=tiny_lemo_model(**SAMPLED), args=arguments, train_dataset=RandomText(), callbacks=lemo_callbacks(arguments)
-    )
-    stock.train()
-    found["stock"] = outcome(stock)
+    def stock(fsdp: bool) -> Any:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        arguments = tiny_arguments(out / "stock", ddp_backend="gloo", fsdp=fsdp, max_steps=2)
+        if fsdp:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        model = tiny_lemo_model(**SAMPLED)
+        return Trainer(model=model, args=arguments, train_dataset=RandomText(), callbacks=lemo_callbacks(arguments))
+
+    replicated = stock(fsdp=False)
+    replicated.train()
+    found["stock"] = outcome(replicated)
+    found["stock_fsdp"] = error_of(lambda: stock(fsdp=True))
 
     # Unlike processes.
     unlike: dict[str, Callable[[], Any]] = {

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from accelerate import FullyShardedDataParallelPlugin
@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from lemo_hf import LemoTrainer, lemo_callbacks
 from lemo_hf.errors import LemoError
+from lemo_hf.training.scale_out import parallel_options
 from lemo_hf.training.scale_out.parallel_options import prepare_engine, refuse_deepspeed, refuse_fsdp
 
 LAUNCH = Path(__file__).parent.parent / "recipes" / "launch"
@@ -151,6 +152,20 @@ def test_callbacks_refuse_in_a_stock_trainer_too(tmp_path: Path) -> None:
     arguments._n_gpu = 2
     stock = {"model": tiny_lemo_model(), "args": arguments, "train_dataset": RandomText()}
     assert "DataParallel" in refused(lambda: Trainer(**stock, callbacks=lemo_callbacks(arguments)))
+
+
+def test_a_stock_trainer_under_fsdp2_is_refused_and_ours_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        _shared_state: ClassVar[dict[str, bool]] = {"is_set": True}
+        fsdp_plugin = plugin()
+
+    monkeypatch.setattr(parallel_options, "AcceleratorState", Engine)
+    arguments = tiny_arguments(tmp_path)
+    stock = {"model": tiny_lemo_model(), "args": arguments, "train_dataset": RandomText()}
+    message = refused(lambda: Trainer(**stock, callbacks=lemo_callbacks(arguments)))
+    assert "no whole adapter; 1 processes; use LemoTrainer or LemoSFTTrainer" in message
+    tiny_trainer(tmp_path)
+    assert Engine.fsdp_plugin.transformer_cls_names_to_wrap == [LAYER]
 
 
 def test_trainer_of_one_process_is_let_through(tmp_path: Path) -> None:

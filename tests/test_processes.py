@@ -248,6 +248,24 @@ def test_callbacks_train_in_a_stock_trainer_alike(runs: dict[str, Any]) -> None:
     assert runs["ranks"][0]["stock"]["curve"] == runs["ranks"][0]["ddp"]["curve"][:2]
 
 
+def test_a_stock_trainer_that_would_save_shards_is_refused(runs: dict[str, Any]) -> None:
+    for rank in runs["ranks"]:
+        assert rank["stock_fsdp"].startswith("LemoError: a stock trainer under FSDP2 saves shards")
+        assert "2 processes; use LemoTrainer or LemoSFTTrainer" in rank["stock_fsdp"]
+        assert "\n" not in rank["stock_fsdp"]
+
+
+def test_a_signal_to_one_process_in_calibration_stops_all_after_the_same_document(runs: dict[str, Any]) -> None:
+    assert [rank["signal"] for rank in runs["ranks"]] == [[143, 3], [143, 3]]
+
+
+def test_parts_of_a_stream_of_unequal_length_do_not_wait_for_each_other(runs: dict[str, Any]) -> None:
+    first, second = (rank["short_stream"] for rank in runs["ranks"])
+    assert (first["engine"], len(first["curve"]), len(first["recall"])) == ("FSDPPeftModelForCausalLM", 1, 2)
+    # One of the 4 that the shorter part has is left to fit on.
+    assert (first["probes"], second["probes"]) == (3, 3)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

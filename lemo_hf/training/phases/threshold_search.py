@@ -81,6 +81,8 @@ class ThresholdSearch:
         self.epsilon = epsilon
         self.round = 0
         self.forward_passes = 0
+        # Called after each document, by all processes alike: a round is long.
+        self.after_document: Callable[[], None] = lambda: None
         # Thresholds in units of s_l around the layer's mean, and what the last round found of dacc / dT in the same unit.
         self.offsets: list[float] = []
         self.gradients: list[float] = []
@@ -214,6 +216,7 @@ class ThresholdSearch:
             place, together, _ = self.processes.turn(first, total)
             # All processes measure, so that all run the same layers; in the last round some do for nothing.
             found += self.processes.gather(measure(batches[place]))[:together]
+            self.after_document()
         self.forward_passes += total
         return found
 

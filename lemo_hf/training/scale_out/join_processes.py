@@ -28,7 +28,7 @@ class JoinProcesses(LemoCallback):
         processes = Processes(args.device)
         if processes.rank and args.log_level_replica == "warning":  # the default; another one is the user's wish
             logging.getLogger(__package__.partition(".")[0]).setLevel(logging.ERROR)
-        prepare_engine(args, model)
+        prepare_engine(args, model, saves_whole=self.run.trainer_saves)
         if processes:
             own = self.run.args
             arguments = [args] if own is args else [own, args]

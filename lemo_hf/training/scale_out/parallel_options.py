@@ -49,7 +49,7 @@ def _refuse_sizes(sizes: Any) -> None:
             raise LemoError(f"LeMo does not train with {words}; {name}={getattr(sizes, name)}; {_INSTEAD}")
 
 
-def prepare_engine(args: TrainingArguments, model: nn.Module) -> None:
+def prepare_engine(args: TrainingArguments, model: nn.Module, saves_whole: bool = True) -> None:
     """Looks at the engine that a trainer has set up, and prepares FSDP2 for LeMo.
 
     It leaves the predictors alone: they are small, stay float32, are read outside of their layer's forward, and change their
@@ -59,6 +59,7 @@ def prepare_engine(args: TrainingArguments, model: nn.Module) -> None:
     Args:
         args: The trainer's.
         model: The model before the engine wraps it.
+        saves_whole: Whether the trainer puts shards together where it saves (`ShardedSavingMixin`); a stock one does not.
 
     Raises:
         LemoError: If LeMo does not train with that engine, or with that option of it.
@@ -83,6 +84,11 @@ def prepare_engine(args: TrainingArguments, model: nn.Module) -> None:
         refuse_deepspeed(deepspeed)
     fsdp = getattr(engine, "fsdp_plugin", None)
     if fsdp is not None:
+        if not saves_whole:
+            raise LemoError(
+                "a stock trainer under FSDP2 saves shards, which only FSDP reads, and no whole adapter; "
+                f"{args.world_size} processes; use LemoTrainer or LemoSFTTrainer, whose checkpoints are whole, or DDP"
+            )
         refuse_fsdp(fsdp, args, model)
         # A model's own list also names the stock layers that its base class began with.
         fsdp.transformer_cls_names_to_wrap = [type(sparse_backbone(model).layers[0]).__name__]

@@ -72,6 +72,11 @@ def send_to_itself(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def send_to_group(number: int) -> None:
+    """As a scheduler, or Ctrl-C in a terminal: to the run and to the workers of its data loaders."""
+    os.killpg(0, number)
+
+
 def limit_files(size: int) -> None:
     """No file may grow beyond `size` bytes from here on, as on a disk that is full; what is printed goes nowhere then."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -187,6 +192,7 @@ def run_to_its_end(folder: str, fault: Fault | None, changes: dict[str, Any]) ->
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
+    os.setpgid(0, 0)
     events = Events(fault)
     events.install()
     try:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from killed_runs import Fault, Killer, limit_files, run_server, send_to_itself
+from killed_runs import Fault, Killer, limit_files, run_server, send_to_group, send_to_itself
 
 from lemo_hf.training.faults.whole_checkpoints import damage, newest_whole
 
@@ -98,6 +98,41 @@ def test_a_signal_saves_and_leaves(context, straight, tmp_path, case):
     if where.startswith("checkpoint"):
         assert Path(newest_whole(tmp_path / "run")).name == where
     finished_alike(killer, straight)
+
+
+# Evaluation has one batch: a second worker might not have begun to outlive signals yet.
+OF_THE_GROUP = [
+    ("step forward", 2, signal.SIGTERM, 2),
+    ("step backward", 2, signal.SIGUSR1, 2),
+    ("evaluating", 0, signal.SIGINT, 1),
+]
+
+
+def test_a_signal_to_the_whole_process_group_leaves_the_workers_to_their_parent(context, tmp_path):
+    changes = {
+        "max_steps": 4,
+        "dataloader_multiprocessing_context": "fork",
+        "predictor_documents": 1,
+        "prune_documents": 0,
+        "calibrate_rounds": 1,
+        "probe_steps": 0,
+    }
+    ends = {}
+    for place, (at, skip, number, workers) in enumerate(OF_THE_GROUP):
+        killer = Killer(context, tmp_path / f"run{place}")
+        changes["dataloader_num_workers"] = workers
+        assert killer.attempt(Fault(at, skip, partial(send_to_group, number)), **changes) == 128 + number, killer.log[-4000:]
+        assert killer.log.count("received; saving at the end of this step") == 1
+        assert "DataLoader worker" not in killer.log
+        assert Path(newest_whole(tmp_path / f"run{place}")).name == "checkpoint-3"
+        if workers == 2:
+            ends[place] = attempt_alone(killer, **changes)["digest"]
+    # Workers change what is drawn, so these compare with each other.
+    assert (
+        ends[0]
+        == ends[1]
+        == attempt_alone(Killer(context, tmp_path / "straight"), **changes | {"dataloader_num_workers": 2})["digest"]
+    )
 
 
 def twice(number: int) -> None:

@@ -306,3 +306,14 @@ def test_centring_passes_gradcheck():
     query, key, _ = heads(16, dim=4)
     lse, scope = torch.zeros(16, 4, 1, dtype=torch.float64), scope_of([4, 11, 1])
     assert torch.autograd.gradcheck(lambda key: centred_keys(query, key, lse, scope)[0], (key.requires_grad_(),))
+
+
+@pytest.mark.parametrize("lengths", [[7, 9], [8, 8], [300]], ids=str)
+def test_centring_reads_no_value_on_the_host(lengths):
+    """On the meta device there are none, and a tensor made on the host would be on another device."""
+    query, key, _ = (part.to("meta") for part in heads(sum(lengths)))
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int64, device="meta")
+    lse = torch.zeros(*query.shape[:2], 1, dtype=query.dtype, device="meta")
+    shifted, _ = centred_keys(query, key.requires_grad_(), lse, AttentionScope(lengths, SCALE, bounds=bounds))
+    (grad,) = torch.autograd.grad(shifted, key, torch.ones_like(shifted))
+    assert grad.shape == key.shape

@@ -53,7 +53,7 @@ def quickstart(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Before training {result['perplexity_before']:.3f}. {config['steps']} steps, batch {config['batch']}, {config['dtype']}, "
-        f"LoRA {config['lora']}. {source(result)}. Repeat: `make quickstart`.",
+        f"LoRA {config['lora']}, constant learning rate {config['learning_rate']:g}. {source(result)}. Repeat: `make quickstart`.",
     ]
     return "\n".join(lines)
 

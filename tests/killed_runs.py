@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -73,8 +74,8 @@ def send_to_itself(number: int) -> None:
 
 
 def send_to_group(number: int) -> None:
-    """As a scheduler, or Ctrl-C in a terminal: to the run and to the workers of its data loaders."""
-    os.killpg(0, number)
+    """To the run and to the workers of its data loaders, from outside, as a scheduler or a terminal does it."""
+    subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
 
 
 def limit_files(size: int) -> None:

@@ -47,6 +47,7 @@ from .report import Arm, Measured, draw_plots, table, write_page, write_results
 
 BASE = Path(__file__).parents[1] / "assets" / "python-llama-4m"
 SEQ_LEN = 4096
+LEARNING_RATE = 1e-3
 BASE_CONTEXT = 1024
 # The base was trained on the standard library; these are other people's packages, each held out from it.
 TRAIN_PACKAGES = ("networkx", "accelerate", "peft")
@@ -136,7 +137,7 @@ def arguments(arm: Arm, folder: Path, steps: int) -> TrainingArguments:
         "output_dir": str(folder),
         "per_device_train_batch_size": 1,
         "max_steps": steps,
-        "learning_rate": 1e-3,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 3,
         "logging_steps": 1,
@@ -281,6 +282,7 @@ def main(arguments_given: list[str] | None = None) -> None:
         "steps": args.steps,
         "dtype": "float32 base and adapters, no autocast",
         "lora": "r=8 on q, k, v, o",
+        "learning_rate": LEARNING_RATE,
         "train": TRAIN_PACKAGES,
         "evaluation": EVALUATION_PACKAGES,
     }

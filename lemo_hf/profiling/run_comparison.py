@@ -93,7 +93,7 @@ def require_comparable(run: RunData, baseline: RunData) -> list[str]:
         for what, own, other, spoilt in pairs
         if own and other and own != other
     ]
-    about = [each.results.provenance for each in (run, baseline)]
+    about = [run.results.provenance, baseline.results.provenance]
     machines = [each["machine"] for each in about if isinstance(each, dict) and each.get("machine")]
     if len(machines) == 2 and machines[0] != machines[1]:
         notes.append(

@@ -170,6 +170,9 @@ def memory():
 
 def soaked(steps_wanted, measured_every, longest=600):
     """Runs the steps; the soak and its memory at every `measured_every` steps."""
+    # What other tests left, and may still let go of, is not looked at.
+    gc.collect()
+    gc.freeze()
     soak, found = Soak(), {}
 
     @settings(

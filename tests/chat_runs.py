@@ -10,6 +10,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from references.tiny_models import lemo_model, stock_model
 from tiny_recipe import TEXT, document
+from training_runs import SMALL_AND_QUIET
 from trl import SFTConfig, SFTTrainer
 
 from lemo_hf import LemoTrainingArguments, lemo_callbacks
@@ -71,15 +72,8 @@ def sft_values(folder: Path, **changes: Any) -> dict[str, Any]:
     values = {
         "output_dir": str(folder),
         "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
+        **SMALL_AND_QUIET,
         "bf16": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
         "activation_checkpointing": False,
         "max_length": 256,
     }

@@ -5,6 +5,7 @@ import logging
 import phase_flops
 import pytest
 import torch
+from references.tiny_models import SIXTEENTH_OF_8B
 from training_runs import BLOCK, curve, tiny_arguments, tiny_lemo_model
 
 from lemo_hf import LemoConfig, LemoTrainer
@@ -149,13 +150,7 @@ def test_predictors_that_came_with_the_model_are_probed_before_the_first_step(tm
 @pytest.mark.parametrize("form", ["sparse", "exact"])
 def test_probes_and_refits_take_less_than_a_hundredth_of_a_normal_run(form):
     """The real ones on one layer with the proportions of an 8B model, with the default arguments."""
-    shape = {
-        **phase_flops.LLAMA_3_8B,
-        "hidden_size": 256,
-        "intermediate_size": 896,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-    }
+    shape = phase_flops.LLAMA_3_8B | SIXTEENTH_OF_8B
     lemo = LemoConfig(attention_forward=form, selection="threshold", predictor_rank=8, predictor_features=4)
     found = phase_flops.measure(shape, 512, lemo, LemoTrainingArguments.predictor_steps)
     shares = phase_flops.probe_shares(found, LemoTrainingArguments)

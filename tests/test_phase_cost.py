@@ -1,5 +1,6 @@
 import phase_flops
 import pytest
+from references.tiny_models import SIXTEENTH_OF_8B
 
 from lemo_hf import LemoConfig
 from lemo_hf.training.phases.phase_cost import estimate_cost
@@ -37,13 +38,7 @@ def test_without_phases_there_is_no_share():
 @pytest.mark.parametrize("form", ["sparse", "exact"])
 def test_the_estimate_is_what_the_flop_counter_finds(form):
     """The real phases on one layer with the proportions of an 8B model; the goal for a normal run's phases is 5 %."""
-    shape = {
-        **phase_flops.LLAMA_3_8B,
-        "hidden_size": 256,
-        "intermediate_size": 896,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-    }
+    shape = phase_flops.LLAMA_3_8B | SIXTEENTH_OF_8B
     lemo = LemoConfig(attention_forward=form, selection="threshold", predictor_rank=8, predictor_features=4)
     shares = phase_flops.shares(phase_flops.measure(shape, 512, lemo, steps=4), lemo, rounds=1, profile=4)
     samples, documents, layers = phase_flops.SAMPLES, phase_flops.DOCUMENTS, phase_flops.LAYERS

@@ -61,19 +61,25 @@ def tiny_lemo_model(lora: bool = True, **lemo: Any) -> Any:
     return model
 
 
+# Of every run here and in chat_runs: steps logged each, without reporters.
+SMALL_AND_QUIET: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
 def tiny_arguments(folder: Path, **changes: Any) -> LemoTrainingArguments:
     """Arguments of every test run: 6 steps, logged each, without reporters."""
     values = {
         "output_dir": str(folder),
         "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
+        **SMALL_AND_QUIET,
         "predictor_documents": 4,
         "predictor_steps": 2,
         "calibrate_documents": 2,

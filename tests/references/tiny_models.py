@@ -197,3 +197,7 @@ def chosen_blocks(batch: SparseBatch) -> list[list[list[bool]]]:
         [part.tolist() for part in documents.split_blocks(batch.selections[layer].kept_blocks)]
         for layer in sorted(batch.selections)
     ]
+
+
+# Llama-3-8B's proportions at a sixteenth of its width, for counts that do not change with it.
+SIXTEENTH_OF_8B = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8, "num_key_value_heads": 2}

@@ -20,6 +20,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,22 @@ from .renaming import DocumentRenaming
 BASE_MODEL_FOLDER = Path(__file__).parents[1] / "assets" / "python-llama-4m"
 
 
-def token_losses(model: Any, rows: torch.Tensor) -> torch.Tensor:
+def token_losses(model: Any, rows: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
     """Cross-entropy of each target, float32 `(rows * context_length,)`; targets of -100 give 0.
+
+    Args:
+        model: a causal language model.
+        rows: token ids, `(rows, context_length + 1)`; those of -100 stand at the end of a row.
+        labels: what to predict where that is not `rows` itself, in the same shape.
 
     Matrix products run in bfloat16 under autocast; only the hidden states and one microbatch of logits are live.
     """
     # Each weight is cast once a pass, so a cache would save nothing, and threads would share it.
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with torch.autocast(rows.device.type, torch.bfloat16, cache_enabled=False):
         hidden = model.model(input_ids=rows[:, :-1].clamp(min=0)).last_hidden_state
         logits = model.lm_head(hidden)
-    return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none", ignore_index=-100)
+    targets = (rows if labels is None else labels)[:, 1:].flatten()
+    return F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none", ignore_index=-100)
 
 
 def build_model(recipe: BaseModelRecipe, tokenizer: Any) -> Any:
@@ -104,11 +111,20 @@ class BaseModelTrainer:
 
     Args:
         recipe: what to train.
-        documents: texts to train on instead of the recipe's packages (tests).
+        documents: texts to train on instead of the recipe's packages.
+        held_out: texts to measure on instead of the share of the documents that the recipe holds out.
+        device: where the model is trained.
     """
 
-    def __init__(self, recipe: BaseModelRecipe, documents: list[TextDocument] | None = None) -> None:
+    def __init__(
+        self,
+        recipe: BaseModelRecipe,
+        documents: list[TextDocument] | None = None,
+        held_out: list[TextDocument] | None = None,
+        device: str = "cpu",
+    ) -> None:
         self.recipe = recipe
+        self.device = device
         self.folder = Path(recipe.output_dir)
         # One single-threaded worker a core, taking microbatches from a queue: on a shared machine this loses far less
         # than operators split over all cores, each of which waits for the slowest core. Muon's many small products in
@@ -116,7 +132,9 @@ class BaseModelTrainer:
         torch.set_num_threads(1)
         self.workers = ThreadPoolExecutor(recipe.threads, initializer=torch.set_num_threads, initargs=(1,))
         documents = python_sources(recipe.packages) if documents is None else documents
-        train, held_out = split_documents(documents, recipe.held_out_share)
+        train = documents
+        if held_out is None:
+            train, held_out = split_documents(documents, recipe.held_out_share)
         if not train or not held_out:
             raise LemoError(
                 f"split leaves a side empty; {len(train)} training and {len(held_out)} held-out documents; give more text"
@@ -135,7 +153,7 @@ class BaseModelTrainer:
         held_out_ids = tokenize_documents(self.tokenizer, held_out)
         self.held_out_documents = [torch.tensor(ids, dtype=torch.int32) for ids in held_out_ids]
         self.held_out = held_out_rows(held_out_ids, recipe.context_length)
-        self.model = build_model(recipe, self.tokenizer)
+        self.model = build_model(recipe, self.tokenizer).to(device)
         self.parameters = list(self.model.parameters())
         self.optimizers = build_optimizers(self.model, recipe)
         self.step = 0
@@ -189,7 +207,7 @@ class BaseModelTrainer:
                     f"output_dir holds another run; {str(self.folder)!r} has {name}={there}, the recipe {here}; choose another folder"
                 )
         try:
-            tensors = load_file(checkpoints[-1] / "state.safetensors")
+            tensors = load_file(checkpoints[-1] / "state.safetensors", device=self.device)
         except SafetensorError as error:
             raise LemoError(f"checkpoint is corrupt ({error}); {str(checkpoints[-1])!r}; remove it to start anew") from error
         self.step, self.minutes, self.history = state["step"], state["minutes"], state["history"]
@@ -222,7 +240,7 @@ class BaseModelTrainer:
         factor = learning_rate_factor(self.step, self.minutes, recipe)
         for optimizer, peak in zip(self.optimizers, (recipe.learning_rate, recipe.embedding_learning_rate), strict=True):
             optimizer.param_groups[0]["lr"] = peak * factor
-        rows = self.stream.rows(self.step * recipe.batch_rows, recipe.batch_rows)
+        rows = self.stream.rows(self.step * recipe.batch_rows, recipe.batch_rows).to(self.device)
         microbatches = rows.split(recipe.micro_batch_rows)
         if run_progress(self.step, self.minutes, recipe) < recipe.short_context_share:
             short = recipe.short_context_length
@@ -256,24 +274,34 @@ class BaseModelTrainer:
 
         @torch.no_grad()
         def total(batch: torch.Tensor) -> float:
-            return token_losses(self.model, batch).sum().item()
+            return token_losses(self.model, batch.to(self.device)).sum().item()
 
         tokens = int((rows[:, 1:] != -100).sum())
         loss = sum(self.workers.map(total, rows.split(self.recipe.micro_batch_rows))) / tokens
         return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "held_out_tokens": tokens}
 
-    def run(self, stop_at: int | None = None) -> None:
-        """Trains to the end of the budget, or to step `stop_at` (a checkpoint is left there).
+    def run(
+        self, stop_at: int | None = None, minutes: float | None = None, at_checkpoint: Callable[[], None] | None = None
+    ) -> None:
+        """Trains to the end of the budget (a checkpoint is left there). Evaluation rows are spread evenly over the held-out split.
 
-        Evaluation rows are spread evenly over the held-out split.
+        Args:
+            stop_at: stop at this step.
+            minutes: stop after so many minutes of this call.
+            at_checkpoint: called after each checkpoint.
         """
         recipe = self.recipe
         slice_rows = self.held_out[:: max(1, len(self.held_out) // recipe.eval_rows)][: recipe.eval_rows]
-        clock = time.monotonic() - self.minutes * 60
+        begun = time.monotonic()
+        clock = begun - self.minutes * 60
         last_checkpoint = self.minutes
         running: list[float] = []
         mark, mark_step = time.monotonic(), self.step
-        while not self.finished() and self.step != stop_at:
+
+        def called_off() -> bool:
+            return self.step == stop_at or (minutes is not None and time.monotonic() - begun >= minutes * 60)
+
+        while not self.finished() and not called_off():
             running.append(self.train_step())
             self.minutes = (time.monotonic() - clock) / 60
             if self.step % recipe.eval_every == 0 or self.finished():
@@ -296,7 +324,11 @@ class BaseModelTrainer:
             if self.minutes - last_checkpoint >= recipe.checkpoint_minutes:
                 self.save_checkpoint()
                 last_checkpoint = self.minutes
+                if at_checkpoint is not None:
+                    at_checkpoint()
         self.save_checkpoint()
+        if at_checkpoint is not None:
+            at_checkpoint()
 
 
 def main(arguments: list[str] | None = None) -> int:

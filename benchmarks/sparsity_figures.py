@@ -1,6 +1,6 @@
 """Measures what the paper's Table 3 and Figures 4, 7, 16 and 17 show, on models of this repository; no GPU.
 
-    nice python benchmarks/sparsity_figures.py                                          # the embedded base: 20 minutes of one core
+    nice python benchmarks/sparsity_figures.py                                          # the embedded base: 10 minutes of one core
     nice python benchmarks/sparsity_figures.py --model "small base=outputs/quality/base_small"    # adds or renews one model
 
 Text is Python of packages that no base was trained on: of each of `--documents` files the first 16384 tokens, cut into windows of
@@ -44,7 +44,7 @@ from lemo_hf.text_data import python_sources, tokenize_documents
 
 RESULT = Path(__file__).parent / "results" / "sparsity--any.json"
 EMBEDDED = "embedded base"
-LENGTHS = (1024, 2048, 4096, 6144, 8192, 10240, 12288, 14336, 16384)
+LENGTHS = (1024, 2048, 4096, 8192, 12288, 16384)
 # Everything but the sparsity by length is shown at the length that the shipped predictors were fitted at.
 SHOWN_LENGTH = 4096
 MOST_WINDOWS = 4
@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--model", default=f"{EMBEDDED}={BASE}", metavar="NAME=FOLDER", help="what to measure (default: the embedded base)"
     )
-    parser.add_argument("--documents", type=int, default=6, help="files (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=4, help="files (default: %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULT, help="result file (default: %(default)s)")
     args = parser.parse_args(arguments)

@@ -16,7 +16,9 @@ AttentionForward = Literal["exact", "sparse"]
 ScoreSource = Literal["predicted", "true"]
 Draws = Literal["shared", "by_layer"]
 Checkpoint = Literal["none", "kept_rows"]
+Offload = Literal["none", "uniform", "sensitive"]
 
+_NUMBER = re.compile(r"[0-9.]+")
 _MEMORY = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})? ?[KMGT]i?B", re.IGNORECASE)
 
 # Sizes that a tensor's index can hold; what is larger is no size but a mistake.
@@ -53,6 +55,9 @@ class LemoConfig:
         attention_forward: `"exact"` keeps the dense forward pass and restricts the gradient to kept tokens; `"sparse"`
             (the paper's form) lets kept tokens attend to kept tokens only.
         checkpoint: `"kept_rows"` stores a layer's kept residual rows only and recomputes the rest of them in backward.
+        offload: `"sensitive"` holds saved activations in pinned host memory until their backward, of each layer as many bytes as
+            its neighbour's computation hides, which follows kept shares; `"uniform"` the same bytes of each, for comparison.
+        offload_budget: Bytes that all layers together move, such as `"40GiB"`, or `"all"`; by default what hides.
         dense_layers: Layers that keep every token; negative numbers count from the last layer.
         segment_size: Tokens whose logits exist at one time in the training loss.
         predictor_rank: Width of a predictor's hidden layers before elastic pruning.
@@ -76,6 +81,8 @@ class LemoConfig:
     score_source: ScoreSource = "predicted"
     attention_forward: AttentionForward = "exact"
     checkpoint: Checkpoint = "none"
+    offload: Offload = "none"
+    offload_budget: str | None = None
     dense_layers: list[int] = field(default_factory=list)
     segment_size: int = 1024
     predictor_rank: int = 32
@@ -122,6 +129,7 @@ class LemoConfig:
             raise LemoConfigError(
                 f"memory_budget must be an amount of memory; got {shown(budget)}; write it as '40GiB' or '40GB'"
             )
+        self._validate_offload()
         temperature = self.sampling_temperature
         if temperature is not None and not (_is_number(temperature) and temperature > 0):
             raise LemoConfigError(
@@ -139,6 +147,20 @@ class LemoConfig:
         if self.predictor_sizes is not None and not _is_list(self.predictor_sizes, _is_four_widths):
             raise LemoConfigError(
                 f"predictor_sizes must list four widths per layer; got {shown(self.predictor_sizes)}; pruning writes them"
+            )
+
+    def _validate_offload(self) -> None:
+        budget = self.offload_budget
+        if budget is None:
+            return
+        if budget != "all" and not (isinstance(budget, str) and _MEMORY.fullmatch(budget) and float(_NUMBER.findall(budget)[0]) > 0):
+            raise LemoConfigError(
+                f"offload_budget must be an amount of memory above 0, or 'all'; got {shown(budget)}; write it as '40GiB' or '40GB'"
+            )
+        if self.offload == "none":
+            raise LemoConfigError(
+                f"offload_budget says how much is offloaded, and nothing is; got {shown(budget)} with offload='none'; "
+                "set offload='sensitive', or leave offload_budget out"
             )
 
     def validate_for(self, num_layers: int, hidden_size: int | None = None) -> None:
@@ -278,4 +300,5 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "score_source": get_args(ScoreSource),
     "attention_forward": get_args(AttentionForward),
     "checkpoint": get_args(Checkpoint),
+    "offload": get_args(Offload),
 }

@@ -1,0 +1,173 @@
+"""How many bytes each layer offloads, and what that costs: pure arithmetic, for the run that offloads and for the estimate.
+
+Layer l saves s_l bytes, runs f_l seconds forward and g_l backward; a host link carries W bytes a second. A run (training/sensitive_offload.py)
+gives a transfer the time of one layer: what layer l moves leaves while layer l + 1 runs forward, and comes back while l + 1 runs backward.
+So it hides if it is at most
+
+    c_l = min(W_to_host f_{l+1}, W_to_device g_{l+1}),          nothing for the last layer, whose backward comes first,
+
+and on the device are, of what layers saved, at most  max over l of (s_0 + ... + s_l) - (x_0 + ... + x_{l-2}).
+
+Both modes move x_l with a given sum X. `uniform`: x_l = min(s_l, u), the same bytes for every layer. `sensitive`: x_l = min(s_l, a c_l). Saved bytes
+and times follow a layer's kept share, and so do its bytes. Stalls sum to at least (X - sum of min(s_l, c_l)) / W whatever x is; with the second
+rule no layer exceeds c_l before every layer is at min(s_l, c_l), so it attains that.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HostLink:
+    """Bytes per second between a device and pinned host memory.
+
+    Args:
+        to_host, to_device: One direction each.
+    """
+
+    to_host: float
+    to_device: float
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """What offloading needs to know of a layer.
+
+    Args:
+        saved_bytes: What its forward leaves for its backward.
+        forward_seconds, backward_seconds: Its computation alone.
+    """
+
+    saved_bytes: float
+    forward_seconds: float
+    backward_seconds: float
+
+
+def hidden_bytes(layers: Sequence[LayerLoad], link: HostLink) -> list[float]:
+    """By layer the most bytes whose transfers hide behind the computation of the next one; 0 for the last."""
+    return [min(link.to_host * after.forward_seconds, link.to_device * after.backward_seconds) for after in layers[1:]] + [
+        0.0
+    ] * bool(layers)
+
+
+def sensitive_bytes(saved: Sequence[float], hidden: Sequence[float], total: float | None = None) -> list[int]:
+    """Bytes by layer, in proportion to what hides behind the next layer: no stall before everything that hides has been moved.
+
+    Args:
+        saved: Bytes that each layer saves.
+        hidden: As [`hidden_bytes`] gives them.
+        total: Their sum, met to a byte a layer as far as there is as much; `None`: all that hides.
+    """
+    if total is None:
+        return [int(min(one, most)) for one, most in zip(saved, hidden, strict=True)]
+    # Layers behind which nothing hides come last, and share alike.
+    return _shared(saved, hidden, total)
+
+
+def uniform_bytes(saved: Sequence[float], hidden: Sequence[float], total: float | None = None) -> list[int]:
+    """The same bytes for every layer, or all that it has; arguments as in [`sensitive_bytes`].
+
+    Without a total: the most with which no layer stalls. Layers behind which nothing hides come last here too.
+    """
+    if total is None:
+        short = [most for one, most in zip(saved, hidden, strict=True) if 0 < most < one]
+        level = min(short, default=math.inf)
+        return [int(min(one, level)) if most > 0 else 0 for one, most in zip(saved, hidden, strict=True)]
+    return _shared(saved, [float(most > 0) for most in hidden], total)
+
+
+def _shared(saved: Sequence[float], weights: Sequence[float], total: float) -> list[int]:
+    """min(saved, a * weight) with a common factor a, so that the sum is `total`; what is left over, evenly on the weightless."""
+    factor = _factor(saved, weights, total)
+    given = [min(one, factor * weight) if weight > 0 else 0.0 for one, weight in zip(saved, weights, strict=True)]
+    rest = total - sum(given)
+    without = [one if weight <= 0 else 0.0 for one, weight in zip(saved, weights, strict=True)]
+    if rest > 0 and any(without):
+        ones = [float(one > 0) for one in without]
+        level = _factor(without, ones, rest)
+        given = [amount + min(one, level) if one > 0 else amount for amount, one in zip(given, without, strict=True)]
+    return [int(amount) for amount in given]
+
+
+def _factor(saved: Sequence[float], weights: Sequence[float], total: float) -> float:
+    """The a at which the sum of min(saved, a * weight) is `total`; infinite if there is not as much."""
+    free = sum(weight for weight in weights if weight > 0)
+    left = total
+    # Layers are full in the order of saved / weight.
+    for full_at, one, weight in sorted(
+        (one / weight, one, weight) for one, weight in zip(saved, weights, strict=True) if weight > 0
+    ):
+        if full_at * free >= left:
+            return max(left, 0.0) / free
+        left -= one
+        free -= weight
+    return math.inf
+
+
+@dataclass(frozen=True)
+class OffloadTimeline:
+    """What a step with offload comes to.
+
+    Args:
+        seconds: Layers and head, stalls included.
+        stall_seconds: Of these the ones in which computation waits for a transfer.
+        transfer_seconds: What the transfers take, hidden or not.
+        peak_bytes: The most of what layers saved that is on the device at one time.
+        moved_bytes: What leaves the device, and comes back.
+    """
+
+    seconds: float
+    stall_seconds: float
+    transfer_seconds: float
+    peak_bytes: float
+    moved_bytes: float
+
+    @property
+    def overlap(self) -> float:
+        """Share of the transfers' time that hides behind computation, in [0, 1]; 1 without transfers."""
+        return 1 - self.stall_seconds / self.transfer_seconds if self.transfer_seconds else 1.0
+
+
+def simulate(layers: Sequence[LayerLoad], moved: Sequence[float], link: HostLink, head_seconds: float = 0.0) -> OffloadTimeline:
+    """Runs a step's events, with transfers one after the other on a stream of their own; no clock, no device.
+
+    A layer's bytes can leave when it has ended. When the next one has ended computation waits until they have left, and before the head
+    for all. As a layer's backward begins, those of the layer below are sent for.
+
+    Args:
+        layers: From the first to the last.
+        moved: Bytes that each moves.
+        link: Bandwidth.
+        head_seconds: From the last layer's forward to its backward.
+    """
+    now = free = waited = 0.0
+    gone: list[float] = []
+    for place, (layer, size) in enumerate(zip(layers, moved, strict=True)):
+        now += layer.forward_seconds
+        before = gone[place - 1] if place else 0.0
+        waited, now = waited + max(0.0, before - now), max(now, before)
+        # The stall is that of the layer before: this one's bytes may leave once it has ended.
+        free = max(free, now) + size / link.to_host
+        gone.append(free)
+    if gone:
+        waited, now = waited + max(0.0, gone[-1] - now), max(now, gone[-1])
+    now += head_seconds
+    back = [0.0] * len(layers)
+    for place in range(len(layers) - 1, -1, -1):
+        for wanted in (place, place - 1):
+            if wanted == len(layers) - 1 or 0 <= wanted < place:
+                free = max(free, now) + moved[wanted] / link.to_device
+                back[wanted] = free
+        waited, now = waited + max(0.0, back[place] - now), max(now, back[place])
+        now += layers[place].backward_seconds
+    transfers = sum(moved) / link.to_host + sum(moved) / link.to_device
+    return OffloadTimeline(now, waited, transfers, peak_on_device([layer.saved_bytes for layer in layers], moved), sum(moved))
+
+
+def peak_on_device(saved: Sequence[float], moved: Sequence[float]) -> float:
+    """The most of what layers saved that is on the device at one time, bytes: two layers' transfers are under way at any."""
+    return max(
+        (sum(saved[: place + 1]) - sum(moved[: max(0, place - 1)]) for place in range(len(saved))),
+        default=0.0,
+    )

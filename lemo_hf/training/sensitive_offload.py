@@ -1,0 +1,377 @@
+"""Sparsity-sensitive offload (LeMo paper, section 6): saved activations lie in pinned host memory between forward and backward.
+
+What a layer's operators save passes `torch.autograd.graph.saved_tensors_hooks`. A storage above a size is copied to the host on a side stream
+while the next layer runs forward, and back while the layer above it runs backward. How much of each layer is moved is a budget in bytes,
+from what the layer saves, which follows its kept share, from measured bandwidth and from measured times (profiling/offload_plan.py).
+
+- A storage is moved once, however many views of it are saved; parameters, buffers, row numbers and what is sharded or quantised stay. Where a
+  budget ends within a storage, its first bytes move and the others stay, in a copy of their own, so budgets hold to the byte.
+- A storage's record is owned by the graph: when backward has used it, or an exception has dropped the graph, host memory, device memory and
+  counters are free again, whatever happened between.
+- On the device are, of layer l's x_l bytes: all until layer l + 1 has ended, none until layer l + 1 begins its backward.
+- The first forwards move everything that there is host memory for, which is safe for the device's, and are timed; then the budgets are set,
+  and anew when settings change.
+
+`save_on_cpu` and trl's `OffloadActivations` are such hooks too. The first copies everything at once on the stream that computes. The second has a
+side stream and moves every tensor above a size: a tensor is where it decides, by its size alone, with a limit of five tensors under way, no layer is
+known to it, nothing is fetched before it is asked for, and what lies in host memory has no bound. A budget of bytes per layer needs all of these, so
+this builds on the hooks themselves.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..profiling.activation_memory import plain_tensors
+from ..profiling.breakdown import storage_of
+from ..profiling.offload_plan import HostLink, LayerLoad, hidden_bytes, sensitive_bytes, uniform_bytes
+from .host_copies import HostMemory, Moment, PlainCopies, copies_for, measured_link
+from .saved_storage import SavedStorage
+
+# Of a storage that is moved.
+SMALLEST = 2**20
+# Of what hides by the measured times, since times scatter.
+_MARGIN = 0.9
+# The first forward also compiles kernels.
+_UNTIMED = 1
+
+
+@dataclass(frozen=True)
+class OffloadSettings:
+    """What is moved.
+
+    Args:
+        mode: `"sensitive"`: budgets by what hides behind each layer; `"uniform"`: the same bytes for every layer.
+        budget: Sum of the budgets, bytes; infinite: everything; `None`: the most that hides.
+        host_bytes: Most host memory.
+        smallest: Bytes of a storage from which on it is moved.
+        link: Bandwidth; measured if `None`.
+        seconds: By layer forward and backward seconds; measured if `None`.
+    """
+
+    mode: Literal["uniform", "sensitive"] = "sensitive"
+    budget: float | None = None
+    host_bytes: float = math.inf
+    smallest: int = SMALLEST
+    link: HostLink | None = None
+    seconds: Sequence[tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True)
+class OffloadReport:
+    """The last forward's offload, and its backward's as far as it has come.
+
+    Args:
+        saved_bytes, moved_bytes: By layer: what could be moved, and what was.
+        host_peak_bytes: The most host memory used at one time so far.
+        host_reserved_bytes: Host memory taken from the system.
+        unmoved_bytes: What a budget asked for and host memory had no room for.
+        transfer_seconds: Time of the copies, both ways.
+        stall_seconds: Time that computation waited for them; all of it on a CPU.
+    """
+
+    saved_bytes: list[int]
+    moved_bytes: list[int]
+    host_peak_bytes: int
+    host_reserved_bytes: int
+    unmoved_bytes: int
+    transfer_seconds: float
+    stall_seconds: float
+
+    @property
+    def overlap(self) -> float:
+        """Share of the transfers' time that hid behind computation, in [0, 1]; 1 without transfers."""
+        return max(0.0, 1 - self.stall_seconds / self.transfer_seconds) if self.transfer_seconds else 1.0
+
+
+class _LayerRun:
+    """One layer's forward, and its backward: what it saved, and when. Owned by what it saved."""
+
+    def __init__(self, layer: int, rows: int, budget: float, before: "_LayerRun | None") -> None:
+        self.layer, self.rows, self.budget = layer, rows, budget
+        self.saved = self.moved = 0
+        self.storages: list[weakref.ref[SavedStorage]] = []
+        self.below = weakref.ref(before) if before is not None else lambda: None
+        self.sent: Moment | None = None
+        self.in_backward = False
+
+    def living(self) -> list["SavedStorage"]:
+        return [storage for ref in self.storages if (storage := ref()) is not None]
+
+
+class _Saved:
+    """What autograd keeps instead of a tensor: a view of a storage that was moved, or what stays as it is."""
+
+    __slots__ = ("held", "run", "storage", "view")
+
+    def __init__(self, run: _LayerRun, storage: SavedStorage | None, view: tuple[Any, ...] | None, held: Any) -> None:
+        self.run, self.storage, self.view, self.held = run, storage, view, held
+
+
+class SensitiveOffload:
+    """Context manager under which what the layers save lies in host memory until their backward.
+
+    ```python
+    with SensitiveOffload(backbone, OffloadSettings(budget=40 * 2**30)) as offload:
+        for batch in batches:
+            model(**batch).loss.backward()
+    offload.report().moved_bytes
+    ```
+
+    Backward may run after the context has ended. Layers that run without autograd, in evaluation mode or within backward
+    (activation checkpointing in some releases) are left alone. Of stock activation checkpointing it moves a layer's stored input, of
+    kept-row checkpointing its stored kept rows.
+
+    Args:
+        backbone: A module with `layers`, which run one after the other.
+        settings: What is moved.
+        signature: What the budgets depend on besides the batch: when its value changes they are set anew.
+        copies: How bytes are copied; by the device if `None`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        settings: OffloadSettings,
+        signature: Callable[[], Any] = lambda: None,
+        copies: PlainCopies | None = None,
+    ) -> None:
+        self.settings = settings
+        self.device: torch.device = next(backbone.parameters()).device
+        # By layer, per row of its input; `None` while everything is moved and timed.
+        self.budgets: list[float] | None = None
+        self.memory = HostMemory(settings.host_bytes, pinned=self.device.type != "cpu")
+        self._backbone = backbone
+        self._layers: list[nn.Module] = list(backbone.layers)  # type: ignore[arg-type]
+        self._copies = copies or copies_for(self.device)
+        self._link = settings.link
+        self._signature, self._signed = signature, signature()
+        self._handles: list[Any] = []
+        self._hooks: saved_tensors_hooks | None = None
+        self._outer: Any = None
+        self._weights: set[int] = set()
+        self._run: _LayerRun | None = None
+        self._last: weakref.ref[_LayerRun] | Callable[[], None] = lambda: None
+        self._leaving: list[_LayerRun] = []  # whose copies computation has not waited for yet
+        self._storages: weakref.WeakValueDictionary[tuple[int, int], SavedStorage] = weakref.WeakValueDictionary()
+        self._timed = 0  # forwards since the budgets were unset
+        self._forget_forward()
+
+    def __enter__(self) -> "SensitiveOffload":
+        if self._link is None:
+            self._link = measured_link(self.device)
+        for place, layer in enumerate(self._layers):
+            before = layer.register_forward_pre_hook(self._before(place), with_kwargs=True)
+            self._handles += [before, layer.register_forward_hook(self._after(place), always_call=True)]
+        self._handles.append(self._backbone.register_forward_hook(lambda *_: self._let_go_of_all()))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._leave()
+        self._leaving = []
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all saved storages above the size that are on the device, once copies have left it."""
+        return sum(storage.size - storage.moved for storage in list(self._storages.values()))
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory in use."""
+        return self.memory.held_bytes
+
+    def report(self) -> OffloadReport:
+        """What the last forward has moved; waits until the device is done with it."""
+        peak, reserved = self.memory.peak_bytes, self.memory.reserved_bytes
+        times = self._copies.transferred(), self._copies.stalled()
+        return OffloadReport(list(self._saved), list(self._moved), peak, reserved, self._unmoved, *times)
+
+    # A layer's forward.
+
+    def _before(self, place: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._leave()  # a layer that ended without its hook
+            if layer.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+                self._enter(place, layer, args[0] if args else kwargs["hidden_states"])
+
+        return hook
+
+    def _enter(self, place: int, layer: nn.Module, rows: Tensor) -> None:
+        if place <= self._place:
+            self._begin_forward()
+        self._place = place
+        # Looked at anew in each forward: FSDP2 has just gathered them.
+        residents = (*layer.parameters(), *layer.buffers())
+        self._weights = {storage_of(part)[0] for weight in residents for part in plain_tensors(weight)}
+        count = rows.numel() // rows.shape[-1]
+        budget = math.inf if self.budgets is None else self.budgets[place] * count
+        self._run = _LayerRun(place, count, budget, self._last())
+        self._last = weakref.ref(self._run)
+        # Only the innermost hooks act: what measures saved bytes around these must see what stays.
+        self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self._began = self._copies.stalls, self._copies.moment()
+        self._hooks = saved_tensors_hooks(self._pack, self._unpacker(self._outer))
+        self._hooks.__enter__()
+
+    def _after(self, place: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            run = self._run
+            self._leave()
+            if run is None:
+                return
+            stalls, began = self._began
+            self._forward_marks[place] = (began, self._copies.moment(), stalls, self._copies.stalls)
+            self._saved[place], self._moved[place] = run.saved, run.moved
+            self._rows = run.rows
+            for one in self._leaving:
+                self._let_go(one)
+            self._leaving = [run]
+
+        return hook
+
+    def _leave(self) -> None:
+        if self._hooks is not None:
+            self._hooks.__exit__(None, None, None)
+        self._hooks = self._run = None
+
+    def _let_go(self, run: _LayerRun) -> None:
+        if run.sent is not None:
+            self._copies.wait(run.sent)
+        for storage in run.living():
+            storage.let_go()
+
+    def _let_go_of_all(self) -> None:
+        for run in self._leaving:
+            self._let_go(run)
+        self._leaving = []
+
+    # What is saved, and what backward asks for.
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        run, keep = self._run, self._keep
+        assert run is not None
+        if not self._may_move(tensor):
+            return _Saved(run, None, None, keep(tensor))
+        storage = tensor.untyped_storage()
+        key = storage._cdata, tensor._version
+        found = self._storages.get(key)
+        if found is None:
+            found = self._storages[key] = SavedStorage(storage, self._copies, self.memory)
+            run.saved += found.size
+            self._move(found, storage, run)
+        if not found.moved:
+            return _Saved(run, found, None, keep(tensor))
+        return _Saved(run, found, (tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()), None)
+
+    def _may_move(self, tensor: Tensor) -> bool:
+        is_plain = next(plain_tensors(tensor)) is tensor
+        if not (is_plain and tensor.is_floating_point() and tensor.device == self.device):
+            return False
+        key, size = storage_of(tensor)
+        return size >= max(1, self.settings.smallest) and key not in self._weights
+
+    def _move(self, found: SavedStorage, storage: Any, run: _LayerRun) -> None:
+        room = run.budget - run.moved
+        size = found.size if found.size <= room else int(room)
+        if size < max(1, self.settings.smallest):
+            return
+        pieces = self.memory.take(size)
+        if pieces is None:
+            self._unmoved += size
+            return
+        run.sent = found.send(storage, pieces, self._keep)
+        run.moved += size
+        run.storages.append(weakref.ref(found))
+
+    def _keep(self, tensor: Tensor) -> Any:
+        if not tensor.is_leaf:
+            tensor = tensor.detach()  # an operator's saved result points to the operator's node, and the node to it
+        return tensor if self._outer is None else self._outer[0](tensor)
+
+    def _unpacker(self, outer: Any) -> Callable[[_Saved], Tensor]:
+        def kept(held: Any) -> Tensor:
+            tensor: Tensor = held if outer is None else outer[1](held)
+            return tensor
+
+        def unpack(saved: _Saved) -> Tensor:
+            if not saved.run.in_backward:
+                self._begin_backward(saved.run, kept)
+            if saved.view is None or saved.storage is None:
+                return kept(saved.held)
+            dtype, offset, shape, stride = saved.view
+            whole = saved.storage.read(kept)
+            return torch.empty(0, dtype=dtype, device=whole.device).set_(whole.untyped_storage(), offset, shape, stride)
+
+        return unpack
+
+    def _begin_backward(self, run: _LayerRun, kept: Callable[[Any], Tensor]) -> None:
+        run.in_backward = True
+        self._backward_marks[run.layer] = (self._copies.stalls, self._copies.moment())
+        below = run.below()
+        for one in (run, below):
+            # What was saved last is asked for first.
+            for storage in reversed(one.living() if one is not None else []):
+                storage.fetch(kept)
+
+    # Budgets.
+
+    def _begin_forward(self) -> None:
+        self._leaving = []  # of a forward that was cut short
+        if self._signed != self._signature():
+            self._signed, self.budgets, self._timed = self._signature(), None, 0
+        elif self.budgets is None:
+            self._set_budgets()
+        self._forget_forward()
+        self._copies.begin()
+
+    def _forget_forward(self) -> None:
+        count = len(self._layers)
+        self._place, self._rows, self._unmoved = -1, 0, 0
+        self._saved, self._moved = [0] * count, [0] * count
+        self._forward_marks: dict[int, tuple[Moment, Moment, int, int]] = {}
+        self._backward_marks: dict[int, tuple[int, Moment]] = {}
+
+    def _set_budgets(self) -> None:
+        loads = self._loads()
+        if loads is None:
+            return
+        self._timed += 1
+        if self._timed <= _UNTIMED and self.settings.seconds is None:
+            return
+        assert self._link is not None
+        saved = [load.saved_bytes for load in loads]
+        hidden = [_MARGIN * size for size in hidden_bytes(loads, self._link)]
+        share = sensitive_bytes if self.settings.mode == "sensitive" else uniform_bytes
+        total = self.settings.budget
+        moved = share(saved, hidden, total)
+        if sum(moved) > self.settings.host_bytes:
+            moved = share(saved, hidden, self.settings.host_bytes)
+        self.budgets = [math.inf if total == math.inf else size / self._rows for size in moved]
+
+    def _loads(self) -> list[LayerLoad] | None:
+        """The last forward's layers, or `None` if they did not all run forward and backward."""
+        places = range(len(self._layers))
+        if len(self._forward_marks) < len(places) or len(self._backward_marks) < len(places):
+            return None
+        if self.settings.seconds is not None:
+            return [LayerLoad(self._saved[place], *self.settings.seconds[place]) for place in places]
+        loads = []
+        for place in places:
+            began, ended, first, last = self._forward_marks[place]
+            forward = self._copies.seconds(began, ended) - self._copies.stalled(first, last)
+            backward = 0.0  # of the first layer nobody asks: nothing comes back behind it
+            if place:
+                (first, began), (last, ended) = self._backward_marks[place], self._backward_marks[place - 1]
+                backward = self._copies.seconds(began, ended) - self._copies.stalled(first, last)
+            loads.append(LayerLoad(self._saved[place], max(forward, 0.0), max(backward, 0.0)))
+        return loads

@@ -278,7 +278,7 @@ def training_row(
 ) -> dict[str, torch.Tensor]:
     """A row of `tokens` tokens made of 1, 2, 4 or 8 episodes of one kind, most of which are asked about.
 
-    A fifth of the rows are repeated segments, the others questions of `TASKS`. Short episodes teach the looking-up, long ones
+    A seventh of the rows are repeated segments, the others questions of `TASKS`. Short episodes teach the looking-up, long ones
     the distance.
 
     Args:
@@ -291,7 +291,7 @@ def training_row(
         `input_ids` and `labels` (-100 where nothing is asked), int64 `(tokens,)`.
     """
     words = words_of(tokenizer)
-    kind = ("copy", "passkey", "key_value", "key_value", "variable_tracking")[_below(5, generator)]
+    kind = ("copy", *TASKS, *TASKS)[_below(7, generator)]
     episodes = 1 << _below(4, generator)
     parts = []
     for _ in range(episodes):

@@ -95,7 +95,7 @@ def drop_duplicates(documents: Iterable[TextDocument]) -> list[TextDocument]:
     return kept
 
 
-def _package_files(package: str) -> Iterator[tuple[str, Path]]:
+def package_files(package: str) -> Iterator[tuple[str, Path]]:
     """Yields (document name, path) of a package's Python files; `stdlib` is the running interpreter's library."""
     if package == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -136,7 +136,7 @@ def python_sources(packages: Sequence[str] = ("stdlib",)) -> list[TextDocument]:
     documents: list[TextDocument] = []
     for package in packages:
         found = len(documents)
-        for name, path in _package_files(package):
+        for name, path in package_files(package):
             try:
                 text = path.read_text(encoding="utf-8")
             except (UnicodeDecodeError, OSError):

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.corpus import BASE_PACKAGES, held_out_documents, training_documents
+from benchmarks.quality.corpus import BASE_BYTES, BASE_PACKAGES, LARGE_BASE_BYTES, held_out_documents, training_documents
 from benchmarks.quality.retrieval import TASKS, sample, training_row
 from lemo_hf.base_model.data import TokenStream
 from lemo_hf.base_model.recipe import BaseModelRecipe
@@ -61,13 +61,12 @@ SIZES = {
         intermediate_size=2048,
         context_length=2048,
         short_context_length=2048,
-        rename_from_epoch=1,
         batch_rows=128,
         micro_batch_rows=16,
         learning_rate=0.004,
         embedding_learning_rate=0.002,
         warmup_steps=100,
-        max_steps=1500,
+        max_steps=800,
         decay_share=0.3,
         eval_every=100,
         eval_rows=64,
@@ -232,7 +231,10 @@ def base_trainer(size: str, out: Path, total_minutes: float | None = None) -> Qu
         recipe = dataclasses.replace(recipe, max_minutes=total_minutes)
     device = "cuda" if size == "large" and torch.cuda.is_available() else "cpu"
     start = BASE_MODEL_FOLDER if size == "small" else None
-    return QualityTrainer(recipe, training_documents("base"), held_out_documents()[::EVERY_HELD_OUT], start, device)
+    base_bytes = BASE_BYTES if size == "small" else LARGE_BASE_BYTES
+    return QualityTrainer(
+        recipe, training_documents("base", base_bytes=base_bytes), held_out_documents()[::EVERY_HELD_OUT], start, device
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,13 +18,14 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from lemo_hf.errors import LemoError
 from lemo_hf.quickstart.comparison import EVALUATION_PACKAGES, TRAIN_PACKAGES
-from lemo_hf.text_data import MIN_CHARACTERS, TextDocument, _package_files, is_held_out
+from lemo_hf.text_data import MIN_CHARACTERS, TextDocument, is_held_out, package_files
 
 # The quickstart's packages keep their roles, so that the two can be compared. Packages that are not installed are left out.
 HELD_OUT_PACKAGES = (*EVALUATION_PACKAGES, "aiohttp", "fsspec", "pydantic", "rich", "trl", "werkzeug")
@@ -36,9 +37,9 @@ BASE_PACKAGES = (
     *("torch", "torchgen", "tqdm", "transformers", "triton", "typer", "urllib3", "yaml"),
 )
 SPLITS = {"held_out": HELD_OUT_PACKAGES, "extension": EXTENSION_PACKAGES, "base": BASE_PACKAGES}
-# Bytes a package may give to the base's text: of 53 MB of transformers most would be like the rest of it.
+# Bytes that a package other than the standard library may give to the base's text, or transformers and torch would be most of it.
 BASE_BYTES = 1_500_000
-STDLIB_BYTES = 12_000_000
+LARGE_BASE_BYTES = 20_000_000
 # Files of this share of the standard library were held out from the embedded base, which is where the small base begins.
 STDLIB_HELD_OUT_SHARE = 0.05
 MAX_FILE_BYTES = 400_000  # longer files are tables
@@ -102,16 +103,16 @@ def drop_near_duplicates(documents: Iterable[TextDocument]) -> tuple[list[TextDo
 def _installed_files(package: str) -> list[tuple[str, Path]]:
     """(name, path) of a package's files in the order of their names' hashes; empty if it is not installed."""
     try:
-        found = list(_package_files(package))
+        found = list(package_files(package))
     except LemoError:
         return []
     return sorted(found, key=lambda item: hashlib.blake2b(item[0].encode(), digest_size=8).digest())
 
 
-def _candidates(split: str) -> Iterator[tuple[str, Path]]:
+def _candidates(split: str, base_bytes: int) -> Iterator[tuple[str, Path]]:
     """Files of a split before near-duplicates are dropped; a package of `base` gives at most its share of bytes."""
     for package in SPLITS[split]:
-        room = None if split != "base" else STDLIB_BYTES if package == "stdlib" else BASE_BYTES
+        room = base_bytes if split == "base" and package != "stdlib" else None
         for name, path in _installed_files(package):
             size = path.stat().st_size
             if not MIN_CHARACTERS <= size <= MAX_FILE_BYTES:
@@ -144,13 +145,17 @@ def _build(files: dict[str, list[tuple[str, Path]]]) -> dict[str, object]:
     }
 
 
-def corpus() -> dict[str, dict[str, list]]:
+@lru_cache(maxsize=2)
+def corpus(base_bytes: int = BASE_BYTES) -> dict[str, dict[str, list]]:
     """The whole corpus: `documents` and `dropped`, each by split.
 
     It is made once (about a minute) and then read from `outputs/quality/corpus/`, under the hash of the files' names and sizes
     and of this module.
+
+    Args:
+        base_bytes: Most bytes that a package gives to the `base` split, the standard library excepted.
     """
-    files = {split: list(_candidates(split)) for split in SPLITS}
+    files = {split: list(_candidates(split, base_bytes)) for split in SPLITS}
     described = [(split, name, path.stat().st_size) for split, found in files.items() for name, path in found]
     content = json.dumps(described).encode() + Path(__file__).read_bytes()
     place = FOLDER / f"{hashlib.blake2b(content, digest_size=8).hexdigest()}.json"
@@ -163,13 +168,13 @@ def corpus() -> dict[str, dict[str, list]]:
     return {"documents": found["documents"], "dropped": found["dropped"]}
 
 
-def _documents(split: str, packages: Sequence[str] | None) -> list[TextDocument]:
+def _documents(split: str, packages: Sequence[str] | None, base_bytes: int = BASE_BYTES) -> list[TextDocument]:
     for package in packages or ():
         if package not in SPLITS[split]:
             raise LemoError(
                 f"package is not in the {split} split; {package!r}; choose among {', '.join(SPLITS[split])}, whose roles are fixed"
             )
-    found = [TextDocument(name, text) for name, text in corpus()["documents"][split]]
+    found = [TextDocument(name, text) for name, text in corpus(base_bytes)["documents"][split]]
     chosen = [document for document in found if packages is None or package_of(document.name) in packages]
     if not chosen:
         raise LemoError(f"split has no text here; {split!r} of {packages or 'all packages'}; install its packages")
@@ -181,19 +186,20 @@ def package_of(name: str) -> str:
     return name.split("/", 1)[0].removesuffix(".py")
 
 
-def training_documents(split: str, packages: Sequence[str] | None = None) -> list[TextDocument]:
+def training_documents(split: str, packages: Sequence[str] | None = None, base_bytes: int = BASE_BYTES) -> list[TextDocument]:
     """Documents to train on.
 
     Args:
         split: `"base"` (the base model's text) or `"extension"` (text of other packages, for extending its context).
         packages: Only these packages of the split.
+        base_bytes: Most bytes that a package gives to the `base` split, the standard library excepted.
 
     Raises:
         LemoError: Another split, a package of another split, or no text.
     """
     if split not in ("base", "extension"):
         raise LemoError(f"no split to train on; {split!r}; choose base or extension")
-    return _documents(split, packages)
+    return _documents(split, packages, base_bytes)
 
 
 def held_out_documents(packages: Sequence[str] | None = None) -> list[TextDocument]:

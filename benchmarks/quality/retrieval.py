@@ -29,6 +29,7 @@ HOPS = 2  # lines of a chain beyond the one that holds the number
 # One distractor (a pair, or a chain) in so many tokens of a measured context.
 KEY_VALUE_SPACING = 32
 CHAIN_SPACING = 128
+MOST_DISTRACTORS = 128  # beyond, a longer context is a longer way and no more of them
 _NAME = re.compile(r" [a-z]{3,}")
 _FILLERS = (
     "\n    {0}.{1}({2})",
@@ -91,10 +92,15 @@ def _filler(words: Words, count: int, haystack: torch.Tensor | None, generator: 
     return torch.tensor(lines[:count])
 
 
-def _drawn_names(words: Words, count: int, filler: torch.Tensor, generator: torch.Generator) -> list[str]:
-    """`count` different names that do not occur in `filler`."""
+def _free_names(words: Words, filler: torch.Tensor) -> list[str]:
+    """Names that do not occur in `filler`."""
     there = set(filler.tolist())
-    free = [name for index, name in sorted(words.names.items()) if index not in there]
+    return [name for index, name in sorted(words.names.items()) if index not in there]
+
+
+def _drawn_names(words: Words, count: int, filler: torch.Tensor, generator: torch.Generator) -> list[str]:
+    """`count` different ones of the free names."""
+    free = _free_names(words, filler)
     if len(free) < count:
         raise LemoError(f"too few names are left; {len(free)} of {count}; use a shorter context or a larger vocabulary")
     return [free[i] for i in torch.randperm(len(free), generator=generator)[:count].tolist()]
@@ -196,7 +202,8 @@ def sample(
     # The longest filler that may be needed decides which names are free.
     widest = _filler(words, tokens, haystack, generator)
     own = {"passkey": 0, "key_value": 1, "variable_tracking": HOPS + 1}[task]
-    others = {"passkey": 0, "key_value": tokens // KEY_VALUE_SPACING, "variable_tracking": tokens // CHAIN_SPACING}[task]
+    spacing = {"passkey": tokens + 1, "key_value": KEY_VALUE_SPACING, "variable_tracking": CHAIN_SPACING}[task]
+    others = min(tokens // spacing, MOST_DISTRACTORS)
     names = _drawn_names(words, own * (others + 1), widest, generator)
     numbers = _numbers(others + 1, 5 if task == "passkey" else 4, generator)
     groups = [names[own * index : own * (index + 1)] for index in range(others + 1)]
@@ -240,7 +247,7 @@ def _question_episode(
     alone = task == "passkey" and _below(3, generator) == 0  # the one pass key, without a name
     dense = 1.0 if _below(2, generator) else 0.2 + 0.8 * float(torch.rand(1, generator=generator))
     cost = {"passkey": 32, "key_value": 14, "variable_tracking": 34}[task]  # tokens of a group and its question, roughly
-    count = 1 if alone else max(1, int(dense * tokens) // cost)
+    count = 1 if alone else max(1, min(int(dense * tokens) // cost, len(_free_names(words, widest)) // size))
     names = _drawn_names(words, size * count, widest, generator)
     groups = [[] if alone else names[size * index : size * (index + 1)] for index in range(count)]
     numbers = _numbers(count, 5 if task == "passkey" else 4, generator)

@@ -1,10 +1,10 @@
 """Measures what the paper's Table 3 and Figures 4, 7, 16 and 17 show, on models of this repository; no GPU.
 
-    nice python benchmarks/sparsity_figures.py                                          # the embedded base: 10 minutes of one core
+    nice python benchmarks/sparsity_figures.py                                          # the embedded base: 5 minutes of one core
     nice python benchmarks/sparsity_figures.py --model "small base=outputs/quality/base_small"    # adds or renews one model
 
 Text is Python of packages that no base was trained on: of each of `--documents` files the first 16384 tokens, cut into windows of
-each length, at most 4 a length. A longer context than the model's is reached by YaRN, as in the quickstart, without training.
+each length, at most 2 a length. A longer context than the model's is reached by YaRN, as in the quickstart, without training.
 Spreads are standard deviations over documents. Writes benchmarks/results/sparsity--any.json, from which alone
 benchmarks/paper_figures.py draws. What is measured: benchmarks/sparsity_measures.py.
 """
@@ -44,10 +44,10 @@ from lemo_hf.text_data import python_sources, tokenize_documents
 
 RESULT = Path(__file__).parent / "results" / "sparsity--any.json"
 EMBEDDED = "embedded base"
-LENGTHS = (1024, 2048, 4096, 8192, 12288, 16384)
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
 # Everything but the sparsity by length is shown at the length that the shipped predictors were fitted at.
 SHOWN_LENGTH = 4096
-MOST_WINDOWS = 4
+MOST_WINDOWS = 2
 BLOCK_SIZES = (16, 32, 64, 128)
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 MAPPED_DOCUMENTS = (0, 3)

@@ -9,7 +9,9 @@ record. So each reading is measured, s_ij, S_mn and I_n being those of the score
 - `tokens`: a token's informativeness, the mean of s over its partners as key and as query, against the document's largest.
 - `blocks`: block informativeness I_n, against the document's largest.
 
-Memory: a strip of `STRIP` queries against all earlier keys; never a quadratic matrix.
+Of windows longer than `ALL_QUERIES` tokens only every second, third, ... strip of `STRIP` queries is read for `token_scores` and
+`tokens`, whose sums as keys are then those of the strips read, times as many. Memory: a strip of queries against all earlier keys;
+never a quadratic matrix.
 """
 
 import math
@@ -24,7 +26,8 @@ from lemo_hf.models.pattern_predictor import predicted_block_scores
 
 CRITERION = 0.3
 READINGS = ("token_scores", "block_scores", "probabilities", "tokens", "blocks")
-STRIP, QUERY_STRIDE = 256, 16
+STRIP, QUERY_STRIDE, ALL_QUERIES = 256, 16, 4096
+KEYS = 512  # at a time: they and their scores stay in the processor's cache
 
 
 @dataclass
@@ -33,8 +36,8 @@ class LayerWindow:
 
     Args:
         below: Share below the criterion by reading.
-        token_informativeness: Mean s of each token over its partners, `(tokens,)`.
-        token_peak: The largest s of each token with another one, `(tokens,)`.
+        token_informativeness: Mean s of each token over its partners, `(tokens,)`; of a longer window, of the tokens that were read.
+        token_peak: The largest s of each token with another one, likewise.
         informativeness: True I, `(blocks,)`.
         scores: True S, `(blocks, blocks)`.
         predicted_informativeness, predicted_scores: The same by the layer's predictor, if it was asked for.
@@ -53,9 +56,11 @@ def token_scores(query: Tensor, key: Tensor, scale: float, start: int, stop: int
     """s_ij of the queries `start` to `stop` against keys 0 to `stop`, `(stop - start, stop)`; 0 where the key comes later."""
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
     mean = query.new_zeros(stop - start, stop)
-    for head in range(heads):
-        mean += (query[start:stop, head] @ key[:stop, head // groups].T * scale).relu_()
-    return (mean / heads).tril_(start)
+    for first in range(0, stop, KEYS):
+        last = min(first + KEYS, stop)
+        for head in range(heads):
+            mean[:, first:last] += (query[start:stop, head] @ key[first:last, head // groups].T).relu_()
+    return mean.mul_(scale / heads).tril_(start)
 
 
 def share_of_probabilities_below(query: Tensor, key: Tensor, scale: float, share: float) -> float:
@@ -87,10 +92,13 @@ def measure_layer(found: LayerScores, rotary: tuple[Tensor, Tensor], with_predic
     query, key, _ = found.module.project_heads(found.hidden, rotary)
     tokens, scale, scores = len(query), found.module.attention_scale, found.scores[0]
     largest = float(scores.max())  # S is the maximum of s over a pair of blocks: that of the map is its own
+    stride = max(1, tokens // ALL_QUERIES)
     below, as_key, as_query, peak = 0, *(query.new_zeros(tokens) for _ in range(3))
-    for start in range(0, tokens, STRIP):
+    read = torch.zeros(tokens, dtype=torch.bool)
+    for start in range(stride // 2 * STRIP, tokens, stride * STRIP):
         stop = min(start + STRIP, tokens)
         strip = token_scores(query, key, scale, start, stop)
+        read[start:stop] = True
         # What stands above the diagonal is 0, which is below the criterion, and no pair.
         below += int((strip < CRITERION * largest).sum()) - sum(stop - 1 - row for row in range(start, stop))
         strip[:, start:].fill_diagonal_(0)
@@ -98,17 +106,18 @@ def measure_layer(found: LayerScores, rotary: tuple[Tensor, Tensor], with_predic
         as_query[start:stop] = strip.sum(1)
         peak[:stop] = torch.maximum(peak[:stop], strip.amax(0))
         peak[start:stop] = torch.maximum(peak[start:stop], strip.amax(1))
-    by_token = (as_key + as_query) / (tokens - 1)
+    by_token = (stride * as_key + as_query)[read] / (tokens - 1)
+    pairs = int((torch.arange(tokens) + 1)[read].sum())
     informativeness = found.informativeness()[0]
     causal = torch.ones_like(scores, dtype=torch.bool).tril()
     shares = {
-        "token_scores": below / (tokens * (tokens + 1) / 2),
+        "token_scores": below / pairs,
         "block_scores": share_below(scores[causal]),
         "probabilities": share_of_probabilities_below(query, key, scale, CRITERION),
         "tokens": share_below(by_token),
         "blocks": share_below(informativeness),
     }
-    result = LayerWindow(shares, by_token, peak, informativeness, scores)
+    result = LayerWindow(shares, by_token, peak[read], informativeness, scores)
     if with_predictor:
         predictor: Any = found.module.lemo_predictor
         features = (found.documents.split_blocks(part)[0] for part in predictor(found.hidden, found.documents))

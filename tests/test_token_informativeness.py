@@ -2,6 +2,7 @@ import pytest
 import torch
 from references.block_scores import brute_block_scores, brute_informativeness
 
+from lemo_hf.models.lemo_config import LemoConfigError
 from lemo_hf.models.token_informativeness import block_informativeness, block_scores
 
 
@@ -93,3 +94,32 @@ def test_informativeness_does_not_grow_with_the_document():
     """A threshold means the same at every length: equal scores give equal I at 4 and at 40 blocks, and at every place."""
     for blocks in (4, 40):
         torch.testing.assert_close(block_informativeness(torch.full((blocks, blocks), 0.3)), torch.full((blocks,), 0.3))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 2), (6, 1)])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 31])
+def test_mean_scores_equal_brute_force(tokens, queries, keys):
+    query, key = heads(tokens, queries, keys)
+    got = block_scores(query, key, 8, 0.5, reduction="mean")
+    torch.testing.assert_close(got, torch.tensor(brute_block_scores(query, key, 8, 0.5, None, "mean")), rtol=1e-5, atol=1e-6)
+    assert tokens < 9 or (got < 0).any(), "signed"
+
+
+@pytest.mark.parametrize("window", [1, 5, 8, 9, 15, 16, 17, 20, 60, 61, 70])
+def test_mean_scores_leave_out_pairs_outside_a_window(window):
+    query, key = heads(61, 2, 1)
+    got = block_scores(query, key, 8, 0.5, window, reduction="mean")
+    torch.testing.assert_close(got, torch.tensor(brute_block_scores(query, key, 8, 0.5, window, "mean")), rtol=1e-5, atol=1e-6)
+
+
+def test_mean_scores_of_narrow_inputs_and_float64():
+    query, key = heads(20, 4, 2, dtype=torch.bfloat16)
+    got = block_scores(query, key, 8, 0.5, reduction="mean")
+    assert got.dtype == torch.float32
+    assert torch.equal(got, block_scores(query.float(), key.float(), 8, 0.5, reduction="mean"))
+    assert block_scores(*heads(9, 2, 1, dtype=torch.float64), 4, 1.0, reduction="mean").dtype == torch.float64
+
+
+def test_an_unknown_reduction_is_named():
+    with pytest.raises(LemoConfigError, match="reduction must be one of max, mean; got 'sum'"):
+        block_scores(*heads(9, 2, 1), 4, 1.0, reduction="sum")

@@ -3,7 +3,9 @@
 from torch import Tensor
 
 
-def brute_block_scores(query: Tensor, key: Tensor, block_size: int, scale: float, window: int | None = None) -> list[list[float]]:
+def brute_block_scores(
+    query: Tensor, key: Tensor, block_size: int, scale: float, window: int | None = None, reduction: str = "max"
+) -> list[list[float]]:
     """S from `(tokens, heads, head_dim)` queries and `(tokens, key_value_heads, head_dim)` keys."""
     tokens, heads, _ = query.shape
     group = heads // key.shape[1]
@@ -17,9 +19,13 @@ def brute_block_scores(query: Tensor, key: Tensor, block_size: int, scale: float
             total = 0.0
             for head in range(heads):
                 dot = sum(a * b for a, b in zip(q[i][head], k[j][head // group], strict=True))
-                total += max(0.0, dot * scale)
+                total += max(0.0, dot * scale) if reduction == "max" else dot * scale
             m, n = i // block_size, j // block_size
-            scores[m][n] = max(scores[m][n], total / heads)
+            if reduction == "max":
+                scores[m][n] = max(scores[m][n], total / heads)
+            else:
+                rows, columns = (min(tokens - block * block_size, block_size) for block in (m, n))
+                scores[m][n] += total / heads / (rows * columns)
     return scores
 
 

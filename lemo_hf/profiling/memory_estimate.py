@@ -38,6 +38,19 @@ TRIED_LENGTH = 2**17
 
 
 @dataclass(frozen=True)
+class LayerCost:
+    """What one layer adds to a step.
+
+    Args:
+        memory: Bytes that its forward leaves for its backward.
+        flops: FLOPs, forward and backward.
+    """
+
+    memory: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a training step needs.
 
@@ -160,6 +173,17 @@ class Estimator:
         expected = sum(_by_stretch(trace, lambda costs: seconds(costs, card)).values())
         at_least = sum(_by_stretch(trace, lambda costs: seconds(costs, card, FULL)).values())
         return replace(estimate, seconds=expected, seconds_at_least=at_least)
+
+    def layer_costs(self, settings: StepSettings) -> list[LayerCost]:
+        """What each layer adds to a step's activations and FLOPs."""
+        trace = self._trace(settings)
+
+        def cost(place: int) -> LayerCost:
+            forward, backward = trace.stretches["forward", place], trace.stretches["backward", place]
+            flops = sum(cost.flops for stretch in (forward, backward) for cost in stretch.costs)
+            return LayerCost(forward.after.total() - forward.before.total(), int(flops))
+
+        return [cost(place) for place in trace.place_of_layer]
 
     def longest(self, settings: StepSettings) -> int:
         """The longest sequence that fits the memory, in tokens, a multiple of `LENGTH_STEP`; 0 if none does.

@@ -1,4 +1,4 @@
-"""Arguments of a LeMo run: the stock `TrainingArguments` and those of the phases predictor -> calibrate -> sparse -> dense tail.
+"""Arguments of a LeMo run: the stock `TrainingArguments` and those of the phases predictor -> shares -> calibrate -> sparse -> dense tail.
 
 What is eliminated (block size, keep ratio, selection, form) belongs to the model and stands in `LemoConfig`.
 """
@@ -44,6 +44,16 @@ class LemoTrainingArguments(TrainingArguments):
     prune_share: float = field(
         default=0.999,
         metadata={"help": "A hidden unit is removed when it is zero after ReLU for more than this share of tokens."},
+    )
+
+    # Share search: a kept share for each layer.
+    share_search: str | None = field(
+        default=None,
+        metadata={
+            "help": "Find each layer's share before the first step, by what it is worth to training, within what keep_ratio costs in "
+            "'kept_share' (kept blocks), 'flops' or 'memory' (there within memory_budget, if it is set). By default every layer "
+            "keeps keep_ratio."
+        },
     )
 
     # Calibrate phase: thresholds under the budget of keep_ratio (Algorithm 1), for selection="threshold".
@@ -106,6 +116,10 @@ class LemoTrainingArguments(TrainingArguments):
             self._require(name, getattr(self, name) >= 0, "0 or more", "set it to 0 to switch it off")
         for name in ("predictor_learning_rate", "calibrate_eta", "calibrate_epsilon"):
             self._require(name, getattr(self, name) > 0, "above 0", "leave it out for the default")
+        units = (None, "kept_share", "flops", "memory")
+        self._require(
+            "share_search", self.share_search in units, "'kept_share', 'flops' or 'memory'", "leave it out for one share"
+        )
         documents = self.predictor_documents
         self._require("predictor_documents", documents is None or documents >= 0, "0 or more", "set it to 0 to skip the phase")
         self._require("recall_drop", -1 <= self.recall_drop <= 1, "a share in [-1, 1]", "set refit_limit=0 to never refit")

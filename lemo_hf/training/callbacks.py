@@ -1,4 +1,4 @@
-"""The phases of a run as callbacks for any Trainer: predictor -> calibrate -> sparse -> dense tail, probes, layer metrics.
+"""The phases of a run as callbacks for any Trainer: predictor -> shares -> calibrate -> sparse -> dense tail, probes, layer metrics.
 
     Trainer(model=model, args=args, callbacks=lemo_callbacks(LemoTrainingArguments(...)), ...)
 
@@ -41,6 +41,7 @@ from .phases.phase_cost import LARGE_SHARE, estimate_cost
 from .phases.phase_documents import require_blocks
 from .phases.predictor_training import PredictorTraining, parameter_share
 from .phases.recall_probe import DEFAULT_DOCUMENTS, RecallProbe, probe, threshold_search
+from .phases.share_search import SharePhase
 from .run_record import RunRecord
 from .scale_out.join_processes import JoinProcesses
 
@@ -68,6 +69,7 @@ def callbacks_of(run: LemoRun) -> list[TrainerCallback]:
         SaveOnCpu,
         WarnOfMemory,
         PredictorPhase,
+        SharePhase,
         CalibratePhase,
         SparsePhase,
         LayerMetrics,
@@ -118,6 +120,7 @@ class PredictorPhase(LemoCallback):
         fitted, profile = (-(-count // run.processes.count) for count in (fitted, profile))
         samples = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps
         cost = estimate_cost(run.lemo, len(run.backbone.layers), fitted, profile, own.calibrate_rounds, samples)
+        run.phase_cost = cost
         if cost.share > LARGE_SHARE:
             logger.warning(
                 "%s; %d documents to fit on, %d profiled in %d rounds, %d training samples; lower predictor_documents, "

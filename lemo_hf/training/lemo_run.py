@@ -36,6 +36,7 @@ from .arguments import LemoTrainingArguments
 from .faults.sample_checks import require_finite_embeddings, require_sound
 from .faults.stop_signals import StopSignals
 from .faults.whole_checkpoints import PROCESSES_FIELD, STATE_FILE, explained_write_errors, seal, set_aside_cut
+from .phases.phase_cost import PhaseCost
 from .phases.phase_documents import PhaseDocuments
 from .run_clock import RunClock
 from .scale_out.processes import Processes
@@ -52,6 +53,7 @@ _PHASE_ARGUMENTS = (
     "predictor_learning_rate",
     "prune_documents",
     "prune_share",
+    "share_search",
     "calibrate_documents",
     "calibrate_rounds",
     "calibrate_eta",
@@ -93,6 +95,8 @@ class LemoRun:
         self.fitted_recall: float | None = None
         self.refits_over = False
         self.metrics: dict[str, float] = {}
+        # What the phases were expected to cost as this process began them.
+        self.phase_cost: PhaseCost | None = None
         self.clock = RunClock()
         self.stop = StopSignals()
         # Set by SampleWatch: names the samples of the running step.
@@ -150,7 +154,7 @@ class LemoRun:
             keep_within_budget(self, args)
         phase_arguments = {name: getattr(self.args, name) for name in _PHASE_ARGUMENTS}
         # What the phases find, or shipped predictors bring, may differ between the start of a run and its continuation.
-        found = (*FOUND_FIELDS, "keep_ratio") if self.lemo.memory_budget else FOUND_FIELDS
+        found = (*FOUND_FIELDS, "keep_ratio") if self._finds_shares else FOUND_FIELDS
         block = {name: value for name, value in self.lemo.to_dict().items() if name not in found}
         self._settings = json.loads(json.dumps({**block, **phase_arguments, "phase_seed": seed}))
         self.finished, self.refits, self.metrics, self.fitted_now = [], 0, {}, False
@@ -291,7 +295,11 @@ class LemoRun:
 
     def _found_share(self, block: LemoConfig) -> dict[str, Any]:
         # That of the run's start: pruned predictors may leave room for another one.
-        return {"keep_ratio": block.keep_ratio} if self.lemo.memory_budget else {}
+        return {"keep_ratio": block.keep_ratio} if self._finds_shares else {}
+
+    @property
+    def _finds_shares(self) -> bool:
+        return self.lemo.memory_budget is not None or self.args.share_search is not None
 
     def _require_same_settings(self, stored: dict[str, Any], source: Path) -> None:
         for name, value in self._settings.items():

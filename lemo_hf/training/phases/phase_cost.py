@@ -29,23 +29,26 @@ class PhaseCost:
         predictor: Fitting the predictors.
         calibrate: Finding the thresholds.
         steps: All training steps.
+        shares: Finding the layers' shares.
     """
 
     predictor: float
     calibrate: float
     steps: float
+    shares: float = 0.0
 
     @property
     def share(self) -> float:
         """Share of the run's compute that the phases take before the first step, in [0, 1]."""
-        phases = self.predictor + self.calibrate
+        phases = self.predictor + self.shares + self.calibrate
         return phases / max(phases + self.steps, 1e-12)
 
     def __str__(self) -> str:
-        whole = max(self.predictor + self.calibrate + self.steps, 1e-12)
+        whole = max(self.predictor + self.shares + self.calibrate + self.steps, 1e-12)
+        shares = f"shares {self.shares / whole:.1%}, " if self.shares else ""
         return (
             f"{self.share:.1%} of the run's compute goes into the phases before the first step "
-            f"(predictor {self.predictor / whole:.1%}, calibrate {self.calibrate / whole:.1%}; estimated)"
+            f"(predictor {self.predictor / whole:.1%}, {shares}calibrate {self.calibrate / whole:.1%}; estimated)"
         )
 
 
@@ -71,6 +74,43 @@ def estimate_cost(
         calibrate=passes * profile_documents,
         steps=(forward + backward) * samples,
     )
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """Compute of the share search, in dense forwards of one sample.
+
+    Args:
+        measured: Measuring one document at every share tried.
+        compared: Comparing the shares found with those at the start on one document.
+    """
+
+    measured: float
+    compared: float
+
+    @property
+    def document(self) -> float:
+        """Both: as many documents are compared on as are measured, or fewer."""
+        return self.measured + self.compared
+
+
+def estimate_search_cost(lemo: LemoConfig, num_layers: int, probes: int) -> SearchCost:
+    """Estimates what the share search costs by document (share_sensitivity.py has the formulas).
+
+    Args:
+        lemo: The model's lemo block.
+        num_layers: Layers of the model.
+        probes: Shares tried in each layer that chooses.
+    """
+    chosen = [layer for layer in range(num_layers) if not lemo.is_dense(layer, num_layers)]
+    forward, kept = _step(lemo, num_layers)
+    if lemo.attention_forward == "sparse":
+        # The layers above a probed one run again, and itself.
+        again = sum(num_layers - layer for layer in chosen) / num_layers
+        return SearchCost(forward * (1 + probes * again), 2 * forward)
+    # The layers below a probed one run backward again, and itself both ways.
+    again = sum(1 + kept + kept * layer for layer in chosen) / num_layers
+    return SearchCost(3 + kept + probes * again, 2 + 2 * (1 + kept))
 
 
 def _step(lemo: LemoConfig, num_layers: int) -> tuple[float, float]:

@@ -320,9 +320,9 @@ def test_thresholds_are_searched_again_after_a_fit(tmp_path):
 
 
 def test_thresholds_stay_where_nothing_was_fitted(tmp_path):
-    lemo = {"selection": "threshold", "attention_forward": "sparse", "thresholds": [-5.0, -6.0]}
+    lemo = {"selection": "threshold", "attention_forward": "sparse", "thresholds": [-5.0, 6.0]}
     trainer = trained(tmp_path, lemo, predictor_documents=0)
-    assert trainer.lemo_run.lemo.thresholds == [-5.0, -6.0]
+    assert trainer.lemo_run.lemo.thresholds == [-5.0, 6.0]
 
 
 def test_switched_off_is_the_stock_run(tmp_path):

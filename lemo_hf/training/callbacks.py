@@ -27,7 +27,6 @@ from transformers.trainer_utils import SaveStrategy
 from ..errors import LemoError, LemoRunError
 from ..hub.lemo_files import load_lemo_files, load_predictors, predictor_tensors, record_predictor_sizes
 from ..profiling.activation_memory import plain_tensors
-from .activation_offload import SaveOnCpu
 from .arguments import LemoTrainingArguments
 from .compatible_options import CompatibleOptions
 from .faults.leave_on_signal import LeaveOnSignal
@@ -37,6 +36,7 @@ from .layer_metrics import LayerMetrics
 from .lemo_callback import LemoCallback, by_layer
 from .lemo_run import LemoRun
 from .memory_warning import WarnOfMemory
+from .offload_saved import OffloadSaved
 from .phases.phase_cost import LARGE_SHARE, estimate_cost
 from .phases.phase_documents import require_blocks
 from .phases.predictor_training import PredictorTraining, parameter_share
@@ -66,7 +66,7 @@ def callbacks_of(run: LemoRun) -> list[TrainerCallback]:
     phases = (
         JoinProcesses,
         CompatibleOptions,
-        SaveOnCpu,
+        OffloadSaved,
         WarnOfMemory,
         PredictorPhase,
         SharePhase,
@@ -206,6 +206,9 @@ class CalibratePhase(LemoCallback):
             logger.info("calibrate phase skipped: selection=%r has no thresholds", run.lemo.selection)
         elif taken is None and run.lemo.thresholds is not None and not run.fitted_now:
             logger.info("calibrate phase skipped: the lemo block brings thresholds and no predictor was fitted in this run")
+            brought = threshold_search(run)
+            brought.begin(keep_thresholds=True)
+            brought.require_choice()
         else:
             self._search(taken)
         run.finished.append("calibrate")
@@ -217,6 +220,8 @@ class CalibratePhase(LemoCallback):
         began = time.perf_counter()
         search = threshold_search(run)
         search.begin()
+        if any(run.lemo.ratio_of(layer) < 1 for layer in search.searched):
+            search.require_choice()
         if taken is not None:
             search.restore(taken[0])
         rounds = own.calibrate_rounds if search.differentiates else 0

@@ -1,7 +1,8 @@
 """Thresholds of informativeness by layer under a budget of kept blocks (LeMo paper, Algorithm 1; the budget is ours).
 
-T_l starts as the mean predicted I of layer l over a profile set. A round takes central differences of acc, the negative loss of
-the sparse forward on the profile set, moves every threshold and renormalises:
+T_l starts as the mean predicted I of layer l over a profile set, or where `keep_ratio` lists the layers as what keeps l's share. A
+round takes central differences of acc, the negative loss of the sparse forward on the profile set, moves every threshold and
+renormalises:
 
     G_l = (acc(T_l + epsilon s_l) - acc(T_l - epsilon s_l)) / (2 epsilon)
     T_l += eta * s_l * G_l / max_k |G_k|,     then     T_l += c * s_l,  c such that the mean kept share is the budget
@@ -24,7 +25,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ...errors import LemoError
 from ...evaluation.layer_scores import backbone_inputs, evaluation_mode
+from ...models.lemo_config import shown
 from ...models.segmented_loss import shift_labels
 from ...models.sparse_decoder import sparse_evaluation
 from ..scale_out.processes import Processes
@@ -34,6 +37,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BISECTIONS = 60
+# First and last block of a document always stay.
+_ALWAYS_KEPT = 2
 
 
 def kept_share(informativeness: list[Tensor], threshold: float) -> float:
@@ -110,6 +115,34 @@ class ThresholdSearch:
         """Kept share of every searched layer over the profile set, by its dense informativeness."""
         return [kept_share(self._profile[layer], self.thresholds[layer]) for layer in self.searched]
 
+    def require_choice(self) -> None:
+        """Refuses thresholds that choose nothing on the profile set; `begin` must have run.
+
+        Raises:
+            LemoError: On every process alike, if every searched layer keeps everything, or only what always stays.
+        """
+        documents = next(iter(self._profile.values()), [])
+        longest = max(map(len, documents), default=0)
+        if not self.searched:
+            return
+        if longest <= _ALWAYS_KEPT:
+            raise LemoError(
+                f"calibration text is too short; the longest of {len(documents)} documents has {longest} blocks (block_size="
+                f"{self.backbone.config.lemo.block_size}), and the first and last always stay; lower block_size or use longer samples"
+            )
+        shares, thresholds = self.kept_shares(), shown([round(value, 4) for value in self.thresholds])
+        least = sum(min(len(values), _ALWAYS_KEPT) for values in documents) / sum(map(len, documents))
+        if min(shares) >= 1:
+            raise LemoError(
+                f"thresholds keep every block of {len(documents)} documents; {thresholds}; raise them, or set thresholds=None for "
+                "calibration to find them"
+            )
+        if max(shares) <= least:
+            raise LemoError(
+                f"thresholds keep no block of {len(documents)} documents but first and last; {thresholds}; lower them, or set "
+                f"thresholds=None and keep_ratio above {least:.2g} for calibration to find them"
+            )
+
     def begin(self, keep_thresholds: bool = False) -> None:
         """Profiles the predicted informativeness and sets the first thresholds, already within the budget.
 
@@ -153,14 +186,15 @@ class ThresholdSearch:
             self.offsets = [(lemo.thresholds[layer] - mean) / deviation for layer, (mean, deviation) in self._scale.items()]
             return
         self.offsets = [0.0] * len(self.searched)
-        if self.differentiates:
-            self._renormalise()
-        else:
+        if not self.differentiates:
             logger.info(
                 "exact form: the loss does not depend on the thresholds, so every layer's is the quantile of its informativeness "
                 "that keeps its keep_ratio"
             )
+        if not self.differentiates or isinstance(lemo.keep_ratio, list):
             self.keep_shares([lemo.ratio_of(layer) for layer in self.searched])
+        if self.differentiates:
+            self._renormalise()
         lemo.update(thresholds=self.thresholds)
 
     def keep_shares(self, shares: list[float]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.documents import Documents, find_documents
+from ..models.pooled_predictor import block_rotary
 from ..models.sparse_decoder import SparseBatch, SparseDecoderLayer
 from ..models.token_elimination import gather_rows
 from ..models.token_informativeness import block_informativeness
@@ -31,6 +32,7 @@ class LayerScores:
         hidden: Its attention input (norm output) for all real rows, `(real_rows, hidden)`.
         scores: True S of each document, `(blocks, blocks)`.
         documents: The batch's documents.
+        block_rotary: The model's position tensors, mean of every block.
     """
 
     layer: int
@@ -38,6 +40,7 @@ class LayerScores:
     hidden: Tensor
     scores: list[Tensor]
     documents: Documents
+    block_rotary: tuple[Tensor, ...] = ()
 
     def informativeness(self) -> list[Tensor]:
         """True I of each document's blocks."""
@@ -48,7 +51,11 @@ class LayerScores:
         """The same as this layer's predictor sees it."""
         if not self.scores:
             return []
-        return self.module.lemo_predictor.informativeness(self.hidden, self.documents)
+        return self.module.lemo_predictor.informativeness_of(*self.features(), self.documents)
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """The predictor's query and key features of all blocks, `(blocks, p)` each."""
+        return self.module.lemo_predictor(self.hidden, self.documents, self.block_rotary)
 
 
 def backbone_inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -107,13 +114,14 @@ def visit_layers(backbone: Any, batch: dict[str, Any], visit: Callable[[LayerSco
             return
         hidden = module.attention_norm(gather_rows(residual, documents.rows))
         rotary = shared.flat_rotary(module.position_embeddings(kwargs))
+        of_blocks = block_rotary(rotary, documents) if lemo.block_reduction == "mean" else ()
         rotary = tuple(part.index_select(0, documents.rows) for part in rotary)
         query, key, _ = module.project_heads(hidden, rotary)
         pairs = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)
         # Autocast would take the scores, and whatever is fitted to them, back to 16 bits.
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = [module.block_scores(q, k, lemo.block_size) for q, k in pairs]
-            visit(LayerScores(module.layer_idx, module, hidden, scores, documents))
+            scores = [module.block_scores(q, k, lemo.block_size, lemo.block_reduction) for q, k in pairs]
+            visit(LayerScores(module.layer_idx, module, hidden, scores, documents, of_blocks))
 
     hooks = [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in backbone.layers]
     try:

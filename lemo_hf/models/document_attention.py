@@ -139,6 +139,36 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scope: AttentionScope) -> 
     return output, lse
 
 
+def attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scope: AttentionScope
+) -> tuple[Tensor, ...]:
+    """Gradients of queries, keys and values of kept rows; arguments as in `with_kept_row_gradient`, `grad` is that of its result."""
+    if (fast := _kernel("attend_backward", query, scope)) is not None:
+        return fast(grad, query, key, value, output, lse, scope.lengths, scope.scale, scope.window, scope.positions)
+
+    def flash_backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        lse = lse.squeeze(-1)
+        if positions is None or scope.window is None:
+            return _flash_backward(grad, q, k, v, output, lse, 0.0, True, scale=scope.scale)
+        grad_query = torch.empty_like(q)
+        # Keys of several strips: their gradients are summed in float32 at least.
+        wide = torch.promote_types(k.dtype, torch.float32)
+        grad_key, grad_value = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for queries, keys, mask in _strips(positions, scope.window, q.dtype):
+            rows = (part[:, :, queries] for part in (grad, q))
+            seen = (part[:, :, keys] for part in (k, v))
+            finished = output[:, :, queries], lse[:, :, queries]
+            parts = _flash_backward(*rows, *seen, *finished, 0.0, False, attn_mask=mask, scale=scope.scale)
+            grad_query[:, :, queries] = parts[0]
+            grad_key[:, :, keys] += parts[1]
+            grad_value[:, :, keys] += parts[2]
+        return grad_query, grad_key.to(k.dtype), grad_value.to(v.dtype)
+
+    return _each(flash_backward, (grad.contiguous(), query, key, value, output, lse), scope)
+
+
 class _KeptRowGradient(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -151,29 +181,8 @@ class _KeptRowGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scope = ctx.scope
-
-        def flash_backward(
-            grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, positions: Tensor | None
-        ) -> tuple[Tensor, ...]:
-            lse = lse.squeeze(-1)
-            if positions is None:
-                return _flash_backward(grad, q, k, v, output, lse, 0.0, True, scale=scope.scale)
-            grad_query = torch.empty_like(q)
-            # Keys of several strips: their gradients are summed in float32 at least.
-            wide = torch.promote_types(k.dtype, torch.float32)
-            grad_key, grad_value = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-            for queries, keys, mask in _strips(positions, scope.window, q.dtype):
-                rows = (part[:, :, queries] for part in (grad, q))
-                seen = (part[:, :, keys] for part in (k, v))
-                finished = output[:, :, queries], lse[:, :, queries]
-                parts = _flash_backward(*rows, *seen, *finished, 0.0, False, attn_mask=mask, scale=scope.scale)
-                grad_query[:, :, queries] = parts[0]
-                grad_key[:, :, keys] += parts[1]
-                grad_value[:, :, keys] += parts[2]
-            return grad_query, grad_key.to(k.dtype), grad_value.to(v.dtype)
-
-        return *_each(flash_backward, (grad.contiguous(), *ctx.saved_tensors), scope), None, None, None
+        query, key, value, output, lse = ctx.saved_tensors
+        return *attend_backward(grad, query, key, value, output, lse, ctx.scope), None, None, None
 
 
 def with_kept_row_gradient(

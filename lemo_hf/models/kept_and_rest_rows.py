@@ -9,6 +9,7 @@ from .document_attention import AttentionScope, attend, centred_keys, with_kept_
 from .documents import Documents
 from .row_movement import TakenRows, add_and_norm, interleave, merge, rest_norm, take
 from .token_elimination import Selection
+from .two_dimensional_sparsity import AttentionPattern, attend_in_pattern
 
 
 class RowLayer(Protocol):
@@ -55,13 +56,20 @@ class KeptAndRestRows:
     """
 
     def __init__(
-        self, layer: RowLayer, selection: Selection, documents: Documents, rotary: tuple[Tensor, ...], exact: bool
+        self,
+        layer: RowLayer,
+        selection: Selection,
+        documents: Documents,
+        rotary: tuple[Tensor, ...],
+        exact: bool,
+        pattern: AttentionPattern | None = None,
     ) -> None:
         self.layer = layer
         self.selection = selection
         self.documents = documents
         self.rotary = rotary
         self.exact = exact
+        self.pattern = pattern
         # In the exact form the kept rows' attention output and log-sum-exp once they are known; until used, the rest rows' too.
         self.finished: tuple[Tensor, Tensor] | None = None
         self._rest_heads: tuple[Tensor, ...] = ()
@@ -115,6 +123,18 @@ class KeptAndRestRows:
         scope = self._scope(self.selection.kept_lengths, self.selection.real_kept)
         normed = self.layer.attention_norm(kept) if normed is None else normed
         query, key, value = self._heads(normed, self.selection.kept_rows)
+        if self.pattern is not None:
+            output = attend_in_pattern(query, key, value, scope, self.pattern)
+        else:
+            output = self._attend_kept(query, key, value, scope, finished)
+        update = self.layer.project_output(output)
+        middle, normed = add_and_norm(kept, update, self.layer.mlp_norm, self.layer.plain_norms[1])
+        return middle, self.layer.feed_forward(normed)
+
+    def _attend_kept(
+        self, query: Tensor, key: Tensor, value: Tensor, scope: AttentionScope, finished: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Attention of the kept rows: to all of them in the sparse form, to all rows in the exact one."""
         if finished is None:
             with torch.no_grad():
                 finished = self._attend_all(query, key, value) if self.exact else attend(query, key, value, scope)
@@ -123,10 +143,7 @@ class KeptAndRestRows:
         attended, lse = finished
         if self.exact and self.selection.rest_rows.numel():
             key, lse = centred_keys(query, key, lse, scope)
-        output = with_kept_row_gradient(query, key, value, attended, lse, scope)
-        update = self.layer.project_output(output)
-        middle, normed = add_and_norm(kept, update, self.layer.mlp_norm, self.layer.plain_norms[1])
-        return middle, self.layer.feed_forward(normed)
+        return with_kept_row_gradient(query, key, value, attended, lse, scope)
 
     def _scope(self, lengths: list[int], real_rows: Tensor | None = None) -> AttentionScope:
         """What attention among all real rows, or some of them, needs to know; `lengths` of them belong to each document."""

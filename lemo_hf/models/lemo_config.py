@@ -14,9 +14,11 @@ SCHEMA_VERSION = 1
 SelectionMode = Literal["sampled", "ratio", "threshold"]
 AttentionForward = Literal["exact", "sparse"]
 ScoreSource = Literal["predicted", "true"]
+BlockReduction = Literal["max", "mean"]
 Draws = Literal["shared", "by_layer"]
 Checkpoint = Literal["none", "kept_rows"]
 Offload = Literal["none", "uniform", "sensitive"]
+AttentionPatternName = Literal["full", "shifted_groups", "block_sparse"]
 
 _NUMBER = re.compile(r"[0-9.]+")
 _MEMORY = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})? ?[KMGT]i?B", re.IGNORECASE)
@@ -52,8 +54,16 @@ class LemoConfig:
             what comes down from the layers above is then missing a part of them at every token.
         score_source: `"predicted"` scores come from the pattern predictors, `"true"` ones from the layer's own queries
             and keys (quadratic in tokens: for experiments and tests).
+        block_reduction: Score of two blocks: `"max"` over their token pairs of the positive scores' mean over heads (the paper's), or
+            `"mean"` of the signed scores (ours), which small predictors foretell far better and which need no quadratic pass.
         attention_forward: `"exact"` keeps the dense forward pass and restricts the gradient to kept tokens; `"sparse"`
             (the paper's form) lets kept tokens attend to kept tokens only.
+        attention_pattern: Which kept tokens a kept token attends to, for `attention_forward="sparse"`; one value, or one per layer.
+            `"full"`: all earlier ones of its document. `"shifted_groups"`: those of its group, groups of half of the heads shifted
+            by half a group (LongLoRA). `"block_sparse"`: those of the blocks that score highest against its own. Layers in
+            `dense_layers` attend to all.
+        group_size: For `"shifted_groups"`: kept tokens of a group; `None` for a quarter of each document's.
+        pattern_share: For `"block_sparse"`: share of the earlier kept blocks that a block sees, in (0, 1].
         checkpoint: `"kept_rows"` stores a layer's kept residual rows only and recomputes the rest of them in backward.
         offload: `"sensitive"` holds saved activations in pinned host memory until their backward, of each layer as many bytes as
             its neighbour's computation hides, which follows kept shares; `"uniform"` the same bytes of each, for comparison.
@@ -62,7 +72,8 @@ class LemoConfig:
         segment_size: Tokens whose logits exist at one time in the training loss.
         predictor_rank: Width of a predictor's hidden layers before elastic pruning.
         predictor_features: Length p of a block's query and key features.
-        predictor_sizes: Per layer the sizes that pruning left: `[query h1, query h2, key h1, key h2]`.
+        predictor_sizes: Per layer the sizes that pruning left: `[query h1, query h2, key h1, key h2]`, or `[p]` with
+            `block_reduction="mean"`, whose predictors have no hidden layers.
         seed: Seed of the `"sampled"` draws.
         schema_version: Version of this block's layout.
 
@@ -79,7 +90,11 @@ class LemoConfig:
     sampling_temperature: float | None = None
     draws: Draws = "shared"
     score_source: ScoreSource = "predicted"
+    block_reduction: BlockReduction = "max"
     attention_forward: AttentionForward = "exact"
+    attention_pattern: AttentionPatternName | list[AttentionPatternName] = "full"
+    group_size: int | None = None
+    pattern_share: float = 0.25
     checkpoint: Checkpoint = "none"
     offload: Offload = "none"
     offload_budget: str | None = None
@@ -124,6 +139,7 @@ class LemoConfig:
             raise LemoConfigError(
                 f"keep_ratio is the share of blocks kept and must be in (0, 1]; got {shown(self.keep_ratio)}; 0.5 keeps half of them"
             )
+        self._validate_pattern()
         budget = self.memory_budget
         if budget is not None and not (isinstance(budget, str) and _MEMORY.fullmatch(budget)):
             raise LemoConfigError(
@@ -136,6 +152,15 @@ class LemoConfig:
                 f"sampling_temperature must be a number above 0, or null for the uniform draw; got {shown(temperature)}; "
                 "1.0 draws by informativeness"
             )
+        if temperature is not None and self.block_reduction == "mean":
+            raise LemoConfigError(
+                "drawing by informativeness needs numbers of at least 0, and a mean of signed scores may be negative; "
+                f"got sampling_temperature={shown(temperature)} with block_reduction='mean'; leave one of them out"
+            )
+        if self.block_reduction == "mean" and self.predictor_features % 2:
+            raise LemoConfigError(
+                f"predictor_features come in pairs with block_reduction='mean'; got {shown(self.predictor_features)}; set an even number"
+            )
         if self.thresholds is not None and not _is_list(self.thresholds, _is_number):
             raise LemoConfigError(
                 f"thresholds must list one finite number per layer; got {shown(self.thresholds)}; calibration finds them"
@@ -144,16 +169,49 @@ class LemoConfig:
             raise LemoConfigError(
                 f"dense_layers must list layer numbers; got {shown(self.dense_layers)}; [0, -1] names the first and last"
             )
-        if self.predictor_sizes is not None and not _is_list(self.predictor_sizes, _is_four_widths):
+        if self.predictor_sizes is not None:
+            few = self.block_reduction == "mean"
+            if not _is_list(self.predictor_sizes, _is_one_even_width if few else _is_four_widths):
+                raise LemoConfigError(
+                    f"predictor_sizes must list {'one even width' if few else 'four widths'} per layer; got {shown(self.predictor_sizes)}; "
+                    "pruning writes them"
+                )
+
+    def _validate_pattern(self) -> None:
+        names, allowed = self._patterns(), get_args(AttentionPatternName)
+        if not names or not all(isinstance(name, str) and name in allowed for name in names):
             raise LemoConfigError(
-                f"predictor_sizes must list four widths per layer; got {shown(self.predictor_sizes)}; pruning writes them"
+                f"attention_pattern must be one of {', '.join(allowed)}, or a list of these; got {shown(self.attention_pattern)}; "
+                "choose one of these, or one per layer"
             )
+        if self.attention_forward != "sparse" and set(names) != {"full"}:
+            raise LemoConfigError(
+                "a pattern is for attention among kept tokens, and the exact form's forward pass is dense; "
+                f"got attention_pattern={shown(self.attention_pattern)} with attention_forward={self.attention_forward!r}; "
+                "set attention_forward='sparse', or attention_pattern='full'"
+            )
+        size = self.group_size
+        if size is not None and not (_is_whole(size) and 2 <= size <= _LARGEST_SIZE):
+            raise LemoConfigError(
+                f"group_size must be a whole number from 2 to {_LARGEST_SIZE}; got {shown(size)}; "
+                "leave it out for a quarter of each document"
+            )
+        if not (_is_number(self.pattern_share) and 0 < self.pattern_share <= 1):
+            raise LemoConfigError(
+                f"pattern_share is the share of kept blocks that a block sees and must be in (0, 1]; got {shown(self.pattern_share)}; "
+                "0.25 sees a quarter of them"
+            )
+
+    def _patterns(self) -> list[AttentionPatternName]:
+        return self.attention_pattern if isinstance(self.attention_pattern, list) else [self.attention_pattern]
 
     def _validate_offload(self) -> None:
         budget = self.offload_budget
         if budget is None:
             return
-        if budget != "all" and not (isinstance(budget, str) and _MEMORY.fullmatch(budget) and float(_NUMBER.findall(budget)[0]) > 0):
+        if budget != "all" and not (
+            isinstance(budget, str) and _MEMORY.fullmatch(budget) and float(_NUMBER.findall(budget)[0]) > 0
+        ):
             raise LemoConfigError(
                 f"offload_budget must be an amount of memory above 0, or 'all'; got {shown(budget)}; write it as '40GiB' or '40GB'"
             )
@@ -170,7 +228,7 @@ class LemoConfig:
             num_layers: Its layers.
             hidden_size: Its width, where it is known.
         """
-        for name in ("keep_ratio", "thresholds", "predictor_sizes"):
+        for name in ("keep_ratio", "thresholds", "predictor_sizes", "attention_pattern"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != num_layers:
                 raise LemoConfigError(f"{name} lists {len(value)} layers, the model has {num_layers}; give one value per layer")
@@ -199,7 +257,7 @@ class LemoConfig:
         for layer, widths in enumerate(self.predictor_sizes or []):
             if max(widths) > hidden_size:
                 raise LemoConfigError(
-                    f"predictor_sizes of layer {layer} must be four widths between 1 and hidden_size {hidden_size}; "
+                    f"predictor_sizes of layer {layer} must be {'four widths' if len(widths) == 4 else 'one width'} between 1 and hidden_size {hidden_size}; "
                     f"got {shown(widths)}; use those of a run on this model, or train new predictors"
                 )
 
@@ -212,6 +270,13 @@ class LemoConfig:
         named = layer in self.dense_layers or layer - num_layers in self.dense_layers
         return named or (self.selection != "threshold" and self.ratio_of(layer) == 1)
 
+    def pattern_of(self, layer: int, num_layers: int) -> AttentionPatternName:
+        """How the kept tokens of `layer` attend to each other; layers in `dense_layers` are the stock model's."""
+        if layer in self.dense_layers or layer - num_layers in self.dense_layers:
+            return "full"
+        names = self._patterns()
+        return names[layer] if isinstance(self.attention_pattern, list) else names[0]
+
     @property
     def needs_scores(self) -> bool:
         """Whether choosing blocks reads their informativeness; the uniform draw does not."""
@@ -220,7 +285,7 @@ class LemoConfig:
     @property
     def needs_predictors(self) -> bool:
         """Whether the pattern predictors take part in training steps."""
-        return self.needs_scores and self.score_source == "predicted"
+        return (self.needs_scores or "block_sparse" in self._patterns()) and self.score_source == "predicted"
 
     def update(self, **changes: Any) -> None:
         """Sets fields in place, all of them or, when a value is refused, none."""
@@ -278,6 +343,10 @@ def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(holds, value))
 
 
+def _is_one_even_width(sizes: Any) -> bool:
+    return _is_list(sizes, _is_whole) and len(sizes) == 1 and sizes[0] >= 2 and sizes[0] % 2 == 0
+
+
 def _is_four_widths(sizes: Any) -> bool:
     return _is_list(sizes, _is_whole) and len(sizes) == 4 and min(sizes) >= 1
 
@@ -298,6 +367,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "selection": get_args(SelectionMode),
     "draws": get_args(Draws),
     "score_source": get_args(ScoreSource),
+    "block_reduction": get_args(BlockReduction),
     "attention_forward": get_args(AttentionForward),
     "checkpoint": get_args(Checkpoint),
     "offload": get_args(Offload),

@@ -152,12 +152,13 @@ class PatternPredictor(nn.Module):
         for part in (self.query.matrices, self.key.matrices, self.distance):
             part.reset_parameters(generator)
 
-    def forward(self, hidden_states: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, documents: Documents, rotary: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor]:
         """Block features of all documents.
 
         Args:
             hidden_states: Attention input of all real rows, `(real_rows, hidden)`, any float dtype.
             documents: The batch's documents.
+            rotary: Not read: the networks know no positions, the profile does.
 
         Returns:
             Q and K, `(blocks, p)` float32 each, over all documents.

@@ -10,7 +10,8 @@ rest rows R and N = norm:
 
 Saved per kept row in rows of H: norms 2, shared input of q, k, v 1, attention (q, k, v, output) 2 + 2 kv/heads, gated MLP 2 I / H.
 With `checkpoint="kept_rows"`: the kept residual row, and in the exact form the kept attention output and log-sum-exp, so that
-neither the dense forward nor a rest row is ever run again.
+neither the dense forward nor a rest row is ever run again. In the sparse form K may attend to itself in a sparse pattern
+(two_dimensional_sparsity.py).
 """
 
 from collections.abc import Iterator
@@ -20,75 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .block_scoring import BlockScoring
 from .documents import Documents, PaddingMaskError, find_documents
-from .kept_and_rest_rows import KeptAndRestRows, rows_of
-from .kept_row_checkpoint import checkpoint_kept_rows, random_state, random_state_restored
-from .kernel_switch import kernel
+from .kept_and_rest_rows import KeptAndRestRows
+from .kept_row_checkpoint import checkpoint_kept_rows
 from .lemo_config import LemoConfig, LemoConfigError
-from .pattern_predictor import PatternPredictor
-from .row_movement import predicted_features
-from .token_elimination import Selection, choose_blocks, gather_rows, keep_everything
-from .token_informativeness import block_informativeness, block_scores
+from .pooled_predictor import layer_predictor
+from .sparse_batch import SparseBatch as SparseBatch  # part of what this module offers
+from .token_elimination import Selection, choose_blocks, keep_everything
+from .two_dimensional_sparsity import require_groups_within
 
 
-class SparseBatch:
-    """What the layers of one sparse forward share. It travels as a keyword argument of the layers, so a layer that is run again
-    by activation checkpointing finds the selection of its first run. No dataclass: FSDP2 would hand each layer a copy, cast to
-    16 bits.
-
-    Args:
-        documents: The batch's documents.
-        config: The model's `LemoConfig`.
-        num_layers: Layers of the model.
-        draw: Number of this training forward, for sampled selection.
-        keeps_everything: Whether no layer chooses: evaluation of packed documents.
-        selections: What each layer chose, filled as the layers run.
-        rotary: Position tensors by flat row, filled by the first layer.
-    """
-
-    def __init__(
-        self,
-        documents: Documents,
-        config: LemoConfig,
-        num_layers: int,
-        draw: int,
-        keeps_everything: bool = False,
-        selections: dict[int, Selection] | None = None,
-        rotary: tuple[Tensor, ...] = (),
-    ) -> None:
-        self.documents = documents
-        self.config = config
-        self.num_layers = num_layers
-        self.draw = draw
-        self.keeps_everything = keeps_everything
-        self.selections = {} if selections is None else selections
-        self.rotary = rotary
-        # The documents' index tensors are made at their first use. That is here and in no layer: their copies to the device
-        # are then behind us, and torch.compile (which cannot trace how they are remembered) breaks no layer's graph for them.
-        if documents.lengths:
-            _ = documents.rows, documents.block_of_row, documents.place_of_row, documents.bounds
-            if self.config.needs_predictors and not self.keeps_everything:
-                _ = documents.block_spans
-
-    def flat_rotary(self, rotary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Position tensors by flat row, laid out once for all layers; from `(batch or 1, seq_len, dim)` each."""
-        if not self.rotary:
-            rows = self.documents.num_rows
-            self.rotary = tuple(part.expand(rows // part.shape[1], -1, -1).flatten(0, 1) for part in rotary)
-        return self.rotary
-
-    def drawn_already(self, layer: int) -> Selection | None:
-        """The selection of an earlier layer that draws what `layer` does: shared draws, uniform, the same share."""
-        config = self.config
-        if config.selection != "sampled" or config.draws != "shared" or config.needs_scores:
-            return None
-        for other, selection in self.selections.items():
-            if config.ratio_of(other) == config.ratio_of(layer) and not config.is_dense(other, self.num_layers):
-                return selection
-        return None
-
-
-class SparseDecoderLayer:
+class SparseDecoderLayer(BlockScoring):
     """Mixin of a stock decoder layer (before it in the bases): runs the layer on kept rows where a `SparseBatch` is passed.
 
     The family's mixin or the architecture's file supplies the small methods that name its modules; all work on flat rows.
@@ -97,7 +41,7 @@ class SparseDecoderLayer:
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
         self.layer_idx = layer_idx
-        self.lemo_predictor = PatternPredictor.from_config(config.lemo, config.hidden_size, layer_idx)
+        self.lemo_predictor = layer_predictor(config.lemo, config.hidden_size, layer_idx)
 
     def forward(self, hidden_states: Tensor, *args: Any, sparse_batch: SparseBatch | None = None, **kwargs: Any) -> Tensor:
         if sparse_batch is None:
@@ -108,26 +52,7 @@ class SparseDecoderLayer:
         """What `project_heads` needs of the positions, each `(batch or 1, seq_len, dim)`, from the layer's keyword arguments."""
         raise NotImplementedError
 
-    def attention_norm(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def mlp_norm(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    @property
-    def plain_norms(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The norms before attention and MLP where kernels may compute them with what stands around them: modules of a kind
-        that they know, unpatched, and all that `attention_norm` and `mlp_norm` do; `None` where those have to be called.
-        """
-        return None, None
-
-    def project_heads(self, rows: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `(rows, heads, head_dim)`, keys and values `(rows, key_value_heads, head_dim)`, positions applied.
-
-        Args:
-            rows: Normalised rows.
-            rotary: Position tensors by flat row and, where the rows are not all of them, the flat row of each.
-        """
         raise NotImplementedError
 
     def project_output(self, attended: Tensor) -> Tensor:
@@ -136,16 +61,6 @@ class SparseDecoderLayer:
     def feed_forward(self, rows: Tensor) -> Tensor:
         """The MLP on normalised rows, without the residual."""
         raise NotImplementedError
-
-    @property
-    def attention_scale(self) -> float:
-        """Factor on the dot products of `project_heads`' queries and keys."""
-        raise NotImplementedError
-
-    @property
-    def attention_window(self) -> int | None:
-        """Positions that a token sees, itself included; `None` if all earlier ones."""
-        return None
 
     @torch.no_grad()
     def choose(self, residual: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> Selection:
@@ -167,30 +82,6 @@ class SparseDecoderLayer:
             batch.selections[self.layer_idx] = selection
         return batch.selections[self.layer_idx]
 
-    def informativeness(self, residual: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> list[Tensor]:
-        """I of each document's blocks, predicted or true as the config says; arguments as in `choose`."""
-        documents = batch.documents
-        if batch.config.score_source == "predicted":
-            features = predicted_features(residual, documents, self.plain_norms[0], self.lemo_predictor)
-            if features is not None:
-                return self.lemo_predictor.informativeness_of(*features, documents)
-        rows = residual if documents.has_no_padding else gather_rows(residual, documents.rows)
-        hidden = self.attention_norm(rows)
-        if batch.config.score_source == "predicted":
-            return self.lemo_predictor.informativeness(hidden, documents)
-        # A layer that is run again does not choose again, so choosing must not advance the dropout of what follows.
-        with random_state_restored(random_state(hidden.device), hidden.device):
-            query, key, _ = self.project_heads(hidden, rows_of(rotary, documents.rows))
-        size = batch.config.block_size
-        if (fast := kernel("informativeness_by_document", query, query.shape[2], size)) is not None:
-            return fast(query, key, documents.lengths, size, self.attention_scale, self.attention_window)
-        parts = zip(query.split(documents.lengths), key.split(documents.lengths), strict=True)
-        return [block_informativeness(self.block_scores(q, k, size)) for q, k in parts]
-
-    def block_scores(self, query: Tensor, key: Tensor, block_size: int) -> Tensor:
-        """True S of one document, `(blocks, blocks)`, from its queries and keys as `project_heads` gives them."""
-        return block_scores(query, key, block_size, self.attention_scale, self.attention_window)
-
     def sparse_forward(self, hidden_states: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch) -> Tensor:
         """Runs the layer on the rows it chooses.
 
@@ -205,8 +96,9 @@ class SparseDecoderLayer:
         residual = hidden_states.flatten(0, 1)
         flat_rotary = batch.flat_rotary(rotary)
         selection = self.choose(residual, flat_rotary, batch)
+        pattern = self.choose_pattern(residual, flat_rotary, batch, selection)
         exact = batch.config.attention_forward == "exact"
-        split = KeptAndRestRows(self, selection, batch.documents, flat_rotary, exact)
+        split = KeptAndRestRows(self, selection, batch.documents, flat_rotary, exact, pattern)
         split.project_rest(residual)
         if batch.config.checkpoint == "kept_rows" and torch.is_grad_enabled():
             weights = [weight for weight in self.parameters() if weight.requires_grad]  # type: ignore[attr-defined]
@@ -236,6 +128,8 @@ class SparseBackbone:
     # By layer the share of rows that the last sparse forward kept, in [0, 1], for logging; numbers only, so that no tensor of
     # a batch outlives its step.
     lemo_kept_shares: tuple[float, ...] = ()
+    # Whether a document was seen that fills a group of the attention pattern: later batches may hold short ones only.
+    lemo_groups_fit = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -255,6 +149,9 @@ class SparseBackbone:
         if active:
             self._refuse_unsupported(kwargs)
             documents = self._documents(input_ids, attention_mask, kwargs)
+            if lemo.group_size is not None and not self.lemo_groups_fit and documents.lengths:
+                require_groups_within(lemo, max(documents.lengths), self.config.num_hidden_layers)
+                self.lemo_groups_fit = True
         elif lemo.enabled and not self.training and kwargs.get("past_key_values") is None:
             documents = self._packed_documents(input_ids, attention_mask, kwargs)
         if documents is None:

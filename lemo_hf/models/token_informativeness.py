@@ -23,16 +23,14 @@ Memory of the maximum: one strip of `chunk_size` queries against all earlier key
 float32, never the quadratic matrix; the result is (blocks, blocks).
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .kernel_switch import kernel
-from .lemo_config import LemoConfigError
-
-BlockReduction = Literal["max", "mean"]
+from .lemo_config import BlockReduction, LemoConfigError
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ _HOMES = {
     "gated_activation": "gated_mlp",
     "block_features": "pattern_predictor",
     "attend": "document_attention",
+    "attend_backward": "document_attention",
     "with_kept_row_gradient": "document_attention",
     "block_scores": "token_informativeness",
     "informativeness_by_document": "token_informativeness",

@@ -209,6 +209,32 @@ def attend(
     return attend_operator(query, key, value, lengths, scale, window, positions, backend)
 
 
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, for functions that attend in several calls and attach one gradient.
+
+    Args:
+        grad: That of the output, `(rows, heads, head_dim)`.
+        query, key, value, output, lse, lengths, scale, window, positions, backend: As in `with_kept_row_gradient`.
+
+    Raises:
+        KernelInputError: As in `attend`.
+    """
+    _check(query, key, value, lengths, window, positions)
+    return attend_backward_operator(grad, query, key, value, output, lse, lengths, scale, window, positions, backend)
+
+
 class _KeptRowGradient(torch.autograd.Function):
     @staticmethod
     def forward(

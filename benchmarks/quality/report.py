@@ -1,0 +1,250 @@
+"""Tables of docs/quality.md from committed results of the quality bench.
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; which there are, and of which results, `TABLES` says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.choices import CHOICES
+from benchmarks.quality.extension import EQUAL_STEPS, EQUAL_TIME
+from benchmarks.quality.retrieval import TASKS as RETRIEVAL_TASKS
+from lemo_hf.errors import LemoError
+
+Results = Sequence[Mapping[str, Any]]
+NONE = "Not measured yet."
+CORE = ("stock", "exact-0.5", "exact-0.3")
+# What the bench is for (docs/quality.md): arm, point, measure, the largest difference to stock that is a success, in percent or points.
+GOALS = (
+    ("exact-0.5", EQUAL_STEPS, "perplexity", 1.0),
+    ("exact-0.3", EQUAL_STEPS, "perplexity", 1.5),
+    ("exact-0.5", EQUAL_TIME, "perplexity", -2.0),
+    ("exact-0.3", EQUAL_TIME, "perplexity", 0.0),
+    ("exact-0.5", EQUAL_STEPS, "retrieval", 0.0),
+)
+
+
+def source(result: Mapping[str, Any]) -> str:
+    """One line that says where figures come from."""
+    machine, versions = result["machine"], result["versions"]
+    commits = ", ".join(result["commits_of_runs"])
+    return f"{result['date']}, runs of commit {commits}, torch {versions['torch']}, {machine.get('gpu') or machine['processor']}."
+
+
+def difference(found: Mapping[str, Any] | None, unit: str = "%") -> str:
+    """A difference for a table: mean, interval, spread over seeds, and whether it is a tie."""
+    if found is None:
+        return "-"
+    text = f"{found['mean']:+.2f} {unit} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    text += " one seed" if found["spread"] is None else f" ± {found['spread']:.2f}"
+    return f"{text}, tie" if found["is_tie"] else text
+
+
+def number(found: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """A mean with its spread over seeds."""
+    if found is None:
+        return "-"
+    return f"{found['mean']:.{digits}f}" + ("" if found["spread"] is None else f" ± {found['spread']:.{digits}f}")
+
+
+def settings_of(results: Results) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Every result with each of its settings, those of the most arms first."""
+    for result in results:
+        for setting in sorted(result["settings"].values(), key=lambda each: -len(each["arms"])):
+            yield result, setting
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown; the first column to the left, the others to the right."""
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def of_setting(result: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
+    """What a table's figures were made with."""
+    of, seeds = setting["setting"], max(len(arm["seeds"]) for arm in setting["arms"].values())
+    return (
+        f"{of['tokens']} tokens, base {Path(of['base']).name}, {of['steps']} steps of stock, {of['schedule']} rate {of['learning_rate']:g}, "
+        f"LoRA r={of['rank']}, {'bfloat16 autocast' if of['mixed'] else 'float32'}, up to {seeds} seeds; {source(result)}"
+    )
+
+
+def cost_cells(arm: Mapping[str, Any]) -> list[str]:
+    """Saved bytes, FLOPs and step time as shares of stock's."""
+    cost = arm["cost"]
+    if cost is None:
+        return ["1", "1", "1"] if arm["arm"]["lemo"] is None and arm["arm"]["trains"] else ["-", "-", "-"]
+    ratios = (cost["saved_bytes"] / cost["stock_saved_bytes"], cost["flops"] / cost["stock_flops"], cost["mean_time_ratio"])
+    return [f"{ratio:.2f}" for ratio in ratios]
+
+
+def arm_row(name: str, arm: Mapping[str, Any]) -> list[str]:
+    """An arm's row of the tables by group."""
+    steps, time = (arm["points"].get(point) for point in (EQUAL_STEPS, EQUAL_TIME))
+    cells = [name, str(len(arm["seeds"])), *cost_cells(arm)]
+    for point in (steps, time):
+        cells.append("-" if point is None else number(point["perplexity"]))
+        cells.append("-" if point is None or name.startswith("stock") else difference(point["versus_stock"].get("perplexity")))
+    cells[-2] += "" if time is None else f" ({time['steps']:.0f} steps)"
+    return cells
+
+
+GROUP_HEAD = (
+    *("arm", "seeds", "saved bytes", "FLOPs", "step time", "perplexity, equal steps", "against stock"),
+    *("perplexity, equal time", "against stock"),
+)
+
+
+def group_table(group: str) -> Callable[[Results], str]:
+    """The table of a group of arms, one per setting that has any of it, beside the stock arm."""
+
+    def render(results: Results) -> str:
+        parts = []
+        for result, setting in settings_of(results):
+            names = [name for name, arm in setting["arms"].items() if arm["arm"]["group"] == group]
+            if names:
+                shown = ["stock"] * ("stock" in setting["arms"] and "stock" not in names) + names
+                rows = [arm_row(name, setting["arms"][name]) for name in shown]
+                parts.append(f"{table(GROUP_HEAD, rows)}\n\n{of_setting(result, setting)}")
+        return "\n\n".join(parts) or NONE
+
+    return render
+
+
+def choices_table(results: Results) -> str:
+    """Ways to choose at equal steps, against stock and against the uniform draw of the same form and share."""
+    parts = []
+    for result, setting in settings_of(results):
+        rows = []
+        for name, arm in setting["arms"].items():
+            point = arm["points"].get(EQUAL_STEPS)
+            if arm["arm"]["choice"] is None or point is None:
+                continue
+            own = point.get("versus_own_form")
+            verdict = "-" if own is None else "tie" if own["is_tie"] else "better" if own["mean"] < 0 else "worse"
+            if own is not None and own["spread"] is None and verdict != "tie":
+                verdict += ", one seed"
+            about = [name, CHOICES[arm["arm"]["choice"]].title, str(len(arm["seeds"]))]
+            rows.append([*about, difference(point["versus_stock"].get("perplexity")), difference(own), verdict])
+        if rows:
+            head = ("arm", "choice", "seeds", "against stock, equal steps", "against the form's own choice", "verdict")
+            parts.append(f"{table(head, rows)}\n\n{of_setting(result, setting)}")
+    return "\n\n".join(parts) or NONE
+
+
+def positions_table(results: Results) -> str:
+    """Perplexity by stretch, and what far context is worth."""
+    parts = []
+    for result, setting in settings_of(results):
+        quarter = setting["setting"]["tokens"] // 4
+        names = [f"{quarter * part // 1024}-{quarter * (part + 1) // 1024}K" for part in range(4)]
+        rows = []
+        for name in ("before", *CORE):
+            arm = setting["arms"].get(name)
+            for point, found in (arm["points"] if arm else {}).items():
+                far = found["far_context"]
+                gain = ", ".join(f"{each['percent']:+.1f} % [{each['low']:+.1f}, {each['high']:+.1f}]" for each in far)
+                rows.append([f"{name}, {point.replace('_', ' ')}", *(number(each, 2) for each in found["by_stretch"]), gain])
+        if rows:
+            head = ("arm", *names, f"last stretch, far context against {quarter // 2}-{quarter} tokens, by seed")
+            parts.append(f"{table(head, rows)}\n\n{of_setting(result, setting)}")
+    return "\n\n".join(parts) or NONE
+
+
+def retrieval_table(results: Results) -> str:
+    """Retrieval and repositories of the main arms."""
+    parts = []
+    for result, setting in settings_of(results):
+        rows = []
+        for name in ("before", *CORE, "sparse-0.5"):
+            arm = setting["arms"].get(name)
+            for point, found in (arm["points"] if arm else {}).items():
+                scores, versus = found.get("retrieval"), found["versus_stock"]
+                if scores is None:
+                    continue
+                tasks = [f"{scores[task]:.2f}" for task in RETRIEVAL_TASKS]
+                stock = name == "stock"
+                rows.append(
+                    [
+                        f"{name}, {point.replace('_', ' ')}",
+                        str(scores["questions"]),
+                        *tasks,
+                        f"{scores['accuracy']:.3f}",
+                        "-" if stock else difference(versus.get("retrieval"), "points"),
+                        "-" if stock else difference(versus.get("retrieval_loss"), "nats"),
+                        number(found.get("repositories"), 2),
+                        "-" if stock else difference(versus.get("repositories")),
+                    ]
+                )
+        if rows:
+            head = (
+                *("arm", "questions", "passkey", "key-value", "variable tracking", "all", "against stock"),
+                *("loss of the answers", "perplexity of imported names", "against stock"),
+            )
+            parts.append(f"{table(head, rows)}\n\n{of_setting(result, setting)}")
+    return "\n\n".join(parts) or NONE
+
+
+def goals_table(results: Results) -> str:
+    """The bench's goals, and whether they are met, in every setting that says something of them."""
+    rows = []
+    for result, setting in settings_of(results):
+        for arm, point, measure, most in GOALS:
+            found = setting["arms"].get(arm, {}).get("points", {}).get(point, {}).get("versus_stock", {}).get(measure)
+            if found is None:
+                continue
+            if measure == "retrieval":
+                met, goal = found["mean"] >= most or found["is_tie"], "no loss"
+            else:
+                met, goal = found["mean"] <= most, f"at most {most:+.1f} %"
+            unit = "points" if measure == "retrieval" else "%"
+            of = f"{setting['setting']['steps']} steps, {result['machine'].get('gpu') or 'CPU'}"
+            rows.append(
+                [f"{arm}, {point.replace('_', ' ')}, {measure}", of, goal, difference(found, unit), "met" if met else "missed"]
+            )
+    return table(("goal", "setting", "against stock", "measured", ""), rows) if rows else NONE
+
+
+def settings_table(results: Results) -> str:
+    """Stock and the exact form by rate and schedule."""
+    rows = []
+    for _, setting in settings_of(results):
+        of = setting["setting"]
+        for name in ("stock", "exact-0.5"):
+            arm = setting["arms"].get(name)
+            if arm is not None:
+                point = arm["points"][EQUAL_STEPS]
+                about = [name, f"{of['schedule']} {of['learning_rate']:g}", str(of["steps"]), str(len(arm["seeds"]))]
+                versus = "-" if name == "stock" else difference(point["versus_stock"].get("perplexity"))
+                rows.append([*about, number(point["perplexity"]), versus])
+    head = ("arm", "rate", "steps", "seeds", "perplexity", "against stock of the same rate")
+    return table(head, sorted(rows, key=lambda row: (row[0] != "stock", row[2], row[1]))) if rows else NONE
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "quality_goals": goals_table,
+    "quality_positions": positions_table,
+    "quality_retrieval": retrieval_table,
+    "quality_choices": choices_table,
+    "quality_settings": settings_table,
+    **{f"quality_{group}": group_table(group) for group in ("core", "shares", "tails", "blocks", "layers", "adapters")},
+}
+
+
+def updated_page(text: str, results: Results) -> str:
+    """The page with every table rendered anew.
+
+    Raises:
+        LemoError: If a table has no place in it, or several.
+    """
+    for name, render in TABLES.items():
+        marked = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.DOTALL)
+        rendered = render(results)
+        text, found = marked.subn(lambda match, rendered=rendered: f"{match[1]}{rendered}\n{match[2]}", text)
+        if found != 1:
+            raise LemoError(f"page has {found} places for table {name}; it needs 1; add <!-- table:{name} --> markers")
+    return text

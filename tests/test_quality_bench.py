@@ -1,0 +1,391 @@
+"""The quality bench end to end on a model of two layers: arms, both points, resuming, comparisons, tables and plots."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_recipe import write_source
+
+from benchmarks.quality import extension, plots, report, summary
+from benchmarks.quality.arms import Arm, all_arms, chosen, exact
+from benchmarks.quality.choices import CHOICES
+from benchmarks.quality.comparing import Difference, answer_difference, perplexity_difference
+from benchmarks.quality.extension import EQUAL_STEPS, EQUAL_TIME, Points, claimed, mean_ratio, steps_at_equal_time
+from benchmarks.quality.measures import SIZES, Measures, cut_rows, measure_text, stretch_bounds, token_losses
+from benchmarks.quality.retrieval import TASKS
+from benchmarks.quality.retrieval_metric import RetrievalMetric
+from benchmarks.quality.rows import KINDS, TrainingRows
+from benchmarks.quality.setting import Setting, arguments, load, reads_predictors
+from lemo_hf.errors import LemoError
+from lemo_hf.evaluation.perplexity import Perplexity, dense_perplexity, paired_difference
+from lemo_hf.models.sparse_decoder import sparse_backbone
+
+TOKENS = 256
+
+
+def token_rows(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 300, (count, TOKENS), generator=generator)
+
+
+class TinyTexts:
+    """Random rows, and questions of made-up answers."""
+
+    def training(self, seed):
+        return [{"input_ids": row, "labels": row.clone()} for row in token_rows(12, seed)]
+
+    def measures(self, seed):
+        windows = token_rows(3, 100)
+        questions = [
+            {"input_ids": row, "answers": [(250, 254)], "task": task, "tokens": TOKENS, "depth": depth}
+            for row, task, depth in zip(token_rows(3, seed), TASKS, (0.1, 0.9, 0.9), strict=True)
+        ]
+        spans = [SimpleNamespace(start=200, end=203), SimpleNamespace(start=240, end=242)]
+        repositories = [SimpleNamespace(input_ids=row, spans=spans) for row in token_rows(2, 7)]
+        return Measures(windows, questions, repositories, replace(SIZES["brief"], far_windows=2))
+
+
+ARMS = ("stock", "exact-0.5", "exact-0.3", "before", "sparse-0.5", "exact-0.5-true", "exact-0.3-tail-0.15", "exact-ramp-0.3-0.7")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(write_source(tmp_path_factory.mktemp("quality")) / "base")
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """Two seeds of two arms, one of the others, by the command."""
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "Rows", lambda tokenizer, setting: TinyTexts())
+        # What a step takes here says nothing: everything costs half of stock's.
+        measured = extension.measure_cost
+        patch.setattr(extension, "measure_cost", lambda *args, **kwargs: measured(*args, **kwargs) | {"time_ratio": 0.5})
+        common = ["--base", base, "--steps", "4", "--tokens", str(TOKENS), "--out", str(out)]
+        assert extension.main(["--arms", *ARMS, "--seeds", "0", *common]) == 0
+        assert extension.main(["--arms", "stock", "exact-0.5", "--seeds", "0", "1", *common]) == 0
+        patch.setattr(extension, "run_arm", lambda *args: pytest.fail("it was there"))
+        assert extension.main(["--arms", *ARMS, "--seeds", "0", *common]) == 0
+    return out
+
+
+def run_of(finished, arm, seed=0):
+    (path,) = finished.glob(f"arms/*/{arm}--seed{seed}.json")
+    return json.loads(path.read_text())
+
+
+def test_both_points_come_from_the_arms_own_runs(finished):
+    steps = {arm: {point: found["steps"] for point, found in run_of(finished, arm)["points"].items()} for arm in ARMS}
+    assert steps["stock"] == {EQUAL_STEPS: 4}
+    assert steps["before"] == {EQUAL_STEPS: 0}
+    assert steps["exact-0.5"] == steps["exact-0.3"] == {EQUAL_STEPS: 4, EQUAL_TIME: 8}
+    assert steps["exact-ramp-0.3-0.7"] == {EQUAL_STEPS: 4, EQUAL_TIME: 8}
+    # 15 % of the steps take stock's time: 4 / (0.85 * 0.5 + 0.15).
+    assert steps["exact-0.3-tail-0.15"] == {EQUAL_STEPS: 4, EQUAL_TIME: 6}
+    assert steps["exact-0.5-true"] == {EQUAL_STEPS: 4}  # must first win at equal steps
+    # Its predictors are fitted in steps of its time.
+    assert steps["sparse-0.5"][EQUAL_TIME] <= 8
+    assert run_of(finished, "sparse-0.5")["phase_steps"] > 0
+    assert len(run_of(finished, "exact-0.5")["losses"]) == 8
+
+
+def test_costs_are_counted_beside_stocks(finished):
+    costs = {arm: run_of(finished, arm)["cost"] for arm in ("exact-0.5", "exact-0.3", "sparse-0.5")}
+    for cost in costs.values():
+        assert cost["saved_bytes"] < cost["stock_saved_bytes"]
+        assert cost["flops"] < cost["stock_flops"]
+        assert len(cost["time_ratios"]) == Setting.cost_rounds
+    assert costs["exact-0.5"]["kept_share"] == 0.5
+    assert costs["sparse-0.5"]["kept_share"] == 0.75  # the first of two layers is dense
+
+
+def test_a_ramp_moves_the_share_and_its_cost_is_that_of_both_ends(finished):
+    cost = run_of(finished, "exact-ramp-0.3-0.7")["cost"]
+    assert cost["kept_share"] == pytest.approx(0.5 * (0.5 + 0.75))  # ceil(0.3 * 4) and ceil(0.7 * 4) of 4 blocks
+    assert mean_ratio(Arm("ramp", "x", exact(0.5), ramp=(0.3, 0.7)), 0.4, 0.8) == pytest.approx(0.6)
+    shares = []
+
+    class Model:
+        config = SimpleNamespace(lemo=SimpleNamespace(update=lambda keep_ratio: shares.append(keep_ratio)))
+
+    arm = Arm("ramp", "x", exact(0.5), ramp=(0.3, 0.7))
+    callback = Points(arm, lambda _: {EQUAL_STEPS: 5}, lambda model: {})
+    callback.on_train_begin(None, None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "sparse_backbone", lambda model: Model)
+        for step in range(5):
+            callback.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=5), None)
+    assert shares == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
+
+
+def test_a_result_of_other_settings_is_refused(finished, base, capsys, monkeypatch):
+    (path,) = finished.glob("arms/*/stock--seed1.json")
+    kept = path.read_text()
+    path.write_text(json.dumps(json.loads(kept) | {"base": "another"}))
+    command = ["--arms", "stock", "--seeds", "1", "--base", base, "--steps", "4", "--tokens", str(TOKENS), "--out", str(finished)]
+    assert extension.main(command) == 2
+    assert "of another base" in capsys.readouterr().err
+    path.write_text(kept)
+    assert extension.main(["--arms", "nothing", "--base", base]) == 2
+    assert "no such arm; 'nothing'" in capsys.readouterr().err
+
+
+def test_no_time_left_begins_nothing(finished, base, monkeypatch):
+    monkeypatch.setattr(extension, "run_one", lambda *args: pytest.fail("no time was left"))
+    assert extension.main(["--arms", "stock", "--base", base, "--seconds", "0", "--out", str(finished)]) == 3
+
+
+def test_processes_share_the_work(tmp_path):
+    path = tmp_path / "arm--seed0.json"
+    with claimed(path) as mine, claimed(path) as theirs:
+        assert mine
+        assert not theirs
+    claim = path.with_suffix(".claim")
+    assert not claim.exists()
+    dead = os.fork()
+    if dead == 0:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    claim.write_text(str(dead))
+    with claimed(path) as mine:
+        assert mine, "whoever claimed it is gone"
+    path.write_text("{}")
+    with claimed(path) as mine:
+        assert not mine, "it is there"
+
+
+def test_equal_time_counts_the_phases():
+    assert steps_at_equal_time(32, 0.5, 0) == 64
+    assert steps_at_equal_time(32, 0.6, 0) == 53
+    assert steps_at_equal_time(32, 0.5, 8) == 48
+    assert steps_at_equal_time(3, 0.1, 3) == 1
+    assert steps_at_equal_time(30, 0.3, 0) == 100  # and not 99, by rounding
+
+
+def test_all_arms_of_a_seed_begin_alike_and_seeds_differ(base):
+    setting = Setting(base, TOKENS)
+    arms = all_arms(2)
+    first, second = (load(arms[name], setting, 0) for name in ("stock", "exact-0.5"))
+    weights = {name: weight for name, weight in first.named_parameters() if "lora" in name}
+    assert weights
+    theirs = dict(second.named_parameters())
+    assert all(torch.equal(weight, theirs[name]) for name, weight in weights.items())
+    other = dict(load(arms["stock"], setting, 1).named_parameters())
+    assert not all(torch.equal(weight, other[name]) for name, weight in weights.items())
+    assert sparse_backbone(load(arms["exact-0.5"], setting, 3)).config.lemo.seed == 3
+
+
+def test_arms_are_sound():
+    arms = all_arms(6)
+    assert [arm.name for arm in chosen(["core"], arms)] == ["stock", "exact-0.5", "exact-0.3", "before"]
+    for arm in arms.values():
+        assert arm.config is None or arm.config.validate_for(6, 256) is None
+        assert arm.choice is None or arm.choice in CHOICES
+        assert arm.choice is None or arm.name.removesuffix(f"-{arm.choice}") in arms
+        assert arm.reference in arms
+    assert reads_predictors(arms["sparse-0.5"])
+    assert reads_predictors(arms["exact-0.5-predicted"])
+    assert not reads_predictors(arms["sparse-0.5-true"])
+    assert not reads_predictors(arms["exact-0.5"])
+
+
+def test_predictors_are_fitted_where_they_are_read(base, tmp_path):
+    setting = Setting(base, TOKENS, predictors="somewhere")
+    arms = all_arms(2)
+    assert arguments(arms["exact-0.5"], setting, 0, str(tmp_path), 4).predictor_documents is None
+    assert arguments(arms["sparse-0.5"], setting, 0, str(tmp_path), 4).predictors == "somewhere"
+
+
+# Measures.
+
+
+def test_stretches_hold_every_token_once_and_make_the_dense_perplexity(base):
+    model = load(all_arms(2)["stock"], Setting(base, TOKENS), 0).eval()
+    windows = list(token_rows(2, 5))
+    found = measure_text(model, windows, 1)
+    dense = dense_perplexity(model, [{"input_ids": window} for window in windows])
+    assert [sum(counts) for counts in found["tokens"]] == list(dense.token_counts) == [TOKENS - 1] * 2
+    assert [sum(sums) for sums in found["nll"]] == pytest.approx(dense.nll_sums, rel=1e-5)
+    with torch.no_grad():
+        logits = model(input_ids=windows[0][None]).logits[0]
+    by_hand = F.cross_entropy(logits[:-1], windows[0][1:], reduction="none")
+    bounds = stretch_bounds(TOKENS)
+    assert bounds == [0, 64, 128, 192, 256]
+    # Position p is predicted by the logits at p - 1, and the first stretch lacks its first token.
+    assert found["nll"][0] == pytest.approx([by_hand[max(0, a - 1) : b - 1].sum().item() for a, b in pairwise(bounds)], rel=1e-5)
+
+
+def test_cut_context_predicts_the_same_tokens(base):
+    model = load(all_arms(2)["stock"], Setting(base, TOKENS), 0).eval()
+    window = token_rows(1, 6)[0]
+    rows = cut_rows(window)
+    assert torch.equal(torch.cat([rows[0, 32:], rows[1, 32:]]), window[-64:])
+    far = measure_text(model, [window], 1)["far"]
+    by_hand = 0.0
+    for row in rows:
+        with torch.no_grad():
+            logits = model(input_ids=row[None]).logits[0]
+        by_hand += F.cross_entropy(logits[31:-1], row[32:], reduction="sum").item()
+    assert far["cut_nll"] == pytest.approx([by_hand], rel=1e-5)
+    assert far["tokens"] == [64]
+
+
+def test_losses_of_a_part_are_those_of_the_whole(base):
+    model = load(all_arms(2)["stock"], Setting(base, TOKENS), 0).eval()
+    row = token_rows(1, 8)
+    whole, right = token_losses(model, row)
+    part, part_right = token_losses(model, row, slice(200, None))
+    assert whole[0, 0] == 0
+    assert part[0, :200].abs().sum() == 0
+    assert torch.allclose(part[0, 200:], whole[0, 200:], atol=1e-5)
+    assert torch.equal(part_right[0, 200:], right[0, 200:])
+
+
+def test_windows_that_have_no_equal_stretches_are_refused():
+    with pytest.raises(LemoError, match="tokens; use a multiple of 8"):
+        stretch_bounds(100)
+
+
+def test_retrieval_metric_counts_by_task_length_and_depth():
+    metric = RetrievalMetric()
+    asked = [("passkey", 1024, 0.1), ("passkey", 4096, 0.1), ("key_value", 4096, 0.9)]
+    references = [dict(zip(("task", "tokens", "depth"), each, strict=True)) for each in asked]
+    metric.add_batch(predictions=[1, 0, 0], references=references)
+    found = metric.compute()
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    assert (found["passkey"], found["4096_tokens"], found["depth_0.1"], found["depth_0.9"]) == (0.5, 0, 0.5, 0)
+    assert found["questions"] == 3
+
+
+def test_training_rows_are_their_seeds_alone():
+    windows = {"text": list(token_rows(5, 1)), "repository": list(token_rows(3, 2))}
+    assert (KINDS.count("text"), KINDS.count("repository"), KINDS.count("retrieval")) == (13, 3, 4)
+    first, again, other = (TrainingRows(windows, None, TOKENS, torch.arange(9), seed) for seed in (0, 0, 1))
+    places = [place for place in range(60) if KINDS[place % 20] != "retrieval"]
+    assert all(torch.equal(first[place]["input_ids"], again[place]["input_ids"]) for place in reversed(places))
+    assert not all(torch.equal(first[place]["input_ids"], other[place]["input_ids"]) for place in places)
+    texts = [tuple(first[place]["input_ids"].tolist()) for place in places if KINDS[place % 20] == "text"]
+    assert len(set(texts[:5])) == 5, "no window comes again before all others came"
+
+
+# Comparisons.
+
+
+def measured_text(losses, tokens=100):
+    return {"text": {"nll": [[loss * tokens] for loss in losses], "tokens": [[tokens]] * len(losses)}}
+
+
+def perplexity_of(measured):
+    text = measured["text"]
+    return Perplexity(tuple(sum(x) for x in text["nll"]), tuple(sum(x) for x in text["tokens"]))
+
+
+def test_a_difference_has_the_windows_interval_and_the_seeds_spread():
+    stock = {0: measured_text([2.0, 2.2, 1.9]), 1: measured_text([2.1, 2.1, 2.0]), 2: measured_text([9, 9, 9])}
+    arm = {0: measured_text([2.01, 2.22, 1.91]), 1: measured_text([2.13, 2.12, 2.03])}
+    found = perplexity_difference(stock, arm, perplexity_of)
+    by_seed = [100 * math.expm1(0.04 / 3), 100 * math.expm1(0.08 / 3)]
+    assert found.by_seed == pytest.approx(by_seed)  # a seed that only one has does not count
+    mean = paired_difference(Perplexity((205, 215, 195), (100,) * 3), Perplexity((207, 217, 197), (100,) * 3))
+    assert found.mean == pytest.approx(mean.percent) == pytest.approx(100 * math.expm1(0.02))
+    assert (found.low, found.high) == pytest.approx((mean.low, mean.high))
+    assert found.spread == pytest.approx(abs(by_seed[1] - by_seed[0]) / math.sqrt(2))
+    assert not found.is_tie
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "spread", "tie"),
+    [
+        (0.2, 0.8, 0.1, False),
+        (-0.1, 1.1, 0.1, True),  # windows disagree
+        (0.4, 0.6, 0.7, True),  # seeds disagree
+        (-0.8, -0.2, 0.6, True),
+        (0.2, 0.8, None, False),  # one seed: the windows decide
+    ],
+)
+def test_what_is_a_tie(low, high, spread, tie):
+    mean = (low + high) / 2
+    assert Difference(mean, low, high, spread, (mean,)).is_tie is tie
+
+
+def test_answers_are_compared_question_by_question():
+    stock = {0: {"retrieval": [{"right": True, "loss": 1.0}, {"right": False, "loss": 2.0}]}}
+    arm = {0: {"retrieval": [{"right": True, "loss": 1.5}, {"right": True, "loss": 1.0}]}}
+    assert answer_difference(stock, arm, "right").mean == 50
+    assert answer_difference(stock, arm, "loss").mean == pytest.approx(-0.25)
+    assert answer_difference(stock, {1: arm[0]}, "right") is None
+
+
+# What is written of it.
+
+
+@pytest.fixture(scope="module")
+def written(finished, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    page = folder / "quality.md"
+    page.write_text("".join(f"# {name}\n<!-- table:{name} -->\n<!-- /table:{name} -->\n" for name in report.TABLES))
+    command = ["--runs", str(finished), "--results", str(folder), "--page", str(page), "--images", str(folder / "images")]
+    assert summary.main(command) == 0
+    assert summary.main([*command, "--check"]) == 0
+    page.write_text(page.read_text().replace("exact-0.5", "exact-0.6"))
+    assert summary.main([*command, "--check"]) == 1
+    assert summary.main(command) == 0
+    return folder
+
+
+def test_the_result_says_what_the_runs_said(finished, written):
+    (path,) = written.glob("quality_extension--*.json")
+    result = json.loads(path.read_text())
+    (setting,) = result["settings"].values()
+    assert setting["arms"].keys() == set(ARMS)
+    assert setting["arms"]["stock"]["seeds"] == [0, 1]
+    arm = setting["arms"]["exact-0.5"]["points"][EQUAL_TIME]
+    perplexities = []
+    for seed in (0, 1):
+        text = run_of(finished, "exact-0.5", seed)["points"][EQUAL_TIME]["text"]
+        perplexities.append(math.exp(sum(map(sum, text["nll"])) / sum(map(sum, text["tokens"]))))
+    assert arm["perplexity"]["by_seed"] == pytest.approx(perplexities)
+    assert arm["steps"] == 8
+    assert len(arm["by_stretch"]) == 4
+    assert arm["retrieval"]["questions"] == 6
+    assert arm["versus_stock"].keys() >= {"perplexity", "stretch_3", "retrieval", "retrieval_loss", "repositories"}
+    # At equal time too the reference is stock after its own steps.
+    stock = setting["arms"]["stock"]["points"][EQUAL_STEPS]["perplexity"]["by_seed"]
+    expected = [100 * (mine / theirs - 1) for mine, theirs in zip(perplexities, stock, strict=True)]
+    assert arm["versus_stock"]["perplexity"]["by_seed"] == pytest.approx(expected)
+    choice = setting["arms"]["exact-0.5-true"]["points"][EQUAL_STEPS]
+    assert choice["versus_own_form"]["by_seed"] != choice["versus_stock"]["perplexity"]["by_seed"]
+
+
+def test_tables_and_plots_show_it(written):
+    page = (written / "quality.md").read_text()
+    core = page.split("# quality_core")[1].split("# quality_")[0]
+    assert "| exact-0.5 | 2 |" in core
+    assert "(8 steps)" in core
+    assert "one seed" in page
+    assert "CPU" in page.split("# quality_goals")[1]
+    assert "Not measured yet." in page.split("# quality_blocks")[1].split("# ")[0]
+    assert "most informative, true scores" in page.split("# quality_choices")[1]
+    for name in ("shares", "positions", "retrieval"):
+        assert (written / "images" / f"{name}.png").stat().st_size > 10_000
+    (path,) = written.glob("quality_extension--*.json")
+    (setting,) = json.loads(path.read_text())["settings"].values()
+    points = plots.share_points(setting["arms"], "exact", EQUAL_STEPS)
+    assert [round(costs["kept share of the layers"], 2) for costs, _, _ in points] == [0.5, 0.5]  # 0.3 of 4 blocks are 2
+
+
+def test_a_page_without_a_tables_place_is_refused(written):
+    with pytest.raises(LemoError, match="page has 0 places for table"):
+        report.updated_page("no table here", [])
+
+
+def test_no_results_are_no_summary(tmp_path):
+    with pytest.raises(LemoError, match="no results"):
+        summary.read_runs(tmp_path)

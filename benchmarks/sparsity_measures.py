@@ -120,7 +120,7 @@ def measure_layer(found: LayerScores, rotary: tuple[Tensor, Tensor], with_predic
     result = LayerWindow(shares, by_token, peak[read], informativeness, scores)
     if with_predictor:
         predictor: Any = found.module.lemo_predictor
-        features = (found.documents.split_blocks(part)[0] for part in predictor(found.hidden, found.documents))
+        features = (found.documents.split_blocks(part)[0] for part in found.features())
         result.predicted_scores = predicted_block_scores(*features, predictor.distance.by_distance(len(scores)))
         result.predicted_informativeness = found.predicted()[0]
     return result

@@ -32,7 +32,7 @@ from lemo_hf.evaluation.layer_scores import visit_layers
 from lemo_hf.hub.lemo_files import predictor_tensors
 from lemo_hf.models.modeling_lemo_llama import LemoLlamaForCausalLM
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.training.phases.predictor_training import _LayerFit
+from lemo_hf.training.phases.layer_fit import LayerFit
 from lemo_hf.training.phases.threshold_search import ThresholdSearch
 from lemo_hf.training.scale_out.processes import Processes
 
@@ -155,7 +155,7 @@ def gradients(trainer: Any, rank: int) -> dict[str, list[float]]:
     recorded: list[Any] = []
     visit_layers(run.backbone, run.documents.fitting(rank), recorded.append)
     predictor = run.backbone.layers[0].lemo_predictor
-    fit = _LayerFit(predictor, False, Processes())
+    fit = LayerFit(predictor, False, Processes())
     fit.running = torch.ones(3, dtype=torch.float64)
     weights = [weight.requires_grad_(True) for weight in predictor.parameters()]
     with torch.enable_grad():

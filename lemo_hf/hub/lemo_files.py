@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import LemoError
 from ..models.lemo_config import LemoConfig, LemoConfigError, shown
-from ..models.pattern_predictor import PatternPredictor
+from ..models.pooled_predictor import layer_predictor
 from ..models.sparse_decoder import sparse_backbone
 
 PREDICTORS_FILE = "lemo_predictors.safetensors"
@@ -150,15 +150,30 @@ def with_found(block: LemoConfig, found: LemoConfig, source: str) -> LemoConfig:
         source: Names that run in errors.
 
     Raises:
-        LemoError: If `block` reads the predictors under another block size than theirs.
+        LemoError: If `block` reads the predictors under another block size or reduction than theirs.
     """
     if block.needs_predictors and block.block_size != found.block_size:
         raise LemoError(
             f"predictors do not fit the settings: they pool blocks of {found.block_size}, block_size={block.block_size} is asked for; "
             f"{source!r}; set the same block_size, or train predictors for this one"
         )
+    if block.needs_predictors:
+        require_reduction(block, found, source)
     taken = {name: getattr(found, name) for name in FOUND_FIELDS}
     return replace(block, **(taken | ({} if block.thresholds is None else {"thresholds": block.thresholds})))
+
+
+def require_reduction(wanted: LemoConfig, found: LemoConfig, source: str) -> None:
+    """Compares the block scores that predictors were fitted to with those that are asked for.
+
+    Raises:
+        LemoError: If they are others.
+    """
+    if wanted.block_reduction != found.block_reduction:
+        raise LemoError(
+            f"predictors do not fit the settings: they foretell block_reduction={found.block_reduction!r}, "
+            f"{wanted.block_reduction!r} is asked for; {source!r}; set the same, or train predictors for this one"
+        )
 
 
 def save_lemo_files(model: nn.Module, folder: str | Path) -> None:
@@ -263,6 +278,7 @@ def set_predictors(backbone: Any, tensors: dict[str, Tensor], block: LemoConfig,
             f"predictors do not fit the model: they pool blocks of {block.block_size}, the model has block_size={block_size}; "
             f"{source!r}; set the same block_size, or train predictors for this one"
         )
+    require_reduction(backbone.config.lemo, block, source)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     require_shapes(shapes, block, len(backbone.layers), backbone.config.hidden_size, source)
     _require_numbers(tensors, source)
@@ -313,9 +329,9 @@ def _needed_shapes(block: LemoConfig, layers: int, hidden_size: int, source: str
     except LemoConfigError as error:
         raise LemoError(f"predictors do not fit the model: {error} ({source!r})") from error
     needed: dict[str, tuple[int, ...]] = {}
-    for layer, sizes in enumerate(_sizes(block, layers)):
+    for layer in range(layers):
         with torch.device("meta"):
-            predictor = PatternPredictor(hidden_size, sizes, block.predictor_features)
+            predictor = layer_predictor(block, hidden_size, layer)
         needed |= {f"layers.{layer}.{name}": tuple(weight.shape) for name, weight in predictor.named_parameters()}
     return needed
 
@@ -331,15 +347,11 @@ def _require_numbers(tensors: dict[str, Tensor], source: str) -> None:
             raise _misfit(f"{name} holds values that are not finite", source)
 
 
-def _sizes(block: LemoConfig, layers: int) -> list[list[int]]:
-    return block.predictor_sizes or [[block.predictor_rank] * 4] * layers
-
-
 def _install(backbone: Any, tensors: dict[str, Tensor], block: LemoConfig) -> None:
     # Shapes have been compared.
-    for index, (layer, sizes) in enumerate(zip(backbone.layers, _sizes(block, len(backbone.layers)), strict=True)):
+    for index, layer in enumerate(backbone.layers):
         prefix = f"layers.{index}."
-        predictor = PatternPredictor(backbone.config.hidden_size, sizes, block.predictor_features)
+        predictor = layer_predictor(block, backbone.config.hidden_size, index)
         predictor.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
         device = next(layer.lemo_predictor.parameters()).device
         layer.lemo_predictor = predictor.to(device).requires_grad_(False).train(layer.training)

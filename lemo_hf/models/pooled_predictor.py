@@ -101,7 +101,8 @@ class PooledPredictor(nn.Module):
 
     def informativeness(self, hidden_states: Tensor, documents: Documents, rotary: tuple[Tensor, ...] = ()) -> list[Tensor]:
         """Predicted I of each document's blocks, `(blocks_of_document,)` each; arguments as in `forward`."""
-        return self.informativeness_of(*self(hidden_states, documents, rotary), documents)
+        query, key = self(hidden_states, documents, rotary)
+        return self.informativeness_of(query, key, documents)
 
     def informativeness_of(self, query: Tensor, key: Tensor, documents: Documents) -> list[Tensor]:
         """The same from the block features of all documents, `(blocks, p)` each."""

@@ -107,7 +107,7 @@ def draw_plots(measured: dict[str, Measured], model: Any, sample: dict[str, torc
     def visit(found: LayerScores) -> None:
         if found.layer in layers:
             predictor = found.module.lemo_predictor
-            query, key = predictor(found.hidden, found.documents)
+            query, key = found.features()
             true.append(found.scores[0])
             predicted.append(predicted_block_scores(query, key, predictor.distance.by_distance(len(query))))
 

@@ -44,7 +44,7 @@ class BlockScoreMaps:
         if found.layer not in self._layers or f"true.{found.layer}" in self._maps:
             return
         predictor: Any = found.module.lemo_predictor
-        query, key = (found.documents.split_blocks(part)[0] for part in predictor(found.hidden, found.documents))
+        query, key = (found.documents.split_blocks(part)[0] for part in found.features())
         predicted = predicted_block_scores(query, key, predictor.distance.by_distance(len(query)))
         self._blocks = len(query)
         self._maps |= {f"true.{found.layer}": cells(found.scores[0]), f"predicted.{found.layer}": cells(predicted)}

@@ -17,6 +17,7 @@ keeps of a Llama-3-8B layer, in rows of H per token: 4.5 per token kept by atten
 import argparse
 import json
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ class Bench:
         set_peft_model_state_dict(model, self.adapter)
         return model
 
+    @cached_property
     def dense(self) -> tuple[list[str], Tensor, Tensor]:
         """Names of the weights with a gradient, dense gradients of the windows, and the task's."""
         stock = self.model(None)
@@ -156,7 +158,7 @@ def adapter_after(steps: int, text: Any) -> dict[str, Tensor]:
 
 def measure(bench: Bench, result: dict[str, Any], shares: list[float], only: list[str], write: Any) -> None:
     """Adds to `result` what it lacks."""
-    names, dense, task = bench.dense()
+    names, dense, task = bench.dense
     for share in shares:
         exact = result["exact"].setdefault(f"{share:g}", {})
         for name in (each for each in EXACT if each == DEFAULT or not only or each in only):
@@ -194,8 +196,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--choices", nargs="*", default=[], help="names of choices (default: all)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--block-size", type=int, default=32, help="tokens of a block (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=12, help="windows compared (default: %(default)s)")
-    parser.add_argument("--others", type=int, default=36, help="windows of the task's gradient (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=6, help="windows compared (default: %(default)s)")
+    parser.add_argument("--others", type=int, default=12, help="windows of the task's gradient (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="steps of stock LoRA before measuring (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULT, help="result file (default: %(default)s)")
     args = parser.parse_args(given)

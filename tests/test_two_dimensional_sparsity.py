@@ -18,6 +18,7 @@ from references.tiny_models import (
     stock_model,
 )
 from torch.nn.attention.flex_attention import flex_attention
+from transformers import AutoConfig
 
 from lemo_hf.models.block_pair_attention import BlockPairs, flex_block_mask, with_flex_attention
 from lemo_hf.models.document_attention import AttentionScope, attend, with_kept_row_gradient
@@ -34,7 +35,12 @@ from lemo_hf.models.two_dimensional_sparsity import (
     pair_counts,
     require_groups_within,
 )
+from lemo_hf.profiling.bench_counts import saved_on_fake_tensors
+from lemo_hf.profiling.bench_methods import choose_methods
+from lemo_hf.profiling.bench_step import measure_step
 from lemo_hf.profiling.flops import FlopCounter
+from lemo_hf.profiling.memory_estimate import Estimator
+from lemo_hf.profiling.step_model import StepSettings, build_model, layer_kinds, runs_flex_attention
 
 SCALE = 0.37
 BLOCK = 4
@@ -439,3 +445,47 @@ def test_a_group_larger_than_the_document_is_refused():
     require_groups_within(config, 90, 2)
     with pytest.raises(LemoConfigError, match="of which a layer keeps 50"):
         require_groups_within(config, 50, 2)
+
+
+PROFILED = AutoConfig.for_model(
+    "llama", hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=96, max_position_embeddings=512,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lemo-sparse-groups-rows", "lemo-sparse-blocks"])
+def test_a_benched_step_agrees_with_its_estimate_and_its_counts_on_fake_tensors(name):
+    (chosen,) = choose_methods(name)
+    settings = chosen.settings(512, "float32")
+    assert runs_flex_attention(settings, 3) == ("blocks" in name)
+    row = measure_step(PROFILED, chosen, settings, torch.device("cpu"), steps=1, counts=True)
+    estimate = Estimator(PROFILED, on_gpu=False).estimate(settings)
+    assert row["flops"] == sum(estimate.flops.values())
+    assert row["live_peak_bytes"] == pytest.approx(estimate.live_bytes, rel=0.02)
+    fake = saved_on_fake_tensors(PROFILED, settings)
+    assert {part: row[part] for part in fake} == fake
+    # On a GPU the counter sees nothing of compiled attention: the estimate's number is the row's then.
+    plain = Estimator(PROFILED, on_gpu=False).estimate(choose_methods("lemo-sparse")[0].settings(512, "float32"))
+    assert sum(estimate.flops.values()) != sum(plain.flops.values())
+
+
+def test_an_estimate_of_few_layers_keeps_each_ones_pattern():
+    lemo = LemoConfig(
+        attention_forward="sparse",
+        selection="ratio",
+        keep_ratio=[0.5, 1.0, 0.5],
+        dense_layers=[0],
+        attention_pattern="block_sparse",
+    )
+    settings = StepSettings(512, lemo=lemo)
+    assert settings.name == "LeMo sparse 0.666667, block sparse"
+    assert len(set(layer_kinds(PROFILED, settings))) == 3
+    built = build_on_meta(settings, [1, 2]).config.lemo
+    assert [built.pattern_of(layer, 2) for layer in range(2)] == ["block_sparse", "block_sparse"]
+    assert [built.is_dense(layer, 2) for layer in range(2)] == [True, False]
+    assert build_on_meta(settings, [0]).config.lemo.pattern_of(0, 1) == "full"
+
+
+def build_on_meta(settings, layers):
+    with torch.device("meta"):
+        return build_model(PROFILED, settings, layers)

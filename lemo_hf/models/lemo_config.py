@@ -267,12 +267,15 @@ class LemoConfig:
 
     def is_dense(self, layer: int, num_layers: int) -> bool:
         """Whether `layer` keeps every token whatever its scores are."""
-        named = layer in self.dense_layers or layer - num_layers in self.dense_layers
-        return named or (self.selection != "threshold" and self.ratio_of(layer) == 1)
+        return self.is_named_dense(layer, num_layers) or (self.selection != "threshold" and self.ratio_of(layer) == 1)
+
+    def is_named_dense(self, layer: int, num_layers: int) -> bool:
+        """Whether `dense_layers` names `layer`."""
+        return layer in self.dense_layers or layer - num_layers in self.dense_layers
 
     def pattern_of(self, layer: int, num_layers: int) -> AttentionPatternName:
         """How the kept tokens of `layer` attend to each other; layers in `dense_layers` are the stock model's."""
-        if layer in self.dense_layers or layer - num_layers in self.dense_layers:
+        if self.is_named_dense(layer, num_layers):
             return "full"
         names = self._patterns()
         return names[layer] if isinstance(self.attention_pattern, list) else names[0]

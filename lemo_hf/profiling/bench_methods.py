@@ -21,6 +21,9 @@ _EXACT = {"attention_forward": "exact", "selection": "sampled"}
 # The first layer dense: so its dense perplexity is measured (quickstart).
 _SPARSE = {"attention_forward": "sparse", "selection": "ratio", "dense_layers": [0]}
 _ROWS = {"checkpoint": "kept_rows"}
+# A quarter of what attention among kept tokens computes, either way.
+_GROUPS = {"attention_pattern": "shifted_groups"}
+_BLOCKS = {"attention_pattern": "block_sparse", "pattern_share": 0.25}
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,17 @@ METHODS = {
         BenchMethod("lemo-sparse", "LeMo sparse", "lemo", lemo=_SPARSE),
         BenchMethod("lemo-sparse-float32", "LeMo sparse, PEFT's default adapters", "lemo", "float32", _SPARSE),
         BenchMethod("lemo-sparse-rows", "LeMo sparse, kept-row checkpointing", "lemo", lemo=_SPARSE | _ROWS),
+        BenchMethod("lemo-sparse-groups", "LeMo sparse, shifted groups", "lemo", lemo=_SPARSE | _GROUPS),
+        BenchMethod(
+            "lemo-sparse-groups-rows",
+            "LeMo sparse, shifted groups, kept-row checkpointing",
+            "lemo",
+            lemo=_SPARSE | _GROUPS | _ROWS,
+        ),
+        BenchMethod("lemo-sparse-blocks", "LeMo sparse, block-sparse", "lemo", lemo=_SPARSE | _BLOCKS),
+        BenchMethod(
+            "lemo-sparse-blocks-rows", "LeMo sparse, block-sparse, kept-row checkpointing", "lemo", lemo=_SPARSE | _BLOCKS | _ROWS
+        ),
         BenchMethod("lemo-sparse-offload", "LeMo sparse, offload", "lemo", lemo=_SPARSE, offload=True),
     )
 }

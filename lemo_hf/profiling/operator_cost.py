@@ -59,12 +59,15 @@ def flash_workspace(operator: Any, args: Any, kwargs: Any) -> int:
     """Bytes that the CUDA flash backward holds within itself, where the CPU's holds none.
 
     FlashAttention 2, as PyTorch carries it, sums dq in float32, keeps one float32 number a query row, and where heads share
-    keys forms dk and dv for every query head before it sums them: rows in multiples of 128, head sizes of 32.
+    keys forms dk and dv for every query head before it sums them: rows in multiples of 128, head sizes of 32. Calls with a mask
+    (windows, pairs of blocks) are another kernel's on CUDA, which holds one float32 number a query row and head.
     """
     if operator._overloadpacket is not torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return 0
     _, query, key = args[:3]
     batch, heads, rows, size = query.shape
+    if kwargs.get("attn_mask") is not None:
+        return batch * heads * rows * 4
     rows, wide = -(-rows // 128) * 128, -(-size // 32) * 32
     grouped = 2 * batch * heads * key.shape[2] * size * key.itemsize if key.shape[1] != heads else 0
     return batch * heads * rows * (wide + 1) * 4 + grouped

@@ -88,11 +88,19 @@ class StepSettings:
             return {"stock": "stock LoRA", "checkpointing": "stock + checkpointing"}.get(self.method, self.method.capitalize())
         kept = lemo.keep_ratio if isinstance(lemo.keep_ratio, float | int) else sum(lemo.keep_ratio) / len(lemo.keep_ratio)
         rows = ", kept-row checkpointing" if lemo.checkpoint == "kept_rows" else ""
-        return f"LeMo {lemo.attention_forward} {kept:g}{rows}"
+        names = lemo.attention_pattern if isinstance(lemo.attention_pattern, list) else [lemo.attention_pattern]
+        patterns = ", ".join(sorted({name.replace("_", " ") for name in names} - {"full"}))
+        return f"LeMo {lemo.attention_forward} {kept:g}{f', {patterns}' if patterns else ''}{rows}"
 
     def running(self, device_type: str = "cpu") -> AbstractContextManager[Any]:
         """The context of the forward pass on a type of device."""
         return torch.autocast(device_type, dtype=torch.bfloat16) if self.autocast else nullcontext()
+
+
+def runs_flex_attention(settings: StepSettings, num_layers: int) -> bool:
+    """Whether a layer's attention is `flex_attention`, compiled, where there is a GPU."""
+    lemo = settings.lemo_config
+    return lemo is not None and any(lemo.pattern_of(layer, num_layers) == "block_sparse" for layer in range(num_layers))
 
 
 def layer_kinds(config: PreTrainedConfig, settings: StepSettings) -> list[Hashable]:
@@ -105,7 +113,7 @@ def layer_kinds(config: PreTrainedConfig, settings: StepSettings) -> list[Hashab
         if lemo is not None:
             dense = lemo.is_dense(layer, layers)
             sizes = tuple(lemo.predictor_sizes[layer]) if lemo.predictor_sizes else None
-            of_lemo = (dense, None if dense else lemo.ratio_of(layer), sizes)
+            of_lemo = (dense, None if dense else lemo.ratio_of(layer), sizes, lemo.pattern_of(layer, layers))
         elif settings.baseline is not None:
             of_lemo = settings.baseline.kind_of_layer(layer, layers)
         kinds.append((layer == 0, types[layer], of_lemo))
@@ -219,8 +227,9 @@ def _config_of(config: PreTrainedConfig, settings: StepSettings, layers: list[in
     lemo = replace(
         lemo,
         keep_ratio=[lemo.ratio_of(layer) for layer in layers],
-        dense_layers=[place for place, layer in enumerate(layers) if lemo.is_dense(layer, total)],
+        dense_layers=[place for place, layer in enumerate(layers) if lemo.is_named_dense(layer, total)],
         predictor_sizes=[lemo.predictor_sizes[layer] for layer in layers] if lemo.predictor_sizes else None,
+        attention_pattern=[lemo.pattern_of(layer, total) for layer in layers],
         # Thresholds choose by values, which fake tensors lack; as many blocks are taken to be kept as keep_ratio says.
         selection="ratio" if lemo.selection == "threshold" else lemo.selection,
         thresholds=None,

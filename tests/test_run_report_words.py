@@ -8,6 +8,7 @@ from lemo_hf.profiling.run_comparison import pair, require_comparable
 from lemo_hf.profiling.run_plots import RecallSeries, draw_recall
 from lemo_hf.profiling.run_report import render_report
 from lemo_hf.profiling.run_report_data import RunData
+from lemo_hf.profiling.run_report_figures import memory
 from lemo_hf.profiling.run_report_words import amount, key_figures, pairs_in_words, summary, warnings
 
 
@@ -45,6 +46,21 @@ def test_what_the_two_runs_do_not_share_is_said():
     assert "per_device_train_batch_size (4, this run 1): memory" in notes[1]
     assert "on another machine" in notes[2]
     assert all(note in render_report([run], baseline, "", notes).replace("&#39;", "'") for note in notes)
+
+
+def test_the_memory_of_each_run_is_called_what_it_is():
+    def logged(label, device):
+        run = synthetic([3.0] * 4, label=label, **{"memory/peak_bytes": 2.0**31})
+        run.device = device
+        return run
+
+    gpu, cpu = "Tensors on the GPU", "Resident memory of the process, with the interpreter and libraries in it"
+    alike = memory([logged("run", "cuda"), logged("baseline", "cuda")]).caption
+    assert alike.startswith(f"{gpu}. The stairs")
+    mixed = memory([logged("run", "cpu"), logged("baseline", "cuda")]).caption
+    assert mixed.startswith(f"{cpu} (run); {gpu} (baseline). They measure different things")
+    assert memory([logged("run", "cpu"), synthetic([3.0], label="baseline")]).caption.startswith(f"{cpu}. The stairs")
+    assert gpu not in memory([logged("run", "")]).caption
 
 
 def test_loss_of_the_sparse_forward_is_not_passed_off_as_the_dense_one():

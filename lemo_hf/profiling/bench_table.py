@@ -43,7 +43,7 @@ def with_perplexity(row: Mapping[str, Any], result: Mapping[str, Any], source: s
         if (None if block is None else LemoConfig.from_dict(block)) == wanted:
             return {
                 "dense": result["arms"][arm]["perplexity"]["equal_steps"],
-                "source": f"{source}, arm {arm}, {config['steps']} steps",
+                "source": f"{source}, commit {result.get('commit') or 'unknown'}, arm {arm}, {config['steps']} steps",
             }
     return None
 

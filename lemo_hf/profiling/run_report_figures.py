@@ -20,6 +20,11 @@ _MOST_POINTS = 2000
 _MOST_COLUMNS = 400
 # Smaller shares of a run's time are counted as other.
 _SMALL = 0.005
+# What is measured as memory, by the device that trains.
+_MEMORY_OF = {
+    "cuda": "Tensors on the GPU",
+    "cpu": "Resident memory of the process, with the interpreter and libraries in it",
+}
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,17 @@ def memory(runs: Sequence[RunData]) -> Drawing | None:
     series = {run.label: found for run in runs if (found := _memory_of(run)) is not None}
     if not series:
         return None
-    on_gpu = any(run.device == "cuda" for run in runs)
-    what = "Tensors on the GPU" if on_gpu else "Resident memory of the process, with the interpreter and libraries in it"
+    measured: dict[str, list[str]] = {}
+    for run in runs:
+        if run.label in series:
+            measured.setdefault(_MEMORY_OF.get(run.device, "Memory as the run logged it, of what it does not say"), []).append(
+                run.label
+            )
+    # One kind is said once; of several it is said whose each is, for they cannot be held against one another.
+    what = "; ".join(kind if len(measured) == 1 else f"{kind} ({', '.join(labels)})" for kind, labels in measured.items())
+    apart = " They measure different things: their heights cannot be compared." if len(measured) > 1 else ""
     caption = (
-        f"{what}. The stairs are the highest so far, loading of the model included: where they rise, something needed more than all "
+        f"{what}.{apart} The stairs are the highest so far, loading of the model included: where they rise, something needed more than all "
         "before it. Points are measured when a logged step's forward ends, when all that its backward needs is there."
     )
     return Drawing(figure_svg(draw_memory(series), "memory"), "Memory over time", caption)

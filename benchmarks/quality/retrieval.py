@@ -30,6 +30,7 @@ HOPS = 2  # lines of a chain beyond the one that holds the number
 KEY_VALUE_SPACING = 32
 CHAIN_SPACING = 128
 MOST_DISTRACTORS = 128  # beyond, a longer context is a longer way and no more of them
+MIN_EPISODE = 128  # tokens of a training row's episode, which hold a definition and its question
 _NAME = re.compile(r" [a-z]{3,}")
 _FILLERS = (
     "\n    {0}.{1}({2})",
@@ -267,17 +268,17 @@ def _question_episode(
         at = sorted(torch.randint(len(filler) + 1, (len(group),), generator=generator).tolist())
         places += [(_line_start(words, filler, place), line) for place, line in zip(at, group, strict=True)]
     if len(filler) < 64:
-        places = _interleaved(told[:count], generator)  # no text to spread the lines over
+        places = _interleaved(told[:count], _line_start(words, filler, 0), generator)  # no text to spread the lines over
     order = torch.randperm(count, generator=generator).tolist()
     return _laid_out(words, filler, places, [questions[index] for index in order])
 
 
-def _interleaved(groups: Sequence[list[list[int]]], generator: torch.Generator) -> list[tuple[int, list[int]]]:
-    """All lines at place 0, groups mixed with each other, each in its own order."""
+def _interleaved(groups: Sequence[list[list[int]]], place: int, generator: torch.Generator) -> list[tuple[int, list[int]]]:
+    """All lines at one place, groups mixed with each other, each in its own order."""
     order = [index for index, group in enumerate(groups) for _ in group]
     order = [order[i] for i in torch.randperm(len(order), generator=generator).tolist()]
     rest = [iter(group) for group in groups]
-    return [(0, next(rest[index])) for index in order]
+    return [(place, next(rest[index])) for index in order]
 
 
 def training_row(
@@ -290,16 +291,18 @@ def training_row(
 
     Args:
         tokenizer: The model's.
-        tokens: A multiple of 8.
+        tokens: At least `MIN_EPISODE`, and a multiple of 8.
         generator: Of all draws.
         haystack: As for `sample`.
 
     Returns:
         `input_ids` and `labels` (-100 where nothing is asked), int64 `(tokens,)`.
     """
+    if tokens < MIN_EPISODE or tokens % 8:
+        raise LemoError(f"retrieval row of a length it cannot have; {tokens} tokens; use a multiple of 8, at least {MIN_EPISODE}")
     words = words_of(tokenizer)
     kind = ("copy", *TASKS, *TASKS)[_below(7, generator)]
-    episodes = 1 << _below(4, generator)
+    episodes = min(1 << _below(4, generator), max(1, tokens // MIN_EPISODE))
     parts = []
     for _ in range(episodes):
         if kind == "copy":

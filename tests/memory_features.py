@@ -1,5 +1,6 @@
 """The features that change what a training step stores or computes, each on a tiny model, and steps with any of them combined."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from lemo_hf import AutoLemoModelForCausalLM, LemoConfig
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.activation_memory import ActivationMemory
-from lemo_hf.training.activation_offload import ActivationOffload
+from lemo_hf.training.sensitive_offload import OffloadSettings, SensitiveOffload
 
 # Releases of transformers that can checkpoint some layers only.
 EVERY_N = "every_n_layers" in signature(getattr(PreTrainedModel, "activation_checkpointing_enable", len)).parameters
@@ -193,8 +194,11 @@ def make_model(names: tuple[str, ...], folder: Path, lemo: dict[str, Any] | None
     return model.train()
 
 
-def layers_of(model: Any) -> nn.ModuleList:
-    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+EVERYTHING = OffloadSettings(budget=math.inf, smallest=1)
+
+
+def with_layers(model: Any) -> nn.Module:
+    return next(module for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
 
 
 def batch_for(names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -249,14 +253,14 @@ def step(names: tuple[str, ...], folder: Path, lemo: dict[str, Any] | None, besi
             memory = None if "compile" in names else stack.enter_context(ActivationMemory(model))
             offload = None
             if "offload" in names:
-                offload = stack.enter_context(ActivationOffload(layers_of(model), "cpu"))
+                offload = stack.enter_context(SensitiveOffload(with_layers(model), EVERYTHING))
             for dtype in {feature.autocast for feature in combine(*names)} - {None}:
                 stack.enter_context(torch.autocast("cpu", dtype=dtype))
             loss = called(**part, num_items_in_batch=items).loss
         if memory is not None:
             result.bytes += memory.saved.total
             result.layer_bytes += sum(size for layer, size in memory.saved.by("layer").items() if layer is not None)
-        result.copied_bytes += 0 if offload is None else offload.copied_bytes
+        result.copied_bytes += 0 if offload is None else sum(offload.report().moved_bytes)
         loss.backward()
         result.loss = result.loss + loss.detach()
         if lemo is not None and not result.shares:

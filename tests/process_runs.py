@@ -137,6 +137,7 @@ def outcome(trainer: Any) -> dict[str, Any]:
         "recall": [logs["recall"] for logs in history if "recall" in logs],
         "kept_share": [logs["kept_share"] for logs in history if "kept_share" in logs],
         "saved_bytes": [logs["saved_bytes"] for logs in history if "saved_bytes" in logs],
+        "offloaded_bytes": [logs["offloaded_bytes"] for logs in history if "offloaded_bytes" in logs],
     }
 
 
@@ -276,6 +277,9 @@ def main(out: Path) -> None:
     sharded.save_model(str(out / "fsdp_final"))
     train("ddp_kept_rows", {**SAMPLED, "checkpoint": "kept_rows"}, max_steps=2)
     train("fsdp_kept_rows", {**SAMPLED, "checkpoint": "kept_rows"}, fsdp=True, max_steps=2)
+    offload = {**SAMPLED, "checkpoint": "kept_rows", "offload": "sensitive", "offload_budget": "1MiB"}
+    train("ddp_offload", offload, max_steps=2, offload_min_bytes=1)
+    train("fsdp_offload", {**offload, "offload": "uniform"}, fsdp=True, max_steps=2, offload_min_bytes=1)
     train("fsdp_checkpointing", SAMPLED, fsdp=True, max_steps=2, gradient_checkpointing=True)
 
     for engine in ("ddp", "fsdp"):

@@ -9,16 +9,14 @@ from peft import PrefixTuningConfig, get_peft_model
 from references.tiny_models import checkpoint_stock_layers
 from torch.autograd.graph import saved_tensors_hooks
 from training_runs import RandomText, curve, tiny_arguments, tiny_lemo_model, tiny_trainer
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from trl import SFTConfig
 
 from lemo_hf import LemoTrainer, LemoTrainingArguments, lemo_callbacks
 from lemo_hf.errors import LemoError
 from lemo_hf.profiling.activation_memory import ActivationMemory
-from lemo_hf.training.activation_offload import SaveOnCpu
 from lemo_hf.training.compatible_options import PAIRS, as_markdown, require_compatible
-from lemo_hf.training.lemo_run import LemoRun
 
 # Its name in this release of transformers.
 CHECKPOINTING = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
@@ -75,38 +73,37 @@ CASES = {
     ),
     "compile, offload": (
         4,
-        of(**RATIO),
-        {"torch_compile": True, "save_on_cpu": True},
-        "torch_compile=True, save_on_cpu=True; leave",
+        of(**RATIO, offload="sensitive"),
+        {"torch_compile": True},
+        "torch_compile=True, offload='sensitive'; leave",
     ),
     "two offloads": (
         5,
-        of(**RATIO),
-        {"save_on_cpu": True, CHECKPOINTING: True, KWARGS: {"offload": True}},
-        "save_on_cpu=True, activation_checkpointing_kwargs={'offload': True}",
+        of(**RATIO, offload="uniform"),
+        {CHECKPOINTING: True, KWARGS: {"offload": True}},
+        "offload='uniform', activation_checkpointing_kwargs={'offload': True}",
     ),
-    "offload on a cpu": (6, of(**RATIO), {"save_on_cpu": True}, "save_on_cpu=True on cpu; leave it out"),
     "checkpoints' offload on a cpu": (
         6,
         of(**RATIO),
         {CHECKPOINTING: True, KWARGS: {"offload": True}},
         "{'offload': True} on cpu",
     ),
-    "liger": (7, of(), {"use_liger_kernel": True}, "model type 'lemo_llama'; leave it out"),
+    "liger": (8, of(), {"use_liger_kernel": True}, "model type 'lemo_llama'; leave it out"),
     "label smoothing": (
-        8,
+        9,
         of(enabled=False),
         {"label_smoothing_factor": 0.1},
         "label_smoothing_factor=0.1; set label_smoothing_factor=0",
     ),
-    "prefix": (9, with_prefix, {}, "peft_type=PREFIX_TUNING; use LoRA"),
+    "prefix": (10, with_prefix, {}, "peft_type=PREFIX_TUNING; use LoRA"),
     "dora on 8 bits": (
-        10,
+        11,
         lambda folder: make_model(("8bit", "dora"), folder, RATIO),
         {},
         "load_in_8bit=True on cpu; set load_in_4bit",
     ),
-    "attention dropout": (11, with_dropout, {}, "attention_dropout=0.1 in the model's config; set"),
+    "attention dropout": (12, with_dropout, {}, "attention_dropout=0.1 in the model's config; set"),
 }
 
 
@@ -121,8 +118,7 @@ def test_a_refused_pair_is_named_as_the_trainer_is_made(case, tmp_path):
     place, make, changes, says = CASES[case]
     folder = tmp_path / "run"
     own = tiny_arguments(folder, **changes)
-    stock_values = {name: value for name, value in changes.items() if name != "save_on_cpu"}
-    stock = TrainingArguments(str(folder), use_cpu=True, report_to="none", **stock_values)
+    stock = TrainingArguments(str(folder), use_cpu=True, report_to="none", **changes)
     model = make(tmp_path)
     for make_trainer in (
         lambda: LemoTrainer(model, own, train_dataset=RandomText()),
@@ -154,8 +150,8 @@ def test_trls_default_is_named(tmp_path):
     with pytest.raises(LemoError, match="trl's SFTConfig and PEFT's prepare_model_for_kbit_training turn it on"):
         require_compatible(args, LemoTrainingArguments(str(tmp_path), use_cpu=True), tiny_lemo_model(**KEPT_ROWS))
     offloads = SFTConfig(str(tmp_path), use_cpu=True, report_to="none", gradient_checkpointing=False, activation_offloading=True)
-    with pytest.raises(LemoError, match="save_on_cpu=True, activation_offloading=True"):
-        require_compatible(offloads, LemoTrainingArguments(str(tmp_path), save_on_cpu=True, use_cpu=True), tiny_lemo_model())
+    with pytest.raises(LemoError, match="offload='sensitive', activation_offloading=True"):
+        require_compatible(offloads, LemoTrainingArguments(str(tmp_path), use_cpu=True), tiny_lemo_model(offload="sensitive"))
 
 
 def test_what_gains_little_is_said_and_works(tmp_path):
@@ -166,6 +162,8 @@ def test_what_gains_little_is_said_and_works(tmp_path):
     (line,) = require_compatible(kept, kept, tiny_lemo_model(**KEPT_ROWS))
     assert "torch_compile=True, checkpoint='kept_rows'" in line
     plain = tiny_arguments(tmp_path)
+    (line,) = require_compatible(plain, plain, tiny_lemo_model(offload="sensitive"))
+    assert "offload='sensitive' on cpu" in line
     assert require_compatible(plain, plain, tiny_lemo_model(**KEPT_ROWS)) == []
 
 
@@ -206,28 +204,6 @@ def test_checkpointing_by_the_trainers_arguments_changes_no_curve_and_saves_byte
         assert trainer.state.log_history[0]["kept_share"] < 0.5
     assert all(each == curves["none"] for each in curves.values())
     assert saved["kept rows"] < saved["all"] == saved["reentrant"] < saved.get("every second", saved["none"] - 1) < saved["none"]
-
-
-def test_save_on_cpu_around_a_run_changes_no_curve_and_ends(tmp_path):
-    def trained(folder, *callbacks):
-        model = tiny_lemo_model(**RATIO)
-        args = TrainingArguments(
-            str(folder), use_cpu=True, max_steps=2, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True
-        )
-        trainer = Trainer(model, args, train_dataset=RandomText(), callbacks=list(callbacks))
-        trainer.train()
-        return trainer
-
-    class Looking(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            seen.append(offload._offload)
-
-    offload, seen = SaveOnCpu(LemoRun(tiny_arguments(tmp_path, save_on_cpu=True))), []
-    got = trained(tmp_path / "offloaded", offload, Looking())
-    assert curve(got) == curve(trained(tmp_path / "plain"))
-    assert seen[0].copied_bytes > 0
-    layers = got.model.get_base_model().model.layers
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
 def test_an_offload_around_the_forward_goes_on_while_saved_bytes_are_measured():

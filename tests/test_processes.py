@@ -130,6 +130,18 @@ def test_weights_gathered_for_a_layer_are_not_saved_bytes(runs: dict[str, Any]) 
     assert runs["ranks"][0]["ddp"]["saved_bytes"][0] == pytest.approx(runs["single"]["saved_bytes"][0] / 2, rel=1e-3)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_offload_leaves_every_loss_as_it_is(runs: dict[str, Any], engine: str) -> None:
+    offloaded, plain = runs[f"{engine}_offload"], runs[f"{engine}_kept_rows"]
+    assert offloaded["curve"] == plain["curve"]
+    # All that the layers save: weights that FSDP2 gathers for a layer are none of it.
+    assert len(offloaded["offloaded_bytes"]) == 2
+    assert all(0 < moved <= whole for moved, whole in zip(offloaded["offloaded_bytes"], plain["saved_bytes"], strict=True))
+    assert [moved + left for moved, left in zip(offloaded["offloaded_bytes"], offloaded["saved_bytes"], strict=True)] == plain[
+        "saved_bytes"
+    ]
+
+
 def test_adapter_of_sharded_run_is_whole(runs: dict[str, Any]) -> None:
     folder = runs["folder"]
     for step in (2, 4):

@@ -93,6 +93,10 @@ def selection_rows(lemo: LemoConfig) -> list[Row]:
         rows.append(("Attention in training", "sparse: kept tokens attend to kept tokens"))
     if lemo.checkpoint == "kept_rows":
         rows.append(("Checkpointing", "a layer stores its kept rows and recomputes the rest of them"))
+    if lemo.offload != "none":
+        how = "as many bytes of each as hide behind computation" if lemo.offload == "sensitive" else "the same bytes of each"
+        much = {None: "", "all": ", all of it"}.get(lemo.offload_budget, f", {lemo.offload_budget} in all")
+        rows.append(("Offload", f"what layers save lies in host memory, {how}{much}"))
     return rows
 
 

@@ -95,12 +95,13 @@ class LemoTrainingArguments(TrainingArguments):
     # Dense tail: the last steps keep every token, which closes most of the perplexity gap of the sparse form.
     dense_tail_share: float = field(default=0.0, metadata={"help": "Share of the steps, at the end, that keep every token."})
 
-    # What a sparse step holds. Elimination itself and kept-row checkpointing belong to the model: LemoConfig.
-    save_on_cpu: bool = field(
-        default=False,
-        metadata={
-            "help": "Hold what the layers save for backward in pinned host memory, as torch.autograd.graph.save_on_cpu does."
-        },
+    # The machine that LemoConfig(offload=...) offloads on; how much is offloaded belongs there.
+    offload_bandwidth: float | None = field(
+        default=None,
+        metadata={"help": "Bytes per second between device and host memory; measured as training begins if not given."},
+    )
+    offload_min_bytes: int = field(
+        default=2**20, metadata={"help": "Bytes of a saved tensor from which on it is offloaded; smaller ones stay."}
     )
 
     # Surviving a kill before the first checkpoint.
@@ -120,6 +121,9 @@ class LemoTrainingArguments(TrainingArguments):
         self._require(
             "share_search", self.share_search in units, "'kept_share', 'flops' or 'memory'", "leave it out for one share"
         )
+        bandwidth = self.offload_bandwidth
+        self._require("offload_bandwidth", bandwidth is None or bandwidth > 0, "above 0", "leave it out to have it measured")
+        self._require("offload_min_bytes", self.offload_min_bytes >= 1, "at least 1", "leave it out for the default")
         documents = self.predictor_documents
         self._require("predictor_documents", documents is None or documents >= 0, "0 or more", "set it to 0 to skip the phase")
         self._require("recall_drop", -1 <= self.recall_drop <= 1, "a share in [-1, 1]", "set refit_limit=0 to never refit")

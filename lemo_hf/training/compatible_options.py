@@ -115,25 +115,31 @@ def _compiled_checkpointing(options: Options) -> str | None:
     return "torch_compile=True, activation_checkpointing=True" if both else None
 
 
+def _offload(options: Options) -> str | None:
+    lemo = options.lemo
+    return f"offload={lemo.offload!r}" if lemo.enabled and lemo.offload != "none" else None
+
+
 def _compiled_offload(options: Options) -> str | None:
-    both = options.is_compiled and options.own.save_on_cpu
-    return "torch_compile=True, save_on_cpu=True" if both else None
+    return f"torch_compile=True, {offload}" if options.is_compiled and (offload := _offload(options)) else None
 
 
 def _two_offloads(options: Options) -> str | None:
-    if not options.own.save_on_cpu:
+    offload = _offload(options)
+    if offload is None:
         return None
     if (options.checkpointing or {}).get("offload"):
-        return "save_on_cpu=True, activation_checkpointing_kwargs={'offload': True}"
-    return "save_on_cpu=True, activation_offloading=True" if getattr(options.args, "activation_offloading", False) else None
+        return f"{offload}, activation_checkpointing_kwargs={{'offload': True}}"
+    return f"{offload}, activation_offloading=True" if getattr(options.args, "activation_offloading", False) else None
+
+
+def _checkpoints_offload_from_cpu(options: Options) -> str | None:
+    offloads = options.runs_on_cpu and (options.checkpointing or {}).get("offload")
+    return "activation_checkpointing_kwargs={'offload': True} on cpu" if offloads else None
 
 
 def _offload_from_cpu(options: Options) -> str | None:
-    if not options.runs_on_cpu:
-        return None
-    if (options.checkpointing or {}).get("offload"):
-        return "activation_checkpointing_kwargs={'offload': True} on cpu"
-    return "save_on_cpu=True on cpu" if options.own.save_on_cpu else None
+    return f"{offload} on cpu" if options.runs_on_cpu and (offload := _offload(options)) else None
 
 
 def _liger(options: Options) -> str | None:
@@ -216,24 +222,32 @@ PAIRS = (
     ),
     Pair(
         "torch_compile=True",
-        "save_on_cpu=True",
+        'offload="sensitive" or "uniform"',
         "what a compiled layer saves is not seen",
         "leave one of them out",
         _compiled_offload,
     ),
     Pair(
-        "save_on_cpu=True",
+        'offload="sensitive" or "uniform"',
         "another offload (`activation_checkpointing_kwargs={'offload': True}`, trl's `activation_offloading`)",
         "they would copy the same tensors",
         "leave one of them out",
         _two_offloads,
     ),
     Pair(
-        "offload of activations",
+        "offload of checkpoints",
         "training on a CPU",
         "they are in host memory already",
         "leave it out",
+        _checkpoints_offload_from_cpu,
+    ),
+    Pair(
+        'offload="sensitive" or "uniform"',
+        "training on a CPU",
+        "what is saved is copied to other host memory and back, as tests have it",
+        "set offload='none'",
         _offload_from_cpu,
+        is_refused=False,
     ),
     Pair(
         "use_liger_kernel=True",

@@ -47,9 +47,10 @@ class HostMemory:
 
     def take(self, size: int) -> list[Tensor] | None:
         """`size` bytes, or `None` if there is no room for them."""
-        self._collect()
+        if size > self.room_bytes:
+            return None
         while sum(end - begin for _, begin, end in self._free) < size:
-            if not self._grow(size):
+            if not self._grow():
                 return None
         pieces, left = [], size
         while left:
@@ -70,6 +71,12 @@ class HostMemory:
         self._returned.append(pieces)
 
     @property
+    def room_bytes(self) -> float:
+        """Bytes that could be handed out now."""
+        self._collect()
+        return self.limit - self.used_bytes
+
+    @property
     def held_bytes(self) -> int:
         """Bytes that are handed out."""
         self._collect()
@@ -87,10 +94,8 @@ class HostMemory:
             joined.append((chunk, begin, end))
         self._free = joined
 
-    def _grow(self, wanted: int) -> bool:
+    def _grow(self) -> bool:
         room = min(self.limit - self.reserved_bytes, 2**62)
-        if room < min(wanted, 2**20):
-            return False
         size = min(self._chunk, 2 ** (int(room).bit_length() - 1))
         try:
             chunk = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)

@@ -26,7 +26,7 @@ class LayerMetrics(LemoCallback):
         self._remove_hooks()  # that an interrupted step left
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.run.lemo.enabled and _is_logged(args, state, kwargs.get("train_dataloader")):
+        if self.run.lemo.enabled and is_logged(args, state, kwargs.get("train_dataloader")):
             self._measured, self._is_logged = False, True
             model = kwargs["model"]
             # What a compiled forward saves passes no hook of ours without breaking its graph at each module.
@@ -87,7 +87,7 @@ class LayerMetrics(LemoCallback):
             logs.update(metrics)
 
 
-def _is_logged(args: TrainingArguments, state: TrainerState, dataloader: Any) -> bool:
+def is_logged(args: TrainingArguments, state: TrainerState, dataloader: Any) -> bool:
     """Whether the step that begins is followed by a log."""
     step = state.global_step + 1
     if step == 1 and args.logging_first_step:

@@ -155,6 +155,8 @@ class LemoRun:
         phase_arguments = {name: getattr(self.args, name) for name in _PHASE_ARGUMENTS}
         # What the phases find, or shipped predictors bring, may differ between the start of a run and its continuation.
         found = (*FOUND_FIELDS, "keep_ratio") if self._finds_shares else FOUND_FIELDS
+        # Where saved activations lie changes nothing that is computed.
+        found = (*found, "offload", "offload_budget")
         block = {name: value for name, value in self.lemo.to_dict().items() if name not in found}
         self._settings = json.loads(json.dumps({**block, **phase_arguments, "phase_seed": seed}))
         self.finished, self.refits, self.metrics, self.fitted_now = [], 0, {}, False

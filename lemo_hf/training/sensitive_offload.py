@@ -91,12 +91,23 @@ class OffloadReport:
         return max(0.0, 1 - self.stall_seconds / self.transfer_seconds) if self.transfer_seconds else 1.0
 
 
-class _LayerRun:
-    """One layer's forward, and its backward: what it saved, and when. Owned by what it saved."""
+class _Forward:
+    """What one forward of the layers has saved and moved, and when; and its backward's times."""
 
-    def __init__(self, layer: int, rows: int, budget: float, before: "_LayerRun | None") -> None:
-        self.layer, self.rows, self.budget = layer, rows, budget
-        self.saved = self.moved = 0
+    def __init__(self, layers: int) -> None:
+        self.place, self.rows = -1, 0  # the last layer that ran, and rows of its input
+        self.saved, self.moved = [0] * layers, [0] * layers
+        self.unmoved = 0
+        # By layer: begin, end, and the number of waits at each.
+        self.forward: dict[int, tuple[Moment, Moment, int, int]] = {}
+        self.backward: dict[int, tuple[Moment, int]] = {}
+
+
+class _LayerRun:
+    """One layer's forward, and its backward: what it saved. Owned by what it saved."""
+
+    def __init__(self, layer: int, forward: _Forward, budget: float, before: "_LayerRun | None") -> None:
+        self.layer, self.forward, self.budget = layer, forward, budget
         self.storages: list[weakref.ref[SavedStorage]] = []
         self.below = weakref.ref(before) if before is not None else lambda: None
         self.sent: Moment | None = None
@@ -147,7 +158,8 @@ class SensitiveOffload:
         self.device: torch.device = next(backbone.parameters()).device
         # By layer, per row of its input; `None` while everything is moved and timed.
         self.budgets: list[float] | None = None
-        self.memory = HostMemory(settings.host_bytes, pinned=self.device.type != "cpu")
+        most = math.inf if settings.budget is None else settings.budget
+        self.memory = HostMemory(min(settings.host_bytes, most), pinned=self.device.type != "cpu")
         self._backbone = backbone
         self._layers: list[nn.Module] = list(backbone.layers)  # type: ignore[arg-type]
         self._copies = copies or copies_for(self.device)
@@ -162,7 +174,8 @@ class SensitiveOffload:
         self._leaving: list[_LayerRun] = []  # whose copies computation has not waited for yet
         self._storages: weakref.WeakValueDictionary[tuple[int, int], SavedStorage] = weakref.WeakValueDictionary()
         self._timed = 0  # forwards since the budgets were unset
-        self._forget_forward()
+        self._began: tuple[Moment, int] = (None, 0)
+        self._forward = _Forward(len(self._layers))
 
     def __enter__(self) -> "SensitiveOffload":
         if self._link is None:
@@ -194,7 +207,8 @@ class SensitiveOffload:
         """What the last forward has moved; waits until the device is done with it."""
         peak, reserved = self.memory.peak_bytes, self.memory.reserved_bytes
         times = self._copies.transferred(), self._copies.stalled()
-        return OffloadReport(list(self._saved), list(self._moved), peak, reserved, self._unmoved, *times)
+        now = self._forward
+        return OffloadReport(list(now.saved), list(now.moved), peak, reserved, now.unmoved, *times)
 
     # A layer's forward.
 
@@ -207,19 +221,18 @@ class SensitiveOffload:
         return hook
 
     def _enter(self, place: int, layer: nn.Module, rows: Tensor) -> None:
-        if place <= self._place:
+        if place <= self._forward.place:
             self._begin_forward()
-        self._place = place
+        self._forward.place, self._forward.rows = place, rows.numel() // rows.shape[-1]
         # Looked at anew in each forward: FSDP2 has just gathered them.
         residents = (*layer.parameters(), *layer.buffers())
         self._weights = {storage_of(part)[0] for weight in residents for part in plain_tensors(weight)}
-        count = rows.numel() // rows.shape[-1]
-        budget = math.inf if self.budgets is None else self.budgets[place] * count
-        self._run = _LayerRun(place, count, budget, self._last())
+        budget = math.inf if self.budgets is None else self.budgets[place] * self._forward.rows
+        self._run = _LayerRun(place, self._forward, budget, self._last())
         self._last = weakref.ref(self._run)
         # Only the innermost hooks act: what measures saved bytes around these must see what stays.
         self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        self._began = self._copies.stalls, self._copies.moment()
+        self._began = self._copies.moment(), self._copies.stalls
         self._hooks = saved_tensors_hooks(self._pack, self._unpacker(self._outer))
         self._hooks.__enter__()
 
@@ -229,10 +242,8 @@ class SensitiveOffload:
             self._leave()
             if run is None:
                 return
-            stalls, began = self._began
-            self._forward_marks[place] = (began, self._copies.moment(), stalls, self._copies.stalls)
-            self._saved[place], self._moved[place] = run.saved, run.moved
-            self._rows = run.rows
+            began, stalls = self._began
+            run.forward.forward[place] = (began, self._copies.moment(), stalls, self._copies.stalls)
             for one in self._leaving:
                 self._let_go(one)
             self._leaving = [run]
@@ -267,7 +278,7 @@ class SensitiveOffload:
         found = self._storages.get(key)
         if found is None:
             found = self._storages[key] = SavedStorage(storage, self._copies, self.memory)
-            run.saved += found.size
+            run.forward.saved[run.layer] += found.size
             self._move(found, storage, run)
         if not found.moved:
             return _Saved(run, found, None, keep(tensor))
@@ -281,16 +292,16 @@ class SensitiveOffload:
         return size >= max(1, self.settings.smallest) and key not in self._weights
 
     def _move(self, found: SavedStorage, storage: Any, run: _LayerRun) -> None:
-        room = run.budget - run.moved
-        size = found.size if found.size <= room else int(room)
-        if size < max(1, self.settings.smallest):
-            return
-        pieces = self.memory.take(size)
+        forward, layer = run.forward, run.layer
+        wanted = int(min(found.size, max(0, run.budget - forward.moved[layer])))
+        size = int(min(wanted, self.memory.room_bytes))
+        pieces = self.memory.take(size) if size >= max(1, self.settings.smallest) else None
         if pieces is None:
-            self._unmoved += size
+            forward.unmoved += wanted if size < wanted else 0
             return
         run.sent = found.send(storage, pieces, self._keep)
-        run.moved += size
+        forward.moved[layer] += size
+        forward.unmoved += wanted - size
         run.storages.append(weakref.ref(found))
 
     def _keep(self, tensor: Tensor) -> Any:
@@ -316,7 +327,7 @@ class SensitiveOffload:
 
     def _begin_backward(self, run: _LayerRun, kept: Callable[[Any], Tensor]) -> None:
         run.in_backward = True
-        self._backward_marks[run.layer] = (self._copies.stalls, self._copies.moment())
+        run.forward.backward[run.layer] = (self._copies.moment(), self._copies.stalls)
         below = run.below()
         for one in (run, below):
             # What was saved last is asked for first.
@@ -331,15 +342,8 @@ class SensitiveOffload:
             self._signed, self.budgets, self._timed = self._signature(), None, 0
         elif self.budgets is None:
             self._set_budgets()
-        self._forget_forward()
+        self._forward = _Forward(len(self._layers))
         self._copies.begin()
-
-    def _forget_forward(self) -> None:
-        count = len(self._layers)
-        self._place, self._rows, self._unmoved = -1, 0, 0
-        self._saved, self._moved = [0] * count, [0] * count
-        self._forward_marks: dict[int, tuple[Moment, Moment, int, int]] = {}
-        self._backward_marks: dict[int, tuple[int, Moment]] = {}
 
     def _set_budgets(self) -> None:
         loads = self._loads()
@@ -356,22 +360,22 @@ class SensitiveOffload:
         moved = share(saved, hidden, total)
         if sum(moved) > self.settings.host_bytes:
             moved = share(saved, hidden, self.settings.host_bytes)
-        self.budgets = [math.inf if total == math.inf else size / self._rows for size in moved]
+        self.budgets = [math.inf if total == math.inf else size / self._forward.rows for size in moved]
 
     def _loads(self) -> list[LayerLoad] | None:
         """The last forward's layers, or `None` if they did not all run forward and backward."""
-        places = range(len(self._layers))
-        if len(self._forward_marks) < len(places) or len(self._backward_marks) < len(places):
+        places, now = range(len(self._layers)), self._forward
+        if len(now.forward) < len(places) or len(now.backward) < len(places):
             return None
         if self.settings.seconds is not None:
-            return [LayerLoad(self._saved[place], *self.settings.seconds[place]) for place in places]
+            return [LayerLoad(now.saved[place], *self.settings.seconds[place]) for place in places]
         loads = []
         for place in places:
-            began, ended, first, last = self._forward_marks[place]
+            began, ended, first, last = now.forward[place]
             forward = self._copies.seconds(began, ended) - self._copies.stalled(first, last)
             backward = 0.0  # of the first layer nobody asks: nothing comes back behind it
             if place:
-                (first, began), (last, ended) = self._backward_marks[place], self._backward_marks[place - 1]
+                (began, first), (ended, last) = now.backward[place], now.backward[place - 1]
                 backward = self._copies.seconds(began, ended) - self._copies.stalled(first, last)
-            loads.append(LayerLoad(self._saved[place], max(forward, 0.0), max(backward, 0.0)))
+            loads.append(LayerLoad(now.saved[place], max(forward, 0.0), max(backward, 0.0)))
         return loads

@@ -38,7 +38,7 @@ def memory_warning(run: "LemoRun", args: TrainingArguments, memory: int, on_gpu:
         on_gpu: Whether slack and context of CUDA count.
     """
     try:
-        settings = step_settings(run, args)
+        settings = _settings_on_device(run, args)
         if _bound(run, settings) < _SURE * memory:
             return None
         estimator = Estimator(run.backbone.config, memory=memory, on_gpu=on_gpu)
@@ -77,7 +77,7 @@ def keep_within_budget(run: "LemoRun", args: TrainingArguments) -> None:
             f"memory_budget sets one keep_ratio for all layers; {budget!r}, keep_ratio lists {len(run.lemo.keep_ratio)}; leave one out"
         )
     try:
-        settings = step_settings(run, args)
+        settings = _settings_on_device(run, args)
     except LemoError as error:
         raise LemoError(f"memory_budget cannot be kept, {error}; leave memory_budget out and set keep_ratio") from error
     estimator = Estimator(run.backbone.config, memory=read_bytes(budget), on_gpu=args.device.type == "cuda")
@@ -126,6 +126,13 @@ def step_settings(run: "LemoRun", args: TrainingArguments) -> StepSettings:
     )
 
 
+def _settings_on_device(run: "LemoRun", args: TrainingArguments) -> StepSettings:
+    # What an offload leaves on the device depends on bandwidth and times that nobody knows before the first steps.
+    if run.lemo.offload != "none":
+        raise LemoError(f"this step is not one that the estimator knows: offload={run.lemo.offload!r}")
+    return step_settings(run, args)
+
+
 def _refuse_unknown(run: "LemoRun", args: TrainingArguments) -> None:
     adapters = list(getattr(run.model, "peft_config", {}).values())
     switches = [args, *run.backbone.layers]
@@ -143,7 +150,6 @@ def _refuse_unknown(run: "LemoRun", args: TrainingArguments) -> None:
         or getattr(args, "deepspeed_plugin", None) is not None
         or args.n_gpu > 1,  # not by args.fsdp: `accelerate launch` sets neither that nor args.deepspeed
         "layers are checkpointed": checkpointed,
-        "activations are offloaded": run.args.save_on_cpu,
         "the model is compiled": bool(args.torch_compile),
     }
     for reason, holds in reasons.items():

@@ -387,5 +387,5 @@ def _show_means_only(terminal: Any) -> None:
 
 
 def _means(logs: dict[str, Any]) -> dict[str, Any]:
-    hidden = ("/layer_", "seconds/", "memory/")
+    hidden = ("/layer_", "seconds/", "memory/", "offload/")
     return {name: value for name, value in logs.items() if not any(part in name for part in hidden)}

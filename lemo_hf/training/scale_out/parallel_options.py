@@ -157,7 +157,7 @@ def refuse_fsdp(fsdp: Any, args: TrainingArguments, model: nn.Module) -> None:
     if isinstance(fsdp.cpu_offload, CPUOffloadPolicy):
         raise LemoError(
             "FSDP's offload of weights is not tried with LeMo; fsdp_offload_params=True; set it to false: checkpoint='kept_rows' and "
-            "save_on_cpu=True make room among the activations"
+            "offload='sensitive' make room among the activations"
         )
     layer = type(sparse_backbone(model).layers[0]).__name__
     names = {name for name in fsdp.transformer_cls_names_to_wrap or [] if name} or {layer}

@@ -94,6 +94,8 @@ def test_both_points_come_from_the_arms_own_runs(finished):
     assert steps["sparse-0.5"][EQUAL_TIME] <= 8
     assert run_of(finished, "sparse-0.5")["phase_steps"] > 0
     assert len(run_of(finished, "exact-0.5")["losses"]) == 8
+    measured = {(arm, point) for arm in ARMS for point, found in run_of(finished, arm)["points"].items() if "retrieval" in found}
+    assert measured == {(arm, EQUAL_STEPS) for arm in ("stock", "exact-0.5", "exact-0.3", "before", "sparse-0.5")}
 
 
 def test_costs_are_counted_beside_stocks(finished):
@@ -116,7 +118,7 @@ def test_a_ramp_moves_the_share_and_its_cost_is_that_of_both_ends(finished):
         config = SimpleNamespace(lemo=SimpleNamespace(update=lambda keep_ratio: shares.append(keep_ratio)))
 
     arm = Arm("ramp", "x", exact(0.5), ramp=(0.3, 0.7))
-    callback = Points(arm, lambda _: {EQUAL_STEPS: 5}, lambda model: {})
+    callback = Points(arm, lambda _: {EQUAL_STEPS: 5}, TinyTexts().measures(0))
     callback.on_train_begin(None, None, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "sparse_backbone", lambda model: Model)
@@ -135,6 +137,15 @@ def test_a_result_of_other_settings_is_refused(finished, base, capsys, monkeypat
     path.write_text(kept)
     assert extension.main(["--arms", "nothing", "--base", base]) == 2
     assert "no such arm; 'nothing'" in capsys.readouterr().err
+
+
+def test_arms_run_in_the_order_asked_for():
+    arms = all_arms(2)
+    found = [(arm.name, seed) for arm, seed in extension.in_order(["exact-0.3:4", "core:1,0", "stock"], [0], arms)]
+    core = [arm.name for arm in chosen(["core"], arms)]
+    assert found == [("exact-0.3", 4), *((name, 1) for name in core), *((name, 0) for name in core)]
+    with pytest.raises(LemoError, match="seeds are whole numbers; 'x' of core"):
+        extension.in_order(["core:x"], [0], arms)
 
 
 def test_no_time_left_begins_nothing(finished, base, monkeypatch):
@@ -354,8 +365,10 @@ def test_the_result_says_what_the_runs_said(finished, written):
     assert arm["perplexity"]["by_seed"] == pytest.approx(perplexities)
     assert arm["steps"] == 8
     assert len(arm["by_stretch"]) == 4
-    assert arm["retrieval"]["questions"] == 6
-    assert arm["versus_stock"].keys() >= {"perplexity", "stretch_3", "retrieval", "retrieval_loss", "repositories"}
+    assert arm["versus_stock"].keys() == {"perplexity", *(f"stretch_{part}" for part in range(4))}
+    earlier = setting["arms"]["exact-0.5"]["points"][EQUAL_STEPS]
+    assert earlier["retrieval"]["questions"] == 6
+    assert earlier["versus_stock"].keys() == arm["versus_stock"].keys() | {"retrieval", "retrieval_loss", "repositories"}
     # At equal time too the reference is stock after its own steps.
     stock = setting["arms"]["stock"]["points"][EQUAL_STEPS]["perplexity"]["by_seed"]
     expected = [100 * (mine / theirs - 1) for mine, theirs in zip(perplexities, stock, strict=True)]

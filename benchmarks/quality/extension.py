@@ -74,11 +74,16 @@ class Points(TrainerCallback):
         measure: What measures a model.
     """
 
-    def __init__(self, arm: Arm, points: Callable[[float], dict[str, int]], measure: Callable[[Any], dict[str, Any]]) -> None:
+    def __init__(self, arm: Arm, points: Callable[[float], dict[str, int]], measure: Measures) -> None:
         self.arm, self.points_of, self.measure = arm, points, measure
+        self.everywhere = measure.sizes.everywhere
         self.points: dict[str, int] = {}
         self.phase_seconds = 0.0
         self.found: dict[str, dict[str, Any]] = {}
+
+    def leaves_out(self, reached: list[str]) -> bool:
+        """Whether text alone is measured there."""
+        return not self.everywhere and (EQUAL_STEPS not in reached or self.arm.group not in ("core", "shares"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = seconds(device_here())
@@ -95,7 +100,7 @@ class Points(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         reached = [name for name, step in self.points.items() if step == state.global_step]
         if reached:
-            measured = self.measure(model)
+            measured = self.measure(model, self.leaves_out(reached))
             self.found |= {name: {"steps": state.global_step, **measured} for name in reached}
         control.should_training_stop = state.global_step >= max(self.points.values())
 
@@ -274,8 +279,10 @@ def run_one(arm: Arm, setting: Setting, seed: int, texts: Callable[[], Texts], o
 def main(given: list[str] | None = None) -> int:
     """Runs arms; 0: all are there, 3: some are left to do (time is up, or another process is at them), 2: bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=["core"], help="groups or arms of arms.py (default: core)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
+    parser.add_argument(
+        "--arms", nargs="+", default=["core"], help="groups or arms of arms.py in order, with seeds of their own as in core:0,1,2"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of arms without their own (default: 0)")
     parser.add_argument("--base", required=True, help="folder of the base model")
     parser.add_argument("--out", type=Path, default=Path("outputs/quality"), help="(default: %(default)s)")
     parser.add_argument("--tokens", type=int, help="tokens of a row (default: four times the base's context)")
@@ -292,23 +299,38 @@ def main(given: list[str] | None = None) -> int:
         config = AutoConfig.from_pretrained(args.base)
         same = {name: getattr(args, name) for name in ("steps", "learning_rate", "schedule", "sizes", "predictors")}
         setting = Setting(base=args.base, tokens=args.tokens or 4 * config.max_position_embeddings, **same)
-        listed = chosen(args.arms, all_arms(config.num_hidden_layers))
+        listed = in_order(args.arms, args.seeds, all_arms(config.num_hidden_layers))
         texts = lazily(lambda: Rows(AutoTokenizer.from_pretrained(args.base), setting))
-        for group in dict.fromkeys(arm.group for arm in listed):
-            for seed in args.seeds:
-                for arm in (arm for arm in listed if arm.group == group):
-                    started = time.perf_counter()
-                    if started - began + longest > args.seconds:
-                        left += 1
-                        continue
-                    done = run_one(arm, setting, seed, texts, args.out)
-                    longest = max(longest, time.perf_counter() - started)
-                    left += done == "is being made"
-                    print(f"{datetime.now(UTC):%H:%M:%S} {arm.name} seed {seed} {done}", flush=True)
+        for arm, seed in listed:
+            started = time.perf_counter()
+            if started - began + longest > args.seconds:
+                left += 1
+                continue
+            done = run_one(arm, setting, seed, texts, args.out)
+            longest = max(longest, time.perf_counter() - started)
+            left += done == "is being made"
+            print(f"{datetime.now(UTC):%H:%M:%S} {arm.name} seed {seed} {done}", flush=True)
     except LemoError as error:
         print(error, file=sys.stderr)
         return 2
     return 3 if left else 0
+
+
+def in_order(names: list[str], seeds: list[int], arms: Mapping[str, Arm]) -> list[tuple[Arm, int]]:
+    """Arms and seeds as asked for: name by name, and of a group seed by seed; each once.
+
+    Raises:
+        LemoError: If there is no such arm, or a seed is no number.
+    """
+    found: dict[tuple[str, int], tuple[Arm, int]] = {}
+    for name in names:
+        name, _, own = name.partition(":")
+        try:
+            numbers = [int(seed) for seed in own.split(",")] if own else seeds
+        except ValueError as error:
+            raise LemoError(f"seeds are whole numbers; {own!r} of {name}; write them as core:0,1,2") from error
+        found |= {(arm.name, seed): (arm, seed) for seed in numbers for arm in chosen([name], arms)}
+    return list(found.values())
 
 
 def lazily(make: Callable[[], Texts]) -> Callable[[], Texts]:

@@ -42,6 +42,8 @@ class Sizes:
         windows: Windows of text; `far_windows` of them also with their context cut.
         tasks: Retrieval tasks, each at every one of `lengths` (shares of the context) and `depths`, `repeats` times.
         repositories: Repository rows.
+        everywhere: Whether retrieval and repositories are measured of every arm at both points, and not at equal steps of the core
+            arms and shares alone.
     """
 
     windows: int
@@ -50,13 +52,14 @@ class Sizes:
     depths: tuple[float, ...]
     repeats: int
     repositories: int
+    everywhere: bool
     tasks: tuple[str, ...] = retrieval.TASKS
 
 
 # By name: what every arm is measured by, and what the arms of the main comparison are.
 SIZES = {
-    "brief": Sizes(12, 4, (1.0,), (0.1, 0.5, 0.9), 1, 4),
-    "full": Sizes(24, 12, (0.25, 0.5, 1.0), (0.1, 0.3, 0.5, 0.7, 0.9), 1, 8),
+    "brief": Sizes(12, 4, (1.0,), (0.1, 0.5, 0.9), 1, 4, False),
+    "full": Sizes(24, 12, (0.25, 0.5, 1.0), (0.1, 0.3, 0.5, 0.7, 0.9), 1, 8, True),
 }
 
 
@@ -189,13 +192,17 @@ class Measures:
     ) -> None:
         self.windows, self.questions, self.repositories, self.sizes = windows, questions, repositories, sizes
 
-    def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Measures `model`, whose training mode is restored afterwards; JSON types."""
+    def __call__(self, model: nn.Module, text_alone: bool = False) -> dict[str, Any]:
+        """Measures `model`, whose training mode is restored afterwards; JSON types.
+
+        Args:
+            model: A causal language model.
+            text_alone: Whether retrieval and repositories are left out.
+        """
         with evaluation_mode(model):
             found: dict[str, Any] = {"text": measure_text(model, self.windows, self.sizes.far_windows)}
-            if self.questions:
+            if not text_alone:
                 found["retrieval"] = measure_retrieval(model, self.questions)
-            if self.repositories:
                 found["repositories"] = measure_repositories(model, self.repositories)
         losses = [*(loss for sums in found["text"]["nll"] for loss in sums)]
         if not all(map(math.isfinite, losses)):

@@ -20,6 +20,7 @@ CHANGED = {
     "sampling_temperature": 2.0,
     "draws": "by_layer",
     "score_source": "true",
+    "block_reduction": "mean",
     "attention_forward": "sparse",
     "attention_pattern": ["full", "block_sparse"],
     "group_size": 8,
@@ -30,8 +31,8 @@ CHANGED = {
     "dense_layers": [0, -1],
     "segment_size": 17,
     "predictor_rank": 4,
-    "predictor_features": 5,
-    "predictor_sizes": [[1, 2, 3, 4], [5, 6, 7, 8]],
+    "predictor_features": 6,
+    "predictor_sizes": [[4], [6]],
     "seed": 9,
 }
 
@@ -56,7 +57,7 @@ def test_an_unknown_field_is_named_with_the_nearest(name, nearest):
 
 
 def test_an_unknown_field_without_a_near_one_lists_all():
-    with pytest.raises(LemoConfigError, match="known fields: attention_forward, block_size"):
+    with pytest.raises(LemoConfigError, match="known fields: attention_forward, attention_pattern, block_reduction"):
         LemoConfig.from_dict({"zzz": 1})
 
 

@@ -157,9 +157,11 @@ def with_found(block: LemoConfig, found: LemoConfig, source: str) -> LemoConfig:
             f"predictors do not fit the settings: they pool blocks of {found.block_size}, block_size={block.block_size} is asked for; "
             f"{source!r}; set the same block_size, or train predictors for this one"
         )
-    if block.needs_predictors:
-        require_reduction(block, found, source)
     taken = {name: getattr(found, name) for name in FOUND_FIELDS}
+    if block.needs_scores:
+        require_reduction(block, found, source)
+    else:
+        taken["block_reduction"] = found.block_reduction  # the predictors', which lie unused
     return replace(block, **(taken | ({} if block.thresholds is None else {"thresholds": block.thresholds})))
 
 

@@ -41,6 +41,8 @@ class LemoConfig:
         enabled: `False` makes training the stock model's too.
         block_size: Tokens per block; blocks are chosen as a whole (paper: 64).
         keep_ratio: Share of a document's blocks that a layer keeps, in (0, 1]; one number, or one per layer.
+        mlp_keep_ratio: Share of a document's blocks whose MLP a layer keeps, in (0, 1]: the best or first drawn of those that it
+            keeps, at most all of them; `None` keeps them all. With `keep_ratio=1.0` attention keeps every token.
         memory_budget: Memory that a training step may take, such as `"40GiB"`: as training begins, `keep_ratio` becomes the largest
             share, one for all layers, with which it is expected to fit.
         selection: `"sampled"` draws the blocks anew at each step, `"ratio"` keeps the most informative ones,
@@ -84,6 +86,7 @@ class LemoConfig:
     enabled: bool = True
     block_size: int = 64
     keep_ratio: float | list[float] = 0.5
+    mlp_keep_ratio: float | None = None
     memory_budget: str | None = None
     selection: SelectionMode = "sampled"
     thresholds: list[float] | None = None
@@ -140,6 +143,15 @@ class LemoConfig:
                 f"keep_ratio is the share of blocks kept and must be in (0, 1]; got {shown(self.keep_ratio)}; 0.5 keeps half of them"
             )
         self._validate_pattern()
+        mlp = self.mlp_keep_ratio
+        if mlp is not None and not (_is_number(mlp) and 0 < mlp <= 1):
+            raise LemoConfigError(
+                f"mlp_keep_ratio is a share of blocks and must be in (0, 1], or null; got {shown(mlp)}; null keeps keep_ratio's blocks"
+            )
+        if mlp is not None and self.selection == "threshold":
+            raise LemoConfigError(
+                f"mlp_keep_ratio counts blocks, selection='threshold' does not; got {shown(mlp)}; leave it out, or use 'sampled' or 'ratio'"
+            )
         budget = self.memory_budget
         if budget is not None and not (isinstance(budget, str) and _MEMORY.fullmatch(budget)):
             raise LemoConfigError(
@@ -152,7 +164,7 @@ class LemoConfig:
                 f"sampling_temperature must be a number above 0, or null for the uniform draw; got {shown(temperature)}; "
                 "1.0 draws by informativeness"
             )
-        if temperature is not None and self.block_reduction == "mean":
+        if temperature is not None and self.selection == "sampled" and self.block_reduction == "mean":
             raise LemoConfigError(
                 "drawing by informativeness needs numbers of at least 0, and a mean of signed scores may be negative; "
                 f"got sampling_temperature={shown(temperature)} with block_reduction='mean'; leave one of them out"
@@ -265,9 +277,13 @@ class LemoConfig:
         """Share of blocks that `layer` keeps, in (0, 1]."""
         return self.keep_ratio[layer] if isinstance(self.keep_ratio, list) else self.keep_ratio
 
+    def mlp_ratio_of(self, layer: int) -> float:
+        """Share of blocks that the MLP of `layer` keeps, in (0, 1]; at most the layer's own."""
+        return min(self.ratio_of(layer), self.mlp_keep_ratio or 1.0)
+
     def is_dense(self, layer: int, num_layers: int) -> bool:
-        """Whether `layer` keeps every token whatever its scores are."""
-        return self.is_named_dense(layer, num_layers) or (self.selection != "threshold" and self.ratio_of(layer) == 1)
+        """Whether `layer` keeps every token, in attention and MLP, whatever its scores are."""
+        return self.is_named_dense(layer, num_layers) or (self.selection != "threshold" and self.mlp_ratio_of(layer) == 1)
 
     def is_named_dense(self, layer: int, num_layers: int) -> bool:
         """Whether `dense_layers` names `layer`."""

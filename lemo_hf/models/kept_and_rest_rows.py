@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from .document_attention import AttentionScope, attend, centred_keys, with_kept_row_gradient
 from .documents import Documents
-from .row_movement import TakenRows, add_and_norm, interleave, merge, rest_norm, take
-from .token_elimination import Selection
+from .row_movement import TakenRows, add_and_norm, interleave, lay_among, merge, rest_norm, take
+from .token_elimination import Selection, gather_rows
 from .two_dimensional_sparsity import AttentionPattern, attend_in_pattern
 
 
@@ -107,7 +107,12 @@ class KeptAndRestRows:
         return merge(taken, kept, kept_update, rest, rest_update, self.selection)
 
     def kept_forward(
-        self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None, normed: Tensor | None = None
+        self,
+        kept: Tensor,
+        finished: tuple[Tensor, Tensor] | None = None,
+        normed: Tensor | None = None,
+        *,
+        for_backward: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The layer on kept rows `(kept, hidden)`.
 
@@ -116,6 +121,7 @@ class KeptAndRestRows:
             finished: Their attention output and log-sum-exp where these are known, in the exact form's second run; the first
                 one reads the rest rows' heads, which `project_rest` has supplied.
             normed: The kept rows normalised for attention, where they are.
+            for_backward: Whether the result is wanted for its gradient alone: rows that the MLP does not keep then skip it.
 
         Returns:
             Two parts, `(kept, hidden)` each, whose sum is the kept rows' new value: the rows after attention, and the MLP's output.
@@ -128,6 +134,8 @@ class KeptAndRestRows:
         else:
             output = self._attend_kept(query, key, value, scope, finished)
         update = self.layer.project_output(output)
+        if self.selection.mlp_kept is not None:
+            return self._with_fewer_rows(kept + update, for_backward)
         middle, normed = add_and_norm(kept, update, self.layer.mlp_norm, self.layer.plain_norms[1])
         return middle, self.layer.feed_forward(normed)
 
@@ -144,6 +152,19 @@ class KeptAndRestRows:
         if self.exact and self.selection.rest_rows.numel():
             key, lse = centred_keys(query, key, lse, scope)
         return with_kept_row_gradient(query, key, value, attended, lse, scope)
+
+    def _with_fewer_rows(self, middle: Tensor, for_backward: bool) -> tuple[Tensor, Tensor]:
+        """Kept rows after attention `(kept, hidden)`, and the MLP's output, with gradient at the rows that the MLP keeps."""
+        at, rest_at = self.selection.mlp_kept, self.selection.mlp_rest
+        assert at is not None
+        assert rest_at is not None
+        output = self.layer.feed_forward(self.layer.mlp_norm(gather_rows(middle, at)))
+        with torch.no_grad():
+            if for_backward:
+                rest = output.new_zeros(rest_at.shape[0], output.shape[1])
+            else:
+                rest = self.layer.feed_forward(self.layer.mlp_norm(gather_rows(middle, rest_at)))
+        return middle, lay_among(output, rest, at, rest_at)
 
     def _scope(self, lengths: list[int], real_rows: Tensor | None = None) -> AttentionScope:
         """What attention among all real rows, or some of them, needs to know; `lengths` of them belong to each document."""

@@ -29,7 +29,9 @@ class SplitLayer(Protocol):
     def forward(self, residual: Tensor, taken: TakenRows) -> Tensor:
         """The layer on all real rows."""
 
-    def kept_forward(self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def kept_forward(
+        self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None, *, for_backward: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The layer on kept rows."""
 
 
@@ -61,7 +63,7 @@ class _KeptRowCheckpoint(torch.autograd.Function):
             random_state_restored(ctx.random_state, grad.device),
         ):
             leaf = kept.detach().requires_grad_(ctx.needs_input_grad[0])
-            again = torch.add(*split.kept_forward(leaf, tuple(finished) or None))
+            again = torch.add(*split.kept_forward(leaf, tuple(finished) or None, for_backward=True))
         inputs = [*([leaf] if leaf.requires_grad else []), *ctx.weights]
         grads = list(torch.autograd.grad(again, inputs, gather_rows(grad, rows), allow_unused=True))
         if not leaf.requires_grad:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .documents import Documents
 from .kernel_switch import kernel
@@ -146,6 +147,23 @@ def interleave(kept: tuple[Tensor, ...], rest: tuple[Tensor, ...], kept_at: Tens
         buffer = one.new_empty(count, *one.shape[1:]).index_copy_(0, kept_at, one)
         merged.append(buffer.index_copy_(0, rest_at, other))
     return tuple(merged)
+
+
+class _LaidAmong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, others: Tensor, rows_at: Tensor, others_at: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_at)
+        return interleave((rows,), (others,), rows_at, others_at)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None, None
+
+
+def lay_among(rows: Tensor, others: Tensor, rows_at: Tensor, others_at: Tensor) -> Tensor:
+    """`rows` and `others`, which are constants, laid into one buffer `(rows + others, hidden)`, at the given places."""
+    return _LaidAmong.apply(rows, others, rows_at, others_at)
 
 
 def predicted_features(

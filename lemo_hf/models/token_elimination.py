@@ -4,7 +4,7 @@ A `Selection` is the one value that the rest of the layer sees: flat sorted rows
 Nothing else knows how they were chosen.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class Selection:
         kept_lengths: Kept rows of each document.
         kept_blocks: Whether each block of the batch is kept, `(blocks,)`.
         real_kept, real_rest: The same rows as positions in the list of real rows.
+        mlp_kept, mlp_rest: Places in the list of kept rows of those that the MLP keeps, `(mlp,)`, sorted, and of the others;
+            `None` if it keeps them all.
     """
 
     kept_rows: Tensor
@@ -34,6 +36,8 @@ class Selection:
     kept_blocks: Tensor
     real_kept: Tensor
     real_rest: Tensor
+    mlp_kept: Tensor | None = None
+    mlp_rest: Tensor | None = None
 
     @property
     def kept_share(self) -> float:
@@ -63,6 +67,21 @@ def selection_of_blocks(kept_blocks: Tensor, documents: Documents, kept_lengths:
     return Selection(rows[real_kept], rows[real_rest], kept_lengths, kept_blocks, real_kept, real_rest)
 
 
+def with_mlp_blocks(selection: Selection, mlp_blocks: Tensor, documents: Documents, count: int) -> Selection:
+    """The same rows, the MLP keeping fewer of them.
+
+    Args:
+        selection: The layer's rows.
+        mlp_blocks: Marks of blocks, all of them kept ones, `(blocks,)` bool.
+        documents: The batch's documents.
+        count: Rows of the marked blocks.
+    """
+    marks = mlp_blocks[documents.block_of_row[selection.real_kept]]
+    kept = torch.nonzero_static(marks, size=count).squeeze(1)
+    rest = torch.nonzero_static(~marks, size=len(marks) - count).squeeze(1)
+    return replace(selection, mlp_kept=kept, mlp_rest=rest)
+
+
 def keep_everything(documents: Documents) -> Selection:
     """The `Selection` of a dense layer."""
     marks = torch.ones(sum(documents.block_counts), dtype=torch.bool, device=documents.device)
@@ -84,7 +103,7 @@ def choose_blocks(
     Args:
         informativeness: I of each document's blocks, `(blocks_of_document,)` each; `None` for the uniform draw.
         documents: The batch's documents.
-        config: Mode, ratio or threshold, temperature, seed.
+        config: Mode, ratios or threshold, temperature, seed.
         layer: Layer index; draws depend on it where the config says `draws="by_layer"`.
         draw: Number of the training forward; it makes each step's draw another one, and a recomputed or resumed step's the same.
     """
@@ -97,17 +116,26 @@ def choose_blocks(
         marks = [_always_kept(scores.float() >= config.thresholds[layer]) for scores in informativeness]
         return selection_of_blocks(torch.cat(marks), documents)
     counts = [kept_block_count(blocks, config.ratio_of(layer)) for blocks in documents.block_counts]
-    marks = []
+    mlp_counts = [kept_block_count(blocks, config.mlp_ratio_of(layer)) for blocks in documents.block_counts]
+    marks, mlp_marks = [], []
     for index, blocks in enumerate(documents.block_counts):
         weights = None if informativeness is None else informativeness[index].float()
         if config.selection == "sampled":
             weights = _perturbed(weights, blocks, config, layer, draw, documents.keys[index])
         assert weights is not None, "the most informative blocks need scores"
         marks.append(_best_blocks(weights, counts[index]))
+        if mlp_counts != counts:
+            mlp_marks.append(_best_blocks(weights, mlp_counts[index]))
     # All blocks but the last, which is always kept, are full: the host knows the number of kept rows without asking.
+    selection = selection_of_blocks(torch.cat(marks), documents, _kept_lengths(documents, counts))
+    if not mlp_marks:
+        return selection
+    return with_mlp_blocks(selection, torch.cat(mlp_marks), documents, sum(_kept_lengths(documents, mlp_counts)))
+
+
+def _kept_lengths(documents: Documents, counts: list[int]) -> list[int]:
     sizes = zip(documents.lengths, documents.block_counts, counts, strict=True)
-    kept_lengths = [length - (blocks - count) * documents.block_size for length, blocks, count in sizes]
-    return selection_of_blocks(torch.cat(marks), documents, kept_lengths)
+    return [length - (blocks - count) * documents.block_size for length, blocks, count in sizes]
 
 
 def _always_kept(marks: Tensor) -> Tensor:

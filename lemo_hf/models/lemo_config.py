@@ -164,7 +164,7 @@ class LemoConfig:
                 f"sampling_temperature must be a number above 0, or null for the uniform draw; got {shown(temperature)}; "
                 "1.0 draws by informativeness"
             )
-        if temperature is not None and self.block_reduction == "mean":
+        if temperature is not None and self.selection == "sampled" and self.block_reduction == "mean":
             raise LemoConfigError(
                 "drawing by informativeness needs numbers of at least 0, and a mean of signed scores may be negative; "
                 f"got sampling_temperature={shown(temperature)} with block_reduction='mean'; leave one of them out"

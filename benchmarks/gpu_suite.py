@@ -15,6 +15,8 @@ right; 1: a part failed; 3: parts are left to do. Parts, in order, by the beginn
     headline_<tokens>_*   Llama-3-8B's shape with random weights: the methods of `lemo bench`, ours beside stock LoRA, checkpointing,
                           Liger and offload where they are installed, and others' methods; peak bytes, tokens per second, phases
     times_*               benchmarks/kernel_times.py, one kernel at a time
+    quality_*             the quality bench's large base, trained in several parts, and its arms at 8192 tokens (docs/quality.md); base and
+                          results stay in outputs/quality_gpu
 
 `--tiny` runs the same code on the CPU with small sizes and triton's interpreter: that it runs, nothing else.
 """
@@ -51,6 +53,8 @@ from lemo_hf.profiling.provenance import provenance
 from lemo_hf.registry import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
+QUALITY = ROOT / "outputs" / "quality_gpu"
+QUALITY_BASE_PARTS = 3
 MODEL = "Llama-3-8B"
 # Methods of `lemo bench`: at every length, at 8K, where nothing has to be run again, and at 64K, where much has.
 HEADLINE = (
@@ -100,6 +104,27 @@ def run_headline(scale: Scale, chosen: ChosenMethod, tokens: int, steps: int) ->
     return {"kind": KIND, "config": {"model": MODEL, "weights": "random", "dtype": settings.dtype}, "rows": [row]}
 
 
+def run_quality(module: str, *options: str) -> dict[str, Any]:
+    """A command of the quality bench, which keeps what it has done in `QUALITY` and goes on from there."""
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.quality.{module}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560)
+    require(done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:])
+    results = sorted(QUALITY.glob("arms/*/*.json"), key=lambda path: path.stat().st_mtime) if module == "extension" else []
+    return {"output": done.stdout[-2000:], "results": {path.name: json.loads(path.read_text()) for path in results[-1:]}}
+
+
+def quality_parts() -> Iterator[Part]:
+    """The large base, then its arms, the main ones with three seeds first."""
+    base = str(QUALITY / "base_large")
+    for number in range(1, QUALITY_BASE_PARTS + 1):
+        training = partial(run_quality, "base", "--size", "large", "--out", base, "--minutes", "6.5")
+        yield Part(f"quality_base_{number}", 480, training)
+    common = ("--base", base, "--out", str(QUALITY), "--steps", "100", "--sizes", "full")
+    arms = [f"{arm}:{seed}" for seed in (0, 1, 2) for arm in ("stock", "exact-0.5", "exact-0.3")]
+    for arm in (*arms, *(f"exact-{share}:0" for share in (0.1, 0.2, 0.8, 0.05)), "sparse-0.5:0", "exact-0.5-true:0"):
+        yield Part(f"quality_{arm.replace(':', '_seed')}", 300, partial(run_quality, "extension", "--arms", arm, *common))
+
+
 def clock(scale: Scale) -> float:
     """Seconds, once the device is done."""
     if scale.device.type == "cuda":
@@ -132,6 +157,8 @@ def parts(scale: Scale) -> Iterator[Part]:
             yield Part(f"headline_{tokens}_{name}", seconds, partial(run_headline, scale, chosen[name], tokens, steps))
     for name in ("scatter_add",) if scale.tiny else CASES:
         yield Part(f"times_{name}", 170, partial(run_times, scale, name))
+    if not scale.tiny:
+        yield from quality_parts()
 
 
 def answers(scale: Scale) -> bool:

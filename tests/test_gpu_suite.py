@@ -1,6 +1,7 @@
 """The programs for a GPU run: here with small sizes, in triton's interpreter."""
 
 import json
+import subprocess
 from dataclasses import replace
 
 import gpu_suite
@@ -130,3 +131,50 @@ def test_every_case_agrees_with_its_formula(name):
     torch.manual_seed(0)
     error, right = kernel_times.error_of(kernel_cases.CASES[name](setting), setting.dtype)
     assert right, error
+
+
+def test_the_quality_bench_is_asked_for_what_it_knows(tmp_path, monkeypatch):
+    from benchmarks.quality import base, extension
+    from benchmarks.quality.arms import all_arms
+
+    monkeypatch.setattr(gpu_suite, "QUALITY", tmp_path)
+    monkeypatch.setattr(
+        base, "base_trainer", lambda size, out, total: pytest.fail(f"{size} {out}") if size != "large" else Trained()
+    )
+    monkeypatch.setattr(extension.AutoConfig, "from_pretrained", lambda folder: Config())
+    asked = []
+
+    class Trained:
+        step = minutes = train_bytes = 0
+        parameters, held_out = [], []
+
+        class stream:
+            rows_per_epoch = 0
+
+        def run(self, minutes, at_checkpoint):
+            asked.append(("base", minutes))
+
+        def finished(self):
+            return True
+
+    class Config:
+        max_position_embeddings, num_hidden_layers = 2048, 12
+
+    def run_one(arm, setting, seed, texts, out):
+        asked.append((arm.name, setting.tokens, seed))
+        path = out / "arms" / setting.name / f"{arm.name}--seed{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        return "took 1 s"
+
+    def run(command, **options):
+        module = {"benchmarks.quality.base": base, "benchmarks.quality.extension": extension}[command[4]]
+        return subprocess.CompletedProcess(command, module.main(command[5:]), "done", "")
+
+    monkeypatch.setattr(extension, "run_one", run_one)
+    monkeypatch.setattr(gpu_suite.subprocess, "run", run)
+    found = {part.name: part.run() for part in gpu_suite.quality_parts()}
+    assert asked[:4] == [("base", 6.5)] * 3 + [("stock", 8192, 0)]
+    assert [name for name, _, seed in asked[3:] if seed == 2] == ["stock", "exact-0.5", "exact-0.3"]
+    assert {name for name, *_ in asked[3:]} <= all_arms(12).keys()
+    assert list(found["quality_stock_seed0"]["results"]) == ["stock--seed0.json"]

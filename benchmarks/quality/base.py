@@ -18,6 +18,7 @@ import dataclasses
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,20 @@ def inputs_and_labels(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def retrieval_scores(model: Any, samples: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Of each sample, whether every token of its answer is the most probable one (`right`), the share that is, and their loss."""
+def retrieval_scores(model: Any, samples: Sequence[dict[str, Any]], autocast: bool = True) -> list[dict[str, float]]:
+    """Of each sample, whether every token of its answer is the most probable one (`right`), the share that is, and their loss.
+
+    Args:
+        model: A causal language model.
+        samples: As `retrieval.sample` makes them.
+        autocast: Matrix products in bfloat16, as in training.
+    """
     found = []
     device = next(model.parameters()).device
     for each in samples:
         ((start, end),) = each["answers"]
         ids = each["input_ids"][None].to(device)
-        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False, enabled=autocast):
             hidden = model.model(input_ids=ids).last_hidden_state[:, start - 1 : end - 1]
             logits = model.lm_head(hidden)[0].float()
         answer = ids[0, start:end]

@@ -244,6 +244,12 @@ def estimate(
     keep: Annotated[str, typer.Option(help="LeMo's kept share of blocks, or auto: the largest that fits.")] = "0.5",
     checkpoint: Annotated[Literal["none", "kept_rows"], typer.Option(help="LeMo's checkpointing.")] = "none",
     selection: Annotated[Literal["sampled", "ratio"], typer.Option(help="LeMo's selection.")] = "sampled",
+    offload: Annotated[
+        Literal["none", "uniform", "sensitive"], typer.Option(help="LeMo's offload to host memory; needs --gpu.")
+    ] = "none",
+    offload_budget: Annotated[
+        str | None, typer.Option(help="Bytes to offload, such as 40GiB, or all; what hides if empty.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples of a step.", min=1)] = 1,
     dtype: Annotated[str, typer.Option(help="Float type of the base model: bfloat16, float16 or float32.")] = "bfloat16",
     adapter_dtype: Annotated[str, typer.Option(help="Float type of the adapters; float32 is PEFT's default.")] = "float32",
@@ -270,7 +276,8 @@ def estimate(
     """  # noqa: D301
     from .profiling.memory_command import run_estimate
 
-    lemo = {"attention_forward": form, "keep_ratio": keep, "checkpoint": checkpoint, "selection": selection}
+    lemo: dict[str, str | None] = {"attention_forward": form, "keep_ratio": keep, "checkpoint": checkpoint, "selection": selection}
+    lemo |= {"offload": offload, "offload_budget": offload_budget}
     step = {
         "seq_len": seq_len,
         "batch_size": batch_size,

@@ -26,31 +26,33 @@ class Card:
         memory: Total bytes as the driver reports them.
         peak_flops: bfloat16 FLOP/s of the data sheet, dense.
         bandwidth: Memory bandwidth of the data sheet, bytes/s.
+        host_link: Bytes/s to host memory, each direction: 16 lanes of PCI Express.
     """
 
     name: str
     memory: int
     peak_flops: float
     bandwidth: float
+    host_link: float = 32e9
 
 
-def _card(name: str, mebibytes: int, teraflops: float, gigabytes_a_second: float) -> Card:
-    return Card(name, mebibytes * 2**20, teraflops * 1e12, gigabytes_a_second * 1e9)
+def _card(name: str, mebibytes: int, teraflops: float, gigabytes_a_second: float, link: float = 32) -> Card:
+    return Card(name, mebibytes * 2**20, teraflops * 1e12, gigabytes_a_second * 1e9, link * 1e9)
 
 
-# Total memory in MiB (nvidia-smi), bf16 TFLOP/s dense, GB/s.
+# Total memory in MiB (nvidia-smi), bf16 TFLOP/s dense, GB/s; PCI Express 5 in GB/s where it is not 4.
 CARDS: dict[str, Card] = {
     card.name: card
     for card in (
         _card("A100-40GB", 40960, 312, 1555),
         _card("A100-80GB", 81920, 312, 2039),
-        _card("H100-80GB", 81559, 989, 3350),
-        _card("H200", 143771, 989, 4800),
+        _card("H100-80GB", 81559, 989, 3350, 64),
+        _card("H200", 143771, 989, 4800, 64),
         _card("L4", 23034, 121, 300),
         _card("L40S", 46068, 362, 864),
         _card("RTX-3090", 24576, 71, 936),
         _card("RTX-4090", 24564, 165.2, 1008),
-        _card("RTX-5090", 32607, 209.5, 1792),
+        _card("RTX-5090", 32607, 209.5, 1792, 64),
     )
 }
 _OTHER_NAMES = {"a100": "A100-80GB", "h100": "H100-80GB"}
@@ -97,16 +99,18 @@ class Efficiency:
         attention: Flash attention, likewise.
         movement: Everything else, of the bandwidth.
         source: Where the figures come from.
+        transfers: Copies to and from pinned host memory, of the link's bandwidth.
     """
 
     products: float
     attention: float
     movement: float
     source: str
+    transfers: float = 1.0
 
 
 # No GPU measurement is committed yet: round figures below what tuned kernels reach on large bf16 shapes.
-ASSUMED = Efficiency(products=0.65, attention=0.4, movement=0.75, source="assumed, not measured")
+ASSUMED = Efficiency(products=0.65, attention=0.4, movement=0.75, source="assumed, not measured", transfers=0.8)
 FULL = Efficiency(products=1.0, attention=1.0, movement=1.0, source="bound")
 
 

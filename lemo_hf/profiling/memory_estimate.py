@@ -22,6 +22,7 @@ from ..errors import LemoError
 from ..models.lemo_config import LemoConfig
 from .cards import FULL, GIB, Card, seconds
 from .model_shapes import checked_config, read_model_config
+from .offload_estimate import OffloadEstimate, off_device, plan_offload, stall_seconds
 from .operator_cost import OperatorCost
 from .step_model import StepSettings
 from .step_trace import Parts, StepTrace, trace_step
@@ -67,6 +68,7 @@ class Estimate:
         seconds: Expected time of a step on the card, with assumed efficiencies.
         seconds_at_least: The same with every operator at the card's peak.
         notes: What the reader should know, one sentence each.
+        offload: What lies in host memory, if anything does.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Estimate:
     seconds: float | None = None
     seconds_at_least: float | None = None
     notes: list[str] = field(default_factory=list)
+    offload: OffloadEstimate | None = None
 
     @property
     def live_bytes(self) -> int:
@@ -153,7 +156,9 @@ class Estimator:
             LemoError: If the method does not exist for the architecture, or a target of the adapters does not.
         """
         trace = self._trace(settings)
-        parts, moment = max(_moments(trace), key=lambda moment: moment[0].total())
+        offload = plan_offload(trace, settings.lemo_config, self.card)
+        moved = None if offload is None else offload.moved
+        parts, moment = max(_moments(trace, moved), key=lambda moment: moment[0].total())
         estimate = Estimate(
             model=self.model,
             layers=self.config.num_hidden_layers,
@@ -167,11 +172,15 @@ class Estimator:
             card=self.card,
             memory=self.memory,
             notes=self._notes(settings),
+            offload=offload,
         )
         if (card := self.card) is None:
             return estimate
         expected = sum(_by_stretch(trace, lambda costs: seconds(costs, card)).values())
         at_least = sum(_by_stretch(trace, lambda costs: seconds(costs, card, FULL)).values())
+        if offload is not None:
+            expected += offload.timeline.stall_seconds
+            at_least += stall_seconds(trace, offload.moved, card, FULL)
         return replace(estimate, seconds=expected, seconds_at_least=at_least)
 
     def layer_costs(self, settings: StepSettings) -> list[LayerCost]:
@@ -237,7 +246,14 @@ class Estimator:
         Args:
             settings: The step; its own length does not matter.
             lengths: Three different lengths, in tokens.
+
+        Raises:
+            LemoError: If the step offloads: what is moved is no polynomial.
         """
+        if settings.lemo_config is not None and settings.lemo_config.offload != "none":
+            raise LemoError(
+                f"memory by length is drawn without offload only; offload={settings.lemo_config.offload!r}; leave --plot or --offload out"
+            )
         needs: list[list[int]] = []
         for length in lengths:
             moments = _moments(self._trace(replace(settings, seq_len=length)))
@@ -265,6 +281,8 @@ class Estimator:
         return self.memory
 
     def _trace(self, settings: StepSettings) -> StepTrace:
+        if settings.lemo_config is not None:  # where saved bytes lie changes nothing of the trace
+            settings = replace(settings, lemo=replace(settings.lemo_config, offload="none", offload_budget=None))
         key = repr(settings)
         if key not in self._traces:
             self._traces[key] = trace_step(self.config, settings, self.on_gpu)
@@ -287,23 +305,34 @@ def _slack(parts: Mapping[str, int], on_gpu: bool) -> int:
     return int(ALLOCATOR_SLACK * (sum(parts.values()) - resident)) if on_gpu else 0
 
 
-def _moments(trace: StepTrace) -> list[tuple[Parts, str]]:
-    """Bytes by part at the highest moment of every stretch of the whole model's step, and what runs then."""
+def _moments(trace: StepTrace, moved: list[int] | None = None) -> list[tuple[Parts, str]]:
+    """Bytes by part at the highest moment of every stretch of the whole model's step, and what runs then.
+
+    Args:
+        trace: The step.
+        moved: Bytes that each layer offloads.
+    """
     stretches, places = trace.stretches, trace.place_of_layer
     resident = trace.resident[-1].copy()
     for place in places:
         resident.update(trace.resident[place])
     resident["optimizer"] = 2 * resident["adapter"]  # AdamW's moments
     last = len(places) - 1
-    walk = [("start", 0, "the embedding")]
-    walk += [("forward", place, f"the forward of layer {layer} of 0 to {last}") for layer, place in enumerate(places)]
-    walk += [("head", 0, "the loss")]
-    walk += [("backward", places[layer], f"the backward of layer {layer} of 0 to {last}") for layer in range(last, -1, -1)]
+    gone = off_device(trace, moved or [0] * len(places))
+    none: Parts = Counter()
+    walk = [("start", 0, "the embedding", none)]
+    walk += [
+        ("forward", place, f"the forward of layer {layer} of 0 to {last}", gone[layer]) for layer, place in enumerate(places)
+    ]
+    walk += [("head", 0, "the loss", gone[-1])]
+    walk += [
+        ("backward", places[layer], f"the backward of layer {layer} of 0 to {last}", gone[layer]) for layer in range(last, -1, -1)
+    ]
     now = _sum(resident, stretches["start", 0].before, Counter())
     found = []
-    for name, place, words in walk:
+    for name, place, words, away in walk:
         stretch = stretches[name, place]
-        found.append((_sum(now, stretch.peak, stretch.before), words))
+        found.append((_sum(_sum(now, none, away), stretch.peak, stretch.before), words))
         now = _sum(now, stretch.after, stretch.before)
     return found
 

@@ -88,6 +88,7 @@ class StepSettings:
             return {"stock": "stock LoRA", "checkpointing": "stock + checkpointing"}.get(self.method, self.method.capitalize())
         kept = lemo.keep_ratio if isinstance(lemo.keep_ratio, float | int) else sum(lemo.keep_ratio) / len(lemo.keep_ratio)
         rows = ", kept-row checkpointing" if lemo.checkpoint == "kept_rows" else ""
+        rows += f", {lemo.offload} offload" if lemo.offload != "none" else ""
         names = lemo.attention_pattern if isinstance(lemo.attention_pattern, list) else [lemo.attention_pattern]
         patterns = ", ".join(sorted({name.replace("_", " ") for name in names} - {"full"}))
         return f"LeMo {lemo.attention_forward} {kept:g}{f', {patterns}' if patterns else ''}{rows}"

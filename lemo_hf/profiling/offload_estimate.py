@@ -1,0 +1,96 @@
+"""What an offload leaves on the device and what it costs in time, for the estimate of a step (offload_plan.py has the arithmetic)."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from ..errors import LemoError
+from ..models.lemo_config import LemoConfig
+from .cards import ASSUMED, Card, Efficiency, read_bytes, seconds
+from .offload_plan import HostLink, LayerLoad, OffloadTimeline, hidden_bytes, sensitive_bytes, simulate, uniform_bytes
+from .step_trace import Parts, StepTrace
+
+
+@dataclass(frozen=True)
+class OffloadEstimate:
+    """An offload as it is expected.
+
+    Args:
+        moved: Bytes by layer.
+        saved_bytes: What all layers save.
+        timeline: The step at the assumed efficiencies.
+        link: Bandwidth of these.
+    """
+
+    moved: list[int]
+    saved_bytes: float
+    timeline: OffloadTimeline
+    link: HostLink
+
+
+def plan_offload(trace: StepTrace, lemo: LemoConfig | None, card: Card | None) -> OffloadEstimate | None:
+    """The offload of a traced step; `None` if there is none.
+
+    Args:
+        trace: The step.
+        lemo: Its settings.
+        card: What runs it.
+
+    Raises:
+        LemoError: If no card is given.
+    """
+    if lemo is None or not lemo.enabled or lemo.offload == "none":
+        return None
+    if card is None:
+        raise LemoError(f"how much is offloaded depends on a card's times; offload={lemo.offload!r} without a card; add --gpu")
+    loads, link = layer_loads(trace, card), _link(card, ASSUMED)
+    saved, hidden = [load.saved_bytes for load in loads], hidden_bytes(loads, link)
+    budget = (
+        None if lemo.offload_budget is None else math.inf if lemo.offload_budget == "all" else read_bytes(lemo.offload_budget)
+    )
+    moved = (sensitive_bytes if lemo.offload == "sensitive" else uniform_bytes)(saved, hidden, budget)
+    return OffloadEstimate(moved, sum(saved), simulate(loads, moved, link, head_seconds(trace, card)), link)
+
+
+def stall_seconds(trace: StepTrace, moved: list[int], card: Card, efficiency: Efficiency) -> float:
+    """Seconds that computation waits for transfers."""
+    loads = layer_loads(trace, card, efficiency)
+    return simulate(loads, moved, _link(card, efficiency), head_seconds(trace, card, efficiency)).stall_seconds
+
+
+def layer_loads(trace: StepTrace, card: Card, efficiency: Efficiency = ASSUMED) -> list[LayerLoad]:
+    """Every layer's saved bytes and seconds."""
+    found = []
+    for place in trace.place_of_layer:
+        forward, backward = (trace.stretches[name, place] for name in ("forward", "backward"))
+        times = (seconds(stretch.costs, card, efficiency) for stretch in (forward, backward))
+        found.append(LayerLoad(left_behind(trace, place).total(), *times))
+    return found
+
+
+def head_seconds(trace: StepTrace, card: Card, efficiency: Efficiency = ASSUMED) -> float:
+    """Seconds from the last layer's forward to its backward."""
+    return seconds(trace.stretches["head", 0].costs, card, efficiency)
+
+
+def left_behind(trace: StepTrace, place: int) -> Parts:
+    """What a layer's forward leaves for its backward, by part."""
+    stretch = trace.stretches["forward", place]
+    return stretch.after - stretch.before
+
+
+def off_device(trace: StepTrace, moved: list[int]) -> list[Parts]:
+    """What is off the device, by part, while each layer runs, forward or backward; the last entry is while the head runs.
+
+    A layer's bytes leave while the next one runs forward, and are back when that begins its backward.
+    """
+    gone: list[Parts] = [Counter(), Counter()]
+    for place, size in zip(trace.place_of_layer, moved, strict=True):
+        parts = left_behind(trace, place)
+        share = size / max(parts.total(), 1)
+        gone.append(gone[-1] + Counter({part: int(share * amount) for part, amount in parts.items()}))
+    return [*gone[: len(moved)], gone[-1]]
+
+
+def _link(card: Card, efficiency: Efficiency) -> HostLink:
+    return HostLink(card.host_link * efficiency.transfers, card.host_link * efficiency.transfers)

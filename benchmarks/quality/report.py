@@ -106,7 +106,8 @@ def group_table(group: str) -> Callable[[Results], str]:
     def render(results: Results) -> str:
         parts = []
         for result, setting in settings_of(results):
-            names = [name for name, arm in setting["arms"].items() if arm["arm"]["group"] == group]
+            of_group = (arm for arm in setting["arms"].values() if arm["arm"]["group"] == group)
+            names = [arm["arm"]["name"] for arm in of_group if arm["arm"]["choice"] is None]  # choices have a table of their own
             if names:
                 shown = ["stock"] * ("stock" in setting["arms"] and "stock" not in names) + names
                 rows = [arm_row(name, setting["arms"][name]) for name in shown]
@@ -233,7 +234,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quality_retrieval": retrieval_table,
     "quality_choices": choices_table,
     "quality_settings": settings_table,
-    **{f"quality_{group}": group_table(group) for group in ("core", "shares", "tails", "blocks", "layers", "adapters")},
+    **{f"quality_{group}": group_table(group) for group in ("core", "shares", "tails", "blocks", "layers", "parts", "adapters")},
 }
 
 

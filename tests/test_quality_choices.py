@@ -251,6 +251,17 @@ def test_a_restricted_layer_is_the_exact_form(model, layout, monkeypatch):
     assert_close_gradients(got[1], wanted[1])
 
 
+@pytest.mark.parametrize(("name", "attention", "mlp"), [("attention_more", 0.7, 0.3875), ("attention_all", 1.0, 0.5)])
+def test_emulated_shares_of_the_mlp_are_those_of_the_package(model, name, attention, mlp):
+    """`mlp_keep_ratio` has the gradient that dense autograd has with the same rows detached."""
+    native = lemo_model(stock_model(), ATTENTION, keep_ratio=attention, mlp_keep_ratio=mlp, block_size=SIZE)
+    sparse_backbone(native).lemo_draw = 0
+    wanted = loss_and_gradients(native, BATCH, num_items_in_batch=1)
+    got = gradients(model, name)
+    torch.testing.assert_close(got[0], wanted[0])
+    assert_close_gradients(got[1], wanted[1])
+
+
 @pytest.mark.parametrize("name", EMULATED)
 def test_emulated_choices_have_the_dense_loss(model, name):
     model.eval()

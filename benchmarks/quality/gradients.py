@@ -10,7 +10,7 @@ same windows. A choice that looks at all scores or at the gradient itself is mea
 
 Sparse form, first layer dense: `nats`, how much higher the sparse forward's loss is than the dense one's, without training.
 
-Choices that are measured already are not measured again: the result file is written after each one. `bytes` says what a choice
+`predicted` is measured with `--block-size 64` only, which the shipped predictors are for. Choices that are measured already are not measured again: the result file is written after each one. `bytes` says what a choice
 keeps of a Llama-3-8B layer, in rows of H per token: 4.5 per token kept by attention, 8 per token kept by the MLP.
 """
 
@@ -103,10 +103,15 @@ class Bench:
     def __init__(self, windows: Tensor, others: Tensor, adapter: dict[str, Tensor], block_size: int) -> None:
         self.windows, self.others, self.adapter, self.block_size = windows, others, adapter, block_size
 
+    @property
+    def knows_predictors(self) -> bool:
+        """Whether the shipped predictors pool blocks of this size."""
+        return self.block_size == LemoConfig().block_size
+
     def model(self, lemo: LemoConfig | None) -> Any:
         """The quickstart's model with the adapter."""
         model = load(Arm("measured", "measured", lemo))
-        if lemo is not None:
+        if lemo is not None and self.knows_predictors:
             load_predictors(sparse_backbone(model), BASE)
         set_peft_model_state_dict(model, self.adapter)
         return model
@@ -159,6 +164,8 @@ def adapter_after(steps: int, text: Any) -> dict[str, Tensor]:
 def measure(bench: Bench, result: dict[str, Any], shares: list[float], only: list[str], write: Any) -> None:
     """Adds to `result` what it lacks."""
     names, dense, task = bench.dense
+    if not bench.knows_predictors:
+        only = [name for name in only or CHOICES if name != "predicted"]
     for share in shares:
         exact = result["exact"].setdefault(f"{share:g}", {})
         for name in (each for each in EXACT if each == DEFAULT or not only or each in only):

@@ -64,6 +64,29 @@ class PositionProfile:
         return profile[self._place(blocks)]
 
 
+def positions_of_others(informativeness: list[list[Tensor]], ratios: list[float]) -> list[float]:
+    """Recall of a position-only predictor on a few documents, for each of them by the mean I of the others.
+
+    Args:
+        informativeness: By layer, true I of each document.
+        ratios: Keep ratio by layer.
+
+    Returns:
+        Recall by layer, NaN where there are no others or no freedom.
+    """
+    found = []
+    for documents, ratio in zip(informativeness, ratios, strict=True):
+        recalls = []
+        for index, true in enumerate(documents):
+            others = PositionProfile(1)
+            for other in documents[:index] + documents[index + 1 :]:
+                others.add(0, other)
+            if len(documents) > 1:
+                recalls.append(document_recall(true, others.predict(0, true.numel()).to(true.device), ratio)[0])
+        found.append(_mean(recalls))
+    return found
+
+
 @dataclass(frozen=True)
 class RecallReport:
     """Recall of every layer, mean over documents; fractions in [0, 1], NaN where the choice leaves no freedom.

@@ -40,7 +40,7 @@ from .offload_saved import OffloadSaved
 from .phases.phase_cost import LARGE_SHARE, estimate_cost
 from .phases.phase_documents import require_blocks
 from .phases.predictor_training import PredictorTraining, parameter_share
-from .phases.recall_probe import DEFAULT_DOCUMENTS, RecallProbe, probe, threshold_search
+from .phases.recall_probe import DEFAULT_DOCUMENTS, RecallProbe, probe, say_if_text_is_foreign, threshold_search
 from .phases.share_search import SharePhase
 from .run_record import RunRecord
 from .scale_out.join_processes import JoinProcesses
@@ -181,6 +181,7 @@ class PredictorPhase(LemoCallback):
         run.predictors_fitted = run.fitted_now = True
         report = probe(run, training)
         run.fitted_recall = None if math.isnan(report.mean) else report.mean
+        say_if_text_is_foreign(run, report)
         run.report(
             {
                 **by_layer("recall", report.layers),

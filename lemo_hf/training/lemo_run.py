@@ -94,6 +94,7 @@ class LemoRun:
         # Mean recall after the last fit, and whether no more refits are made: none are left, or the last one did not help.
         self.fitted_recall: float | None = None
         self.refits_over = False
+        self.said_foreign = False
         self.metrics: dict[str, float] = {}
         # What the phases were expected to cost as this process began them.
         self.phase_cost: PhaseCost | None = None
@@ -158,9 +159,9 @@ class LemoRun:
         # Where saved activations lie changes nothing that is computed.
         found = (*found, "offload", "offload_budget")
         block = {name: value for name, value in self.lemo.to_dict().items() if name not in found}
-        self._settings = json.loads(json.dumps({**block, **phase_arguments, "phase_seed": seed}))
+        self._settings = json.loads(json.dumps({**phase_arguments, **block, "phase_seed": seed}))
         self.finished, self.refits, self.metrics, self.fitted_now = [], 0, {}, False
-        self.fitted_recall, self.refits_over = None, False
+        self.fitted_recall, self.refits_over, self.said_foreign = None, False, False
         if state.global_step > 0:
             self._load_checkpoint(Path(self.checkpoint or self.folder / f"checkpoint-{state.global_step}"))
         elif state.is_hyper_param_search:

@@ -18,6 +18,8 @@ from .layer_fit import START_ROWS, LayerFit
 
 # Of the mean square of an input: what least squares may ignore. Projections are linear, so it only settles what a text does not show.
 _RIDGE = 1e-6
+# Of a weight's own size, for a learning rate of 1: steps are corrections of a start that is nearly right (docs/experiments.md).
+_STEP = 0.1
 
 
 class PooledLayerFit(LayerFit):
@@ -34,8 +36,8 @@ class PooledLayerFit(LayerFit):
         return [*self.predictor.query.parameters(), *self.predictor.key.parameters(), *self.predictor.distance.parameters()]
 
     def unit(self, weight: Tensor) -> float:
-        """Their own size: projections of some models are a hundred times those of others."""
-        return weight.square().mean().sqrt().clamp_min(1e-8).item()
+        """A part of their own size: projections of some models are a hundred times those of others."""
+        return _STEP * weight.square().mean().sqrt().clamp_min(1e-8).item()
 
     @torch.no_grad()
     def counted(self, found: LayerScores) -> list[Tensor]:

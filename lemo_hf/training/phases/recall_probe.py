@@ -4,17 +4,22 @@ A probe runs the same held-out documents through the model every time, densely a
 what training did and by nothing else. What recall can be depends on model and text (docs/experiments.md), so the bound is
 relative: a refit comes when mean recall has lost `recall_drop` since the last fit.
 
+A probe also says whether the text is one that the predictors know: they may have come with the model, fitted on another one.
+
 Cost, in dense forwards: a probe 1.15 a document; a refit 1.2 for each of `refit_documents`, the probe after it, and with thresholds 2 for
 each of `calibrate_documents` (phase_cost.py says the share of the run). Memory: one layer's rows at a time, as in the predictor phase.
 """
 
 import logging
 import math
+from dataclasses import replace
 
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ...evaluation.block_recall import RecallReport, measure_recall
+from ...evaluation.block_recall import RecallReport, measure_recall, positions_of_others
+from ...evaluation.layer_scores import LayerScores
 from ...hub.lemo_files import predictor_tensors
 from ..lemo_callback import LemoCallback, by_layer, precision
 from ..lemo_run import LemoRun
@@ -28,17 +33,44 @@ from .threshold_search import ThresholdSearch
 logger = logging.getLogger(__name__)
 
 DEFAULT_DOCUMENTS = 64
+# Of what chance leaves to find: predictors that find less choose almost at random.
+_LEAST_GAIN = 0.1
 
 
 def probe(run: LemoRun, training: PredictorTraining | None = None) -> RecallReport:
     """Recall on the run's probe documents, which no phase fits on unless there is only one document."""
     maps = BlockScoreMaps(run)
     positions = training.positions if training is not None else None
-    report = measure_recall(run.backbone, run.documents.probes(), positions, also=maps)
+    true: list[list[Tensor]] = [[] for _ in run.backbone.layers]
+
+    def look(found: LayerScores) -> None:
+        maps(found)
+        true[found.layer] += found.informativeness()
+
+    report = measure_recall(run.backbone, run.documents.probes(), positions, also=look)
+    if positions is None:
+        # No phase of this run learned what positions say: each document is foretold by the others.
+        ratios = [run.lemo.ratio_of(layer) for layer in range(len(true))]
+        report = replace(report, positions=positions_of_others(true, ratios))
     maps.save()
     # All processes read the same documents, unless a stream is split among them; what follows is to be decided alike.
     means = iter(run.processes.means([*report.layers, *report.positions, report.chance]))
     return RecallReport([next(means) for _ in report.layers], [next(means) for _ in report.positions], next(means))
+
+
+def say_if_text_is_foreign(run: LemoRun, report: RecallReport) -> None:
+    """Warns, once a run, where predictors that the selection reads know less of the run's text than positions do, or next to nothing."""
+    if run.said_foreign or not run.lemo.needs_predictors or math.isnan(report.mean):
+        return
+    positions = 0.0 if math.isnan(report.position_mean) else report.position_mean
+    if report.mean >= max(positions, report.chance + _LEAST_GAIN * (1 - report.chance)):
+        return
+    run.said_foreign = True
+    logger.warning(
+        "predictors do not know this text: they find %.3f of the blocks, their positions alone %.3f, chance %.3f; fit them on it "
+        "(raise predictor_documents), or choose selection='sampled', which reads none",
+        *(report.mean, report.position_mean, report.chance),
+    )
 
 
 def threshold_search(run: LemoRun) -> ThresholdSearch:
@@ -62,7 +94,9 @@ class RecallProbe(LemoCallback):
             self._say_cost(args, state)
         if run.fitted_recall is None:
             # No phase fitted them in this run: they came with the model, or from a run that was stopped after its phases.
-            run.fitted_recall = _known(probe(run).mean)
+            report = probe(run)
+            run.fitted_recall = _known(report.mean)
+            say_if_text_is_foreign(run, report)
 
     def _say_cost(self, args: TrainingArguments, state: TrainerState) -> None:
         run, own = self.run, self.run.args
@@ -85,6 +119,7 @@ class RecallProbe(LemoCallback):
         with untouched_randomness(), precision(args):
             report = within_forward(run.model, self._look)
         run.metrics |= by_layer("recall", report.layers)
+        say_if_text_is_foreign(run, report)
         run.clock.charge("probes")
 
     def _look(self) -> RecallReport:

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from lemo_hf import LemoConfig
+from lemo_hf.models.document_attention import AttentionScope
+from lemo_hf.models.documents import find_documents
 from lemo_hf.models.kernel_switch import kernel_mode
+from lemo_hf.models.token_elimination import selection_of_blocks
+from lemo_hf.models.two_dimensional_sparsity import ShiftedGroups, attend_in_pattern, choose_pairs
 from lemo_hf.profiling.step_model import StepSettings, build_model
 
 ALLOWED = {torch.float32: 1e-5, torch.float16: 0.002, torch.bfloat16: 0.005}  # root-mean-square error over root mean square
@@ -143,6 +147,75 @@ def run_attention(scale: Scale, head_dim: int) -> dict[str, Any]:
     return {"rows": [row for dtype, window in cases for row in attention_case(scale, dtype, head_dim, window, rows)]}
 
 
+def by_heads(inputs: list[Tensor], grad: Tensor, scale: float, seen: list[Tensor]) -> list[Tensor]:
+    """Output, dq, dk and dv of attention with a mask, in float32, one head at a time.
+
+    Args:
+        inputs: Queries, keys and values, `(rows, heads, d)`.
+        grad: The output's gradient.
+        scale: Factor on the dot products.
+        seen: For each half of the heads what a row sees, `(rows, rows)`.
+    """
+    leaves = [part.detach().float().requires_grad_() for part in inputs]
+    heads, group = inputs[0].shape[1], inputs[0].shape[1] // inputs[1].shape[1]
+    outputs = []
+    for head in range(heads):
+        query, key, value = leaves[0][:, head], leaves[1][:, head // group], leaves[2][:, head // group]
+        weights = (query @ key.T * scale).masked_fill(~seen[2 * head // heads], -torch.inf).softmax(-1)
+        outputs.append((weights @ value).detach())
+        (weights @ value).backward(grad[:, head].float())
+    return [torch.stack(outputs, 1), *(part.grad for part in leaves if part.grad is not None)]
+
+
+def run_patterns(scale: Scale) -> dict[str, Any]:
+    """Attention patterns among kept rows, packed documents: their operators on this device against masks written out."""
+    lengths, size = ((70, 33), 16) if scale.tiny else ((4096, 1000, 2100), 64)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device, generator = scale.device, torch.Generator().manual_seed(0)
+    places = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    documents = find_documents(1, sum(lengths), size, device, position_ids=places)
+    marks = torch.rand(sum(documents.block_counts), generator=generator) < 0.6
+    for part in documents.split_blocks(marks):
+        part[0] = part[-1] = True
+    selection = selection_of_blocks(marks.to(device), documents)
+    kept = documents.place_of_row[selection.real_kept]
+    document = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(selection.kept_lengths, device=device))
+    within = torch.cat([torch.arange(length) for length in selection.kept_lengths]).to(device)
+    causal = (document[:, None] == document) & (within[:, None] >= within)
+    scores = [torch.rand(blocks, blocks, generator=generator).to(device) for blocks in documents.block_counts]
+    group = max(selection.kept_lengths) // 5
+    rows: list[dict[str, Any]] = []
+    for dtype in scale.dtypes:
+        for window in (None, sum(lengths) // 6):
+            near = causal if window is None else causal & (kept[:, None] - kept < window)
+            pairs = choose_pairs(scores, selection, documents, 0.25, window)
+            block = within // size + (document * (sum(lengths) // size + 1))
+            compact = torch.unique(block, return_inverse=True)[1]
+            halves = [
+                near & ((within + shift)[:, None] // group == (within + shift) // group) for shift in (0, group - group // 2)
+            ]
+            cases = {
+                "shifted_groups": (ShiftedGroups(group), halves),
+                "block_sparse": (pairs, [near & pairs.marks[compact][:, compact]] * 2),
+            }
+            for name, (pattern, seen) in cases.items():
+                shapes = [(len(kept), heads, 32 if scale.tiny else 128) for heads in ((4, 2, 2) if scale.tiny else (32, 8, 8))]
+                inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+                grad = torch.randn(shapes[0], generator=generator).to(device, dtype)
+                scope = AttentionScope(selection.kept_lengths, shapes[0][2] ** -0.5, window, kept if window else None)
+                with kernel_mode("kernels" if name == "shifted_groups" else "auto"):
+                    output = attend_in_pattern(*inputs, scope, pattern)
+                    got = [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+                errors = [
+                    error_ratio(one, other) for one, other in zip(got, by_heads(inputs, grad, scope.scale, seen), strict=True)
+                ]
+                rows.append({"pattern": name, "dtype": str(dtype), "window": window, "rows": len(kept), "errors": errors})
+                # Blocks' operator is torch's own, whose float32 sums are not ours to bound tightly.
+                allowed = 2 * ALLOWED[dtype] if name == "shifted_groups" else max(2 * ALLOWED[dtype], 1e-4)
+                require(max(errors) <= allowed, f"{rows[-1]}")
+    return {"rows": rows}
+
+
 def small_config(model_type: str, tiny: bool) -> PreTrainedConfig:
     """A model that kernels and flash operators serve."""
     width, layers = (32, 1) if tiny else (128, 2)
@@ -207,13 +280,23 @@ def run_training(scale: Scale, model_type: str) -> dict[str, Any]:
     documents, dtype = ((20, 3, 17), torch.float32) if scale.tiny else ((90, 7, 53), torch.bfloat16)
     tokens = torch.randint(0, 160, (2, sum(documents)), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(length) for length in documents]).expand(2, -1)
-    forms = [(form, checkpoint) for form in ("exact", "sparse") for checkpoint in ("none", "kept_rows")]
+    forms = [(form, checkpoint, "full") for form in ("exact", "sparse") for checkpoint in ("none", "kept_rows")]
+    # Pairs of blocks at the full share: scores that differ in the last bits would choose others.
+    forms += [("sparse", "none", "shifted_groups"), ("sparse", "none", "block_sparse"), ("sparse", "kept_rows", "block_sparse")]
     rows = []
-    for form, checkpoint in forms[1:2] if scale.tiny else forms:
+    for form, checkpoint, pattern in [forms[1], forms[-1]] if scale.tiny else forms:
         for packed in (True,) if scale.tiny else (False, True):
             batch = {"input_ids": tokens, "labels": tokens} | ({"position_ids": positions} if packed else {})
             # The default, a uniform draw, needs no scores: theirs would differ in the last bits and choose other blocks.
-            lemo = LemoConfig(attention_forward=form, checkpoint=checkpoint, block_size=8, segment_size=64)  # type: ignore[arg-type]
+            size = 16 if pattern == "block_sparse" else 8
+            lemo = LemoConfig(
+                attention_forward=form,
+                checkpoint=checkpoint,
+                block_size=size,
+                segment_size=64,
+                attention_pattern=pattern,
+                pattern_share=1.0,
+            )  # type: ignore[arg-type]
             with kernel_mode("reference"):
                 (loss, *_), wanted = train(small_model(model_type, lemo, scale.tiny), batch, steps=1)
                 _, rounded = train(moved(small_model(model_type, lemo, scale.tiny), "cpu", dtype), batch, steps=1)
@@ -221,7 +304,14 @@ def run_training(scale: Scale, model_type: str) -> dict[str, Any]:
                 model = moved(small_model(model_type, lemo, scale.tiny), scale.device, dtype)
                 losses, gradients = train(model, batch, steps=2 if scale.tiny else 4)
             error, usual = largest_error(gradients, wanted), largest_error(rounded, wanted)
-            row = {"form": form, "checkpoint": checkpoint, "packed": packed, "losses": losses, "float32_loss": loss}
+            row = {
+                "form": form,
+                "checkpoint": checkpoint,
+                "pattern": pattern,
+                "packed": packed,
+                "losses": losses,
+                "float32_loss": loss,
+            }
             rows.append(row | {"gradient_error": error, "rounding_error": usual})
             require(abs(losses[0] / loss - 1) < (1e-5 if scale.tiny else 0.01), f"another loss than on the CPU: {rows[-1]}")
             require(error < 2 * usual + 1e-4, f"other gradients than on the CPU: {rows[-1]}")

@@ -10,6 +10,7 @@ right; 1: a part failed; 3: parts are left to do. Parts, in order, by the beginn
     tests_*               the kernels' own tests on this device, bfloat16 included
     attention_*           flash operators and Triton kernels against dense float32 attention at real sizes, windows, offsets
                           beyond 2^31 elements, the same bits twice
+    patterns              attention patterns among kept rows, flex attention's block masks among them, against masks written out
     training_<type>       every architecture in bfloat16, both forms, both checkpointings, packed: first loss and gradients
                           against float32 on the CPU, then a few steps
     headline_<tokens>_*   Llama-3-8B's shape with random weights: the methods of `lemo bench`, ours beside stock LoRA, checkpointing,
@@ -42,7 +43,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 import kernel_times
-from gpu_checks import Scale, attention_offsets, require, run_attention, run_training
+from gpu_checks import Scale, attention_offsets, require, run_attention, run_patterns, run_training
 from kernel_cases import CASES
 
 from lemo_hf.profiling.bench_methods import ChosenMethod, choose_methods
@@ -59,7 +60,7 @@ MODEL = "Llama-3-8B"
 # Methods of `lemo bench`: at every length, at 8K, where nothing has to be run again, and at 64K, where much has.
 HEADLINE = (
     "stock", "stock-bf16", "checkpointing", "liger-checkpointing", "longlora", "random-ltd", "tokentune",
-    "lemo-exact", "lemo-sparse", "lemo-exact-rows", "lemo-sparse-rows",
+    "lemo-exact", "lemo-sparse", "lemo-exact-rows", "lemo-sparse-rows", "lemo-sparse-groups-rows", "lemo-sparse-blocks-rows",
 )  # fmt: skip
 SHORT = ("liger", "lemo-artifact", "lemo-exact@0.3", "lemo-exact-float32", "lemo-sparse-float32")
 LONG = ("liger-checkpointing-offload", "lemo-exact-rows@0.25", "lemo-exact-rows@0.1", "lemo-exact-offload")
@@ -149,6 +150,7 @@ def parts(scale: Scale) -> Iterator[Part]:
     for head_dim in (16,) if scale.tiny else (64, 128, 256):
         yield Part(f"attention_{head_dim}", 150, partial(run_attention, scale, head_dim))
     yield Part("attention_offsets", 60, partial(attention_offsets, scale))
+    yield Part("patterns", 240, partial(run_patterns, scale))
     for model_type in ("mistral",) if scale.tiny else ARCHITECTURES:
         yield Part(f"training_{model_type}", 120, partial(run_training, scale, model_type))
     for tokens, steps, seconds in ((64, 1, 60),) if scale.tiny else ((8192, 3, 100), (65536, 1, 260)):

@@ -25,6 +25,7 @@ FAMILIES = {
     "qwen3_8b_lora_32k": ("Qwen3-8B", {}, 8_190_735_360, None),
     "qwen3_8b_answers_32k": ("Qwen3-8B", {}, 8_190_735_360, None),
     "llama3_8b_pretrain_64k": ("Llama-3-8B", {}, 8_030_261_248, 8.0),
+    "llama3_8b_block_sparse_64k": ("Llama-3-8B", {}, 8_030_261_248, 8.0),
 }
 
 

@@ -27,6 +27,9 @@ def test_every_kind_of_part_runs_and_is_not_run_again(tmp_path, monkeypatch):
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert all({"date", "commit", "versions", "machine", "seconds"} <= result.keys() for result in results.values())
     assert [row["backend"] for row in results["attention_16"]["rows"]] == ["triton"] * 4
+    patterns = results["patterns"]["rows"]
+    assert {row["pattern"] for row in patterns} == {"shifted_groups", "block_sparse"}
+    assert max(error for row in patterns if row["dtype"] == "torch.float32" for error in row["errors"]) < 1e-5
     assert results["training_mistral"]["rows"][0]["gradient_error"] < 1e-4
     stock, sparse, tuned = (
         results[f"headline_64_{arm}"]["rows"][0] for arm in ("checkpointing", "lemo-sparse_0.5", "tokentune_0.5")

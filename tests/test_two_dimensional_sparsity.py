@@ -18,8 +18,10 @@ from references.tiny_models import (
     stock_model,
 )
 from torch.nn.attention.flex_attention import flex_attention
+from training_runs import tiny_trainer
 from transformers import AutoConfig
 
+from lemo_hf.hub.card_tables import selection_rows
 from lemo_hf.models.block_pair_attention import BlockPairs, flex_block_mask, with_flex_attention
 from lemo_hf.models.document_attention import AttentionScope, attend, with_kept_row_gradient
 from lemo_hf.models.documents import find_documents
@@ -489,3 +491,42 @@ def test_an_estimate_of_few_layers_keeps_each_ones_pattern():
 def build_on_meta(settings, layers):
     with torch.device("meta"):
         return build_model(PROFILED, settings, layers)
+
+
+def test_runs_say_which_pattern_they_trained_in():
+    def rows(**fields):
+        return dict(selection_rows(LemoConfig(attention_forward="sparse", **fields)))
+
+    assert "Attention pattern" not in rows()
+    assert (
+        rows(attention_pattern="shifted_groups")["Attention pattern"] == "shifted groups of a quarter of a document's kept tokens"
+    )
+    blocks = rows(attention_pattern="block_sparse", pattern_share=0.3, dense_layers=[0])["Attention pattern"]
+    assert blocks == "the 0.3 of the pairs of kept blocks that score highest in every layer but the dense ones"
+    both = rows(attention_pattern=["full", "block_sparse", "shifted_groups"], group_size=512)["Attention pattern"]
+    assert both == "shifted groups of 512 kept tokens and the 0.25 of the pairs of kept blocks that score highest, by layer"
+
+
+def test_a_run_fits_predictors_for_its_pattern_alone_and_its_tail_attends_to_all(tmp_path):
+    """The uniform draw reads no predictors, the pattern does."""
+    trainer = tiny_trainer(
+        tmp_path,
+        {"selection": "sampled", "attention_forward": "sparse", "attention_pattern": "block_sparse"},
+        dense_tail_share=0.5,
+    )
+    seen = []
+    first = sparse_backbone(trainer.model).layers[0]
+    first.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs.get("sparse_batch")), with_kwargs=True)
+    trainer.train()
+    assert any("recall" in entry for entry in trainer.state.log_history), "the predictor phase ran"
+    steps = [batch for batch in seen if batch is not None]  # the phase's own forwards are the stock model's
+    found = {(batch.selections[0].kept_share == 1, sorted(batch.patterns) == [0, 1], bool(batch.patterns)) for batch in steps}
+    assert found == {(False, True, True), (True, False, False)}
+
+
+def test_a_run_is_refused_at_its_start_where_no_document_fills_a_group(tmp_path):
+    lemo = {"selection": "sampled", "attention_forward": "sparse", "attention_pattern": "shifted_groups", "group_size": 90}
+    with pytest.raises(
+        LemoConfigError, match="the longest has 96 tokens, of which a layer keeps 48; got group_size=90; set it to 12"
+    ):
+        tiny_trainer(tmp_path, lemo).train()

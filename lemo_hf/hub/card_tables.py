@@ -91,6 +91,8 @@ def selection_rows(lemo: LemoConfig) -> list[Row]:
         rows.append(("Attention in training", "exact: dense forward pass, gradient of the kept tokens"))
     else:
         rows.append(("Attention in training", "sparse: kept tokens attend to kept tokens"))
+    if pattern := pattern_words(lemo):
+        rows.append(("Attention pattern", pattern))
     if lemo.checkpoint == "kept_rows":
         rows.append(("Checkpointing", "a layer stores its kept rows and recomputes the rest of them"))
     if lemo.offload != "none":
@@ -98,6 +100,19 @@ def selection_rows(lemo: LemoConfig) -> list[Row]:
         much = {None: "", "all": ", all of it"}.get(lemo.offload_budget, f", {lemo.offload_budget} in all")
         rows.append(("Offload", f"what layers save lies in host memory, {how}{much}"))
     return rows
+
+
+def pattern_words(lemo: LemoConfig) -> str | None:
+    """Which kept tokens attend to which, in words; `None` where all earlier ones do in every layer."""
+    names = lemo.attention_pattern if isinstance(lemo.attention_pattern, list) else [lemo.attention_pattern]
+    group = "a quarter of a document's" if lemo.group_size is None else f"{lemo.group_size}"
+    words = {
+        "shifted_groups": f"shifted groups of {group} kept tokens",
+        "block_sparse": f"the {lemo.pattern_share:g} of the pairs of kept blocks that score highest",
+    }
+    found = [words[name] for name in words if name in names]
+    by_layer = ", by layer" if len(set(names)) > 1 else " in every layer but the dense ones" if lemo.dense_layers else ""
+    return f"{' and '.join(found)}{by_layer}" if found else None
 
 
 def cost_rows(results: "RunResults") -> list[tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..hub.card_tables import decimals, duration, selection_rows
+from ..hub.card_tables import decimals, duration, pattern_words, selection_rows
 from ..hub.model_card import RunResults
 from ..models.lemo_config import LemoConfig
 from .run_comparison import Pairing, pair
@@ -55,7 +55,9 @@ def summary(run: RunData, baseline: RunData | None) -> list[str]:
         kept = run.mean("kept_share")
         share = f"{kept:.0%} of the tokens" if kept is not None else "the chosen tokens"
         gradient = "the forward was dense" if lemo.attention_forward == "exact" else "kept tokens attended to kept tokens"
-        sentences.append(f"LeMo kept {share} in the mean layer ({lemo.selection} selection); {gradient}.")
+        pattern = pattern_words(lemo)
+        among = f", in a pattern: {pattern}" if pattern else ""
+        sentences.append(f"LeMo kept {share} in the mean layer ({lemo.selection} selection); {gradient}{among}.")
     elif results is not None:
         sentences.append("Every layer computed on every token: a dense run.")
     own, other = saved_bytes(run), saved_bytes(baseline) if baseline is not None else None

@@ -14,6 +14,7 @@ from ...errors import LemoError
 from ...evaluation.layer_scores import backbone_inputs, documents_of
 from ...models.lemo_config import LemoConfig
 from ...models.token_elimination import kept_block_count
+from ...models.two_dimensional_sparsity import require_groups_within
 from ..scale_out.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -190,10 +191,12 @@ def require_blocks(documents: PhaseDocuments, lemo: LemoConfig, num_layers: int)
 
     Raises:
         LemoError: If every document that is looked at is shorter than a block.
+        LemoConfigError: If none fills a group of the attention pattern.
     """
     chosen = [layer for layer in range(num_layers) if not lemo.is_dense(layer, num_layers)]
     lengths = _lengths(documents, lemo.block_size)
     longest = max(lengths, default=0)
+    require_groups_within(lemo, longest, num_layers)
     if not longest or not chosen:
         return
     if longest < lemo.block_size:

@@ -300,7 +300,7 @@ def perplexity_of(measured):
 
 def test_a_difference_has_the_windows_interval_and_the_seeds_spread():
     stock = {0: measured_text([2.0, 2.2, 1.9]), 1: measured_text([2.1, 2.1, 2.0]), 2: measured_text([9, 9, 9])}
-    arm = {0: measured_text([2.01, 2.22, 1.91]), 1: measured_text([2.13, 2.12, 2.03])}
+    arm = {0: measured_text([2.01, 2.22, 1.91]), 1: measured_text([2.13, 2.12, 2.03]), 3: measured_text([5, 5, 5])}
     found = perplexity_difference(stock, arm, perplexity_of)
     by_seed = [100 * math.expm1(0.04 / 3), 100 * math.expm1(0.08 / 3)]
     assert found.by_seed == pytest.approx(by_seed)  # a seed that only one has does not count

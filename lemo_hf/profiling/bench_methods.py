@@ -37,7 +37,8 @@ class BenchMethod:
         adapters: "float32" or "base".
         lemo: Fields of LeMo's config beside the kept share.
         baseline: Name of a baseline in place of LeMo.
-        offload: Whether saved activations go to pinned host memory on a side stream (trl's activation offloading).
+        offload: Whether saved activations go to pinned host memory on a side stream by trl's activation offloading; LeMo's own is in
+            `lemo`.
     """
 
     name: str
@@ -47,6 +48,11 @@ class BenchMethod:
     lemo: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     offload: bool = False
+
+    @property
+    def offloads(self) -> bool:
+        """Whether saved activations go to host memory, by trl's offload or ours."""
+        return self.offload or "offload" in self.lemo
 
     @property
     def has_share(self) -> bool:
@@ -76,6 +82,10 @@ METHODS = {
         BenchMethod("lemo-exact-float32", "LeMo exact, PEFT's default adapters", "lemo", "float32", _EXACT),
         BenchMethod("lemo-exact-rows", "LeMo exact, kept-row checkpointing", "lemo", lemo=_EXACT | _ROWS),
         BenchMethod("lemo-exact-offload", "LeMo exact, offload", "lemo", lemo=_EXACT, offload=True),
+        BenchMethod("lemo-exact-uniform-offload", "LeMo exact, uniform offload", "lemo", lemo=_EXACT | {"offload": "uniform"}),
+        BenchMethod(
+            "lemo-exact-sensitive-offload", "LeMo exact, sensitive offload", "lemo", lemo=_EXACT | {"offload": "sensitive"}
+        ),
         BenchMethod("lemo-sparse", "LeMo sparse", "lemo", lemo=_SPARSE),
         BenchMethod("lemo-sparse-float32", "LeMo sparse, PEFT's default adapters", "lemo", "float32", _SPARSE),
         BenchMethod("lemo-sparse-rows", "LeMo sparse, kept-row checkpointing", "lemo", lemo=_SPARSE | _ROWS),
@@ -91,6 +101,10 @@ METHODS = {
             "lemo-sparse-blocks-rows", "LeMo sparse, block-sparse, kept-row checkpointing", "lemo", lemo=_SPARSE | _BLOCKS | _ROWS
         ),
         BenchMethod("lemo-sparse-offload", "LeMo sparse, offload", "lemo", lemo=_SPARSE, offload=True),
+        BenchMethod("lemo-sparse-uniform-offload", "LeMo sparse, uniform offload", "lemo", lemo=_SPARSE | {"offload": "uniform"}),
+        BenchMethod(
+            "lemo-sparse-sensitive-offload", "LeMo sparse, sensitive offload", "lemo", lemo=_SPARSE | {"offload": "sensitive"}
+        ),
     )
 }
 

@@ -152,7 +152,7 @@ def _able(options: BenchOptions, config: PreTrainedConfig) -> tuple[list[ChosenM
         reason = chosen.obstacle(options.on, stock_type(config))
         if options.counts_only:
             # Liger is computed from what its functions allocate; what offload leaves on the device is not.
-            reason = "what offload leaves on the device is not estimated" if chosen.method.offload else reason
+            reason = "what offload leaves on the device is not estimated" if chosen.method.offloads else reason
             reason = None if reason == "liger_kernel is not installed" else reason
         if reason is None:
             able.append(chosen)
@@ -192,7 +192,7 @@ def new_row(model: str, seq_len: int, chosen: ChosenMethod, settings: StepSettin
         "seq_len": seq_len,
         "adapters": settings.adapter_dtype,
         "kept_share": chosen.keep,
-        "offload": chosen.method.offload,
+        "offload": chosen.method.offloads,
         "perplexity": None,
         "repeats": [],
     }

@@ -39,8 +39,8 @@ from .saved_storage import SavedStorage
 SMALLEST = 2**20
 # Of what hides by the measured times, since times scatter.
 _MARGIN = 0.9
-# The first forward also compiles kernels.
-_UNTIMED = 1
+# Forwards until budgets are set. The first also compiles kernels; the second is timed.
+TIMED_FORWARDS = 2
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ class SensitiveOffload:
         if loads is None:
             return
         self._timed += 1
-        if self._timed <= _UNTIMED and self.settings.seconds is None:
+        if self._timed < TIMED_FORWARDS and self.settings.seconds is None:
             return
         assert self._link is not None
         saved = [load.saved_bytes for load in loads]

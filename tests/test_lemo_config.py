@@ -14,6 +14,7 @@ CHANGED = {
     "enabled": False,
     "block_size": 32,
     "keep_ratio": [0.5, 0.25],
+    "mlp_keep_ratio": 0.25,
     "memory_budget": "40GiB",
     "selection": "threshold",
     "thresholds": [0.1, -0.2],

@@ -16,9 +16,10 @@ from references.tiny_models import (
 )
 
 from lemo_hf import LemoConfig
+from lemo_hf.models.documents import find_documents
 from lemo_hf.models.lemo_config import LemoConfigError
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.models.token_elimination import kept_block_count
+from lemo_hf.models.token_elimination import choose_blocks, kept_block_count
 from lemo_hf.profiling.activation_memory import ActivationMemory
 
 DOCUMENTS = [random_tokens(93, 1), random_tokens(61, 2)]
@@ -70,6 +71,18 @@ def test_its_blocks_are_the_first_of_those_that_the_layer_keeps(choosing):
             assert (int(part.sum()), int(kept.sum())) == (kept_block_count(len(part), 0.3), kept_block_count(len(part), 0.6))
         if layer == 0:  # above it the two models' inputs differ where scores decide
             assert torch.equal(marks, alone.selections[0].kept_blocks)
+
+
+def test_beside_a_threshold_it_keeps_the_most_informative_blocks():
+    """A document of which the threshold keeps fewer blocks keeps these."""
+    scores = [torch.tensor([0.1, 0.9, 0.5, 0.8, 0.7, 0.2, 0.6, 0.0]), torch.tensor([0.0, 0.9, 0.1, 0.2, 0.0])]
+    documents = find_documents(1, 8 * 4 + 5 * 4, 4, torch.device("cpu"), cu_seq_lens=torch.tensor([0, 32, 52]))
+    config = LemoConfig(block_size=4, selection="threshold", thresholds=[0.55], mlp_keep_ratio=0.5)
+    chosen = choose_blocks(scores, documents, config, 0, 0)
+    assert chosen.kept_blocks.tolist() == [True, True, False, True, True, False, True, True, True, True, False, False, True]
+    rows = chosen.kept_rows[chosen.mlp_kept]
+    assert rows[::4].div(4, rounding_mode="floor").tolist() == [0, 1, 3, 7, 8, 9, 12]
+    assert sorted(torch.cat((chosen.mlp_kept, chosen.mlp_rest)).tolist()) == list(range(len(chosen.kept_rows)))
 
 
 def test_lists_of_shares_and_dense_layers():
@@ -165,8 +178,6 @@ def test_bad_shares():
     for share in (0, 1.5, "half", True, [0.5]):
         with pytest.raises(LemoConfigError, match=r"mlp_keep_ratio is a share of blocks and must be in \(0, 1\], or null; got"):
             LemoConfig(mlp_keep_ratio=share)
-    with pytest.raises(LemoConfigError, match=r"mlp_keep_ratio counts blocks, selection='threshold' does not; got 0\.5"):
-        LemoConfig(selection="threshold", mlp_keep_ratio=0.5)
     assert LemoConfig.from_dict(LemoConfig(mlp_keep_ratio=0.25).to_dict()).mlp_keep_ratio == 0.25
     assert not LemoConfig(keep_ratio=1.0, mlp_keep_ratio=0.5).is_dense(0, 2)
     assert LemoConfig(keep_ratio=1.0, mlp_keep_ratio=1.0).is_dense(0, 2)

@@ -148,10 +148,6 @@ class LemoConfig:
             raise LemoConfigError(
                 f"mlp_keep_ratio is a share of blocks and must be in (0, 1], or null; got {shown(mlp)}; null keeps keep_ratio's blocks"
             )
-        if mlp is not None and self.selection == "threshold":
-            raise LemoConfigError(
-                f"mlp_keep_ratio counts blocks, selection='threshold' does not; got {shown(mlp)}; leave it out, or use 'sampled' or 'ratio'"
-            )
         budget = self.memory_budget
         if budget is not None and not (isinstance(budget, str) and _MEMORY.fullmatch(budget)):
             raise LemoConfigError(

@@ -114,26 +114,41 @@ def choose_blocks(
             )
         assert informativeness is not None, "thresholds are compared with scores"
         marks = [_always_kept(scores.float() >= config.thresholds[layer]) for scores in informativeness]
-        return selection_of_blocks(torch.cat(marks), documents)
+        selection = selection_of_blocks(torch.cat(marks), documents)
+        if config.mlp_keep_ratio is None:
+            return selection
+        counts = torch.stack([part.sum() for part in marks]).tolist()
+        weights = [scores.float() for scores in informativeness]
+        return _with_mlp_share(selection, weights, counts, documents, config.mlp_keep_ratio)
     counts = [kept_block_count(blocks, config.ratio_of(layer)) for blocks in documents.block_counts]
-    mlp_counts = [kept_block_count(blocks, config.mlp_ratio_of(layer)) for blocks in documents.block_counts]
-    marks, mlp_marks = [], []
+    weights = []
     for index, blocks in enumerate(documents.block_counts):
-        weights = None if informativeness is None else informativeness[index].float()
+        scores = None if informativeness is None else informativeness[index].float()
         if config.selection == "sampled":
-            weights = _perturbed(weights, blocks, config, layer, draw, documents.keys[index])
-        assert weights is not None, "the most informative blocks need scores"
-        marks.append(_best_blocks(weights, counts[index]))
-        if mlp_counts != counts:
-            mlp_marks.append(_best_blocks(weights, mlp_counts[index]))
-    # All blocks but the last, which is always kept, are full: the host knows the number of kept rows without asking.
+            scores = _perturbed(scores, blocks, config, layer, draw, documents.keys[index])
+        assert scores is not None, "the most informative blocks need scores"
+        weights.append(scores)
+    marks = [_best_blocks(scores, count) for scores, count in zip(weights, counts, strict=True)]
     selection = selection_of_blocks(torch.cat(marks), documents, _kept_lengths(documents, counts))
-    if not mlp_marks:
+    if config.mlp_keep_ratio is None:
         return selection
-    return with_mlp_blocks(selection, torch.cat(mlp_marks), documents, sum(_kept_lengths(documents, mlp_counts)))
+    return _with_mlp_share(selection, weights, counts, documents, config.mlp_keep_ratio)
+
+
+def _with_mlp_share(
+    selection: Selection, weights: list[Tensor], counts: list[int], documents: Documents, ratio: float
+) -> Selection:
+    """The best blocks by the same scores, of each document at most the `counts` that are kept."""
+    wanted = [kept_block_count(blocks, ratio) for blocks in documents.block_counts]
+    mlp_counts = [min(kept, count) for kept, count in zip(counts, wanted, strict=True)]
+    if mlp_counts == counts:
+        return selection
+    marks = [_best_blocks(scores, count) for scores, count in zip(weights, mlp_counts, strict=True)]
+    return with_mlp_blocks(selection, torch.cat(marks), documents, sum(_kept_lengths(documents, mlp_counts)))
 
 
 def _kept_lengths(documents: Documents, counts: list[int]) -> list[int]:
+    # All blocks but the last, which is always kept, are full: the host knows the number of kept rows without asking.
     sizes = zip(documents.lengths, documents.block_counts, counts, strict=True)
     return [length - (blocks - count) * documents.block_size for length, blocks, count in sizes]
 

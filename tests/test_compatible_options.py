@@ -168,7 +168,7 @@ def test_what_gains_little_is_said_and_works(tmp_path):
 
 
 def test_the_user_guide_has_the_table():
-    guide = Path(__file__).parents[1] / "docs" / "user_guide.md"
+    guide = Path(__file__).parents[1] / "docs" / "memory_features.md"
     assert as_markdown() in guide.read_text(encoding="utf-8")
 
 

@@ -253,12 +253,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULT, help="result file (default: %(default)s)")
     args = parser.parse_args(arguments)
     name, _, folder = args.model.partition("=")
-    if not name or not Path(folder).is_dir():
+    if not name or not folder or not Path(folder).is_dir():
         raise LemoError(f"no such model; {args.model!r}; write --model NAME=FOLDER with the folder of a base model")
     if args.documents <= max(MAPPED_DOCUMENTS):
         raise LemoError(f"too few documents; {args.documents}; use at least {max(MAPPED_DOCUMENTS) + 1}")
     if SHOWN_LENGTH not in args.lengths:
         raise LemoError(f"the length of maps and predictors is missing; {args.lengths}; add {SHOWN_LENGTH}")
+    measured = measure_model(Path(folder), args.documents, args.lengths)
+    # Read only now: another model's measurement may have ended meanwhile.
     result = json.loads(args.output.read_text()) if args.output.exists() else {"kind": "sparsity", "models": {}}
     result["config"] = {
         "criterion": CRITERION,
@@ -267,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
         "most_windows": MOST_WINDOWS,
         "block_size": LemoConfig().block_size,
     }
-    result["models"][name] = measure_model(Path(folder), args.documents, args.lengths)
+    result["models"][name] = measured
     args.output.write_text(compact(result))
     print(f"wrote {args.output}")
 

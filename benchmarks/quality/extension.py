@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback, default_data_collator
+from transformers import AutoConfig, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, default_data_collator
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.quality.arms import Arm, all_arms, chosen
@@ -129,6 +129,7 @@ def train(
         trainer_class = Trainer if arm.is_stock else LemoTrainer
         settings: dict[str, Any] = {"args": arguments(arm, setting, seed, folder, limit), "train_dataset": texts.training(seed)}
         trainer = trainer_class(model=model, **settings, data_collator=default_data_collator, callbacks=[measures])
+        trainer.remove_callback(PrinterCallback)  # one line an arm is enough
         with chosen_blocks(arm, model):
             trainer.train()
     return measures, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -305,7 +305,7 @@ def quickstart_result():
     arms = {"stock": None, "exact": LemoConfig(keep_ratio=0.5).to_dict()}
     config = {"base": "python-llama-4m", "tokens": 4096, "batch": 1, "steps": 25, "arms": arms,
               "dtype": "float32 base and adapters, no autocast", "lora": "r=8 on q, k, v, o"}  # fmt: skip
-    return {"config": config, "arms": {arm: {"perplexity": {"equal_steps": 17.5}} for arm in arms}}
+    return {"commit": "abc", "config": config, "arms": {arm: {"perplexity": {"equal_steps": 17.5}} for arm in arms}}
 
 
 def test_a_perplexity_belongs_to_its_own_configuration_only():
@@ -315,7 +315,7 @@ def test_a_perplexity_belongs_to_its_own_configuration_only():
         return {"model": model, "settings": settings}
 
     found = with_perplexity(row("lemo-exact"), quickstart_result(), "quickstart.json")
-    assert found == {"dense": 17.5, "source": "quickstart.json, arm exact, 25 steps"}
+    assert found == {"dense": 17.5, "source": "quickstart.json, commit abc, arm exact, 25 steps"}
     assert with_perplexity(row("stock"), quickstart_result(), "")["source"].endswith("arm stock, 25 steps")
     others = [
         row("lemo-exact@0.3"),

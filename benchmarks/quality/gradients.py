@@ -10,8 +10,9 @@ same windows. A choice that looks at all scores or at the gradient itself is mea
 
 Sparse form, first layer dense: `nats`, how much higher the sparse forward's loss is than the dense one's, without training.
 
-`predicted` is measured with `--block-size 64` only, which the shipped predictors are for. Choices that are measured already are not measured again: the result file is written after each one. `bytes` says what a choice
-keeps of a Llama-3-8B layer, in rows of H per token: 4.5 per token kept by attention, 8 per token kept by the MLP.
+`predicted` is measured with `--block-size 64` only, which the shipped predictors are for. Choices that are measured already are
+not measured again: the result file is written after each one. `bytes` says what a choice keeps of a Llama-3-8B layer, in rows of
+H per token: 4.5 per token kept by attention, 8 per token kept by the MLP.
 """
 
 import argparse

@@ -16,9 +16,9 @@ TOKENS = random_tokens(50, 1)[None]
 BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 
 
-def ratio_model(form, architecture="llama"):
+def ratio_model(form, architecture="llama", **lemo):
     stock = stock_model(architecture=architecture, num_hidden_layers=1)
-    return lemo_model(stock, {}, selection="ratio", keep_ratio=0.4, attention_forward=form)
+    return lemo_model(stock, {}, selection="ratio", keep_ratio=0.4, attention_forward=form, **lemo)
 
 
 @pytest.fixture
@@ -35,8 +35,19 @@ def fresh_dynamo():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("form", ["sparse", "exact"])
 def test_a_compiled_model_trains_as_an_uncompiled_one_and_compiles_once(form, architecture, fresh_dynamo):
-    wanted_loss, wanted = loss_and_gradients(ratio_model(form, architecture), BATCH)
-    model = ratio_model(form, architecture)
+    compare_compiled(lambda: ratio_model(form, architecture))
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["shifted_groups", "block_sparse"])
+def test_patterns_compile_too(pattern, fresh_dynamo):
+    compare_compiled(lambda: ratio_model("sparse", attention_pattern=pattern))
+
+
+def compare_compiled(make):
+    wanted_loss, wanted = loss_and_gradients(make(), BATCH)
+    model = make()
     compiled = torch.compile(model, backend="eager")
     loss = compiled(**BATCH).loss
     loss.backward()

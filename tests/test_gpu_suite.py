@@ -21,7 +21,7 @@ def test_every_kind_of_part_runs_and_is_not_run_again(tmp_path, monkeypatch):
         "--tiny",
         "--out",
         str(tmp_path),
-        *(word for part in ("att", "train", "head", "times") for word in ("--part", part)),
+        *(word for part in ("att", "pattern", "train", "head", "times") for word in ("--part", part)),
     ]
     assert gpu_suite.main(command) == 0
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}

@@ -1,6 +1,8 @@
 """Attention patterns among kept tokens: against masks written out, and as parts of a model that trains."""
 
 import contextlib
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -530,3 +532,32 @@ def test_a_run_is_refused_at_its_start_where_no_document_fills_a_group(tmp_path)
         LemoConfigError, match="the longest has 96 tokens, of which a layer keeps 48; got group_size=90; set it to 12"
     ):
         tiny_trainer(tmp_path, lemo).train()
+
+
+def test_committed_counts_are_the_ones_that_the_formulas_give():
+    """Llama-3-8B at 64K: P and A of a layer in multiply-adds a token, the first layer dense, every layer run again in backward."""
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "pattern_counts_llama3_8b--any.json"
+    found = {row["method"].partition("@")[0]: row["flops"] for row in json.loads(path.read_text())["rows"]}
+    hidden, tokens, kept = 4096, 65536, 0.5
+    attention, mlp, scores = 2.5 * hidden**2, 10.5 * hidden**2, hidden * (tokens + 1)
+    head = 2 * hidden * 128256
+
+    def step(per_layer):
+        return 2 * tokens * (per_layer + head)
+
+    def lemo(share):
+        among = share * kept**2 * scores
+        sparse = mlp + kept * attention + among + 2 * kept * (attention + mlp) + 3.5 * among
+        return step(31 * sparse + 3 * (attention + mlp) + 4.5 * scores)
+
+    # Stock checkpointing does not run the last matrix of a layer again: nothing saves its result.
+    stock = step(32 * (3 * (attention + mlp) - mlp / 3 + 4.5 * scores))
+    pairs = sum(pair_counts(512, 0.25)) * 64**2 / (32768 * 32769 / 2)
+    groups = (4 * (1 / 4) ** 2 + 3 * (1 / 4) ** 2 + 2 * (1 / 8) ** 2) / 2
+    for name, wanted in {
+        "checkpointing": stock,
+        "lemo-sparse-rows": lemo(1.0),
+        "lemo-sparse-groups-rows": lemo(groups),
+        "lemo-sparse-blocks-rows": lemo(pairs),
+    }.items():
+        assert found[name] == pytest.approx(wanted, rel=2e-3), name  # adapters, and predictors where there are any

@@ -39,7 +39,7 @@ class Setting:
     base: str
     tokens: int
     steps: int = 32
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     schedule: str = "constant"
     warmup_steps: int = 3
     rank: int = 8

@@ -7,7 +7,7 @@
 - `large`: 88 M parameters from scratch at a context of 2048, with a tokenizer of its own, in bfloat16 on a GPU: some calls of 8 minutes.
 
 14 of 20 rows are text of the corpus's `base` split, 6 are dense retrieval rows, where answers alone are learnt; each row counts the same.
-Run again, it resumes from `<out>-run/`; a run of the same recipe bounded by steps is the same bit for bit however often it was stopped.
+Run again, it resumes from `<out>-run/`; on a CPU a run bounded by steps is the same bit for bit however often it was stopped.
 `<out>` is a link to the newest exported model (float32), replaced at once, every ten minutes and at the end.
 """
 

@@ -207,7 +207,7 @@ class BaseModelTrainer:
                     f"output_dir holds another run; {str(self.folder)!r} has {name}={there}, the recipe {here}; choose another folder"
                 )
         try:
-            tensors = load_file(checkpoints[-1] / "state.safetensors", device=self.device)
+            tensors = load_file(checkpoints[-1] / "state.safetensors")
         except SafetensorError as error:
             raise LemoError(f"checkpoint is corrupt ({error}); {str(checkpoints[-1])!r}; remove it to start anew") from error
         self.step, self.minutes, self.history = state["step"], state["minutes"], state["history"]

@@ -3,8 +3,9 @@ import logging
 import pytest
 import torch
 from references.tiny_models import batches_of
-from training_runs import RandomText, tiny_lemo_model
+from training_runs import RandomText, tiny_lemo_model, tiny_trainer
 
+from lemo_hf.errors import LemoError
 from lemo_hf.models.sparse_decoder import sparse_backbone, sparse_evaluation
 from lemo_hf.training.phases.threshold_search import ThresholdSearch, kept_share
 
@@ -139,3 +140,26 @@ def test_shares_survive_new_predictors():
     assert again.kept_shares() != shares
     again.keep_shares(shares)
     assert again.kept_shares() == shares
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [([-1e6, -1e6], "thresholds keep every block of 2 documents"), ([1e6, 1e6], "thresholds keep no block of 2 documents but")],
+)
+def test_thresholds_that_choose_nothing_are_refused(tmp_path, thresholds, message):
+    lemo = {"selection": "threshold", "attention_forward": "sparse", "thresholds": thresholds}
+    with pytest.raises(LemoError, match=message):
+        tiny_trainer(tmp_path, lemo, predictor_documents=0, max_steps=1).train()
+
+
+def test_text_too_short_to_calibrate_on_is_refused(tmp_path):
+    lemo = {"selection": "threshold", "attention_forward": "sparse", "block_size": 48}
+    with pytest.raises(LemoError, match="calibration text is too short; the longest of 2 documents has 2 blocks"):
+        tiny_trainer(tmp_path, lemo, predictor_documents=0, max_steps=1).train()
+
+
+def test_a_list_of_shares_is_where_the_search_starts():
+    search = search_of(keep_ratio=[0.25, 0.75])
+    search.begin()
+    first, second = search.kept_shares()
+    assert second - first >= 0.4

@@ -107,7 +107,7 @@ class _Run:
         self.weights = [[weight for weight in layer.parameters() if weight.requires_grad] for layer in self.layers]
         self.shares, self._draw, self._lemo = shares, draw, owner._lemo
         self._head = getattr(owner.model, "get_base_model", lambda: owner.model)().get_output_embeddings()
-        self._batches: dict[float, SparseBatch] = {}
+        self._batches: dict[float | None, SparseBatch] = {}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.hidden: list[Tensor] = []
         device = next(self.backbone.parameters()).device
@@ -157,12 +157,13 @@ class _Run:
             for hook in hooks:
                 hook.remove()
 
-    def layer(self, index: int, hidden: Tensor, share: float) -> Tensor:
-        """A layer on `hidden` `(batch, seq_len, hidden)` at a share of its own."""
+    def layer(self, index: int, hidden: Tensor, share: float | None) -> Tensor:
+        """A layer on `hidden` `(batch, seq_len, hidden)` at a share of its own; `None` is the dense layer."""
         args, kwargs = self._calls[index]
         if share not in self._batches:
             documents = kwargs["sparse_batch"].documents
-            config = replace(self._lemo, keep_ratio=share)
+            whole: dict[str, Any] = {"keep_ratio": 1.0, "mlp_keep_ratio": None}
+            config = replace(self._lemo, **(whole if share is None else {"keep_ratio": share}))
             self._batches[share] = SparseBatch(documents, config, len(self.layers), self._draw)
         # Selections are remembered by layer, and this one may read another input than the last time.
         self._batches[share].selections.pop(index, None)
@@ -197,7 +198,7 @@ class _Run:
         return torch.cat(found).view_as(self.hidden[-1])
 
     @torch.enable_grad()
-    def through_layer(self, index: int, share: float, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def through_layer(self, index: int, share: float | None, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """What a layer at a share makes of the gradient in its output: that in its input, and its weights' as one vector."""
         leaf = self.hidden[index].detach().requires_grad_()
         output = self.layer(index, leaf, share)
@@ -208,7 +209,7 @@ class _Run:
         """The dense gradient of every layer's weights, one layer's graph at a time."""
         found: list[Tensor] = []
         for index in range(len(self.layers) - 1, -1, -1):
-            top, gradient = self.through_layer(index, 1.0, top)
+            top, gradient = self.through_layer(index, None, top)
             found.insert(0, gradient)
         return found
 

@@ -8,83 +8,25 @@ can tell is not drawn but listed as unmeasured. `--check` only says whether the 
 """
 
 import argparse
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import paper_plots
+import sparsity_page
+import sparsity_plots
 from matplotlib.figure import Figure
+from paper_data import ROOT, Results, read_results
+from paper_tables import ATTENTION, MEMORY_ALONE, MLP, mlp_in_words, savings, table_1, table_8
 
-from lemo_hf.profiling.bench_table import NOT_MEASURED, merged, peak_bytes
 from lemo_hf.profiling.plots import save_figure
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-PAPER = ROOT / "benchmarks" / "paper_results.json"
 PAGE = ROOT / "docs" / "paper_figures.md"
 IMAGES = ROOT / "docs" / "images" / "paper"
 # The paper's method -> what it is compared with.
 SAME_METHOD = {"lora": "stock", "longlora": "longlora-float32", "lemo": "lemo-artifact"}
-TABLE_1 = {"llama2-7b": "Llama-2-7B", "llama3-8b": "Llama-3-8B", "mistral-7b": "Mistral-7B", "opt-6.7b": "OPT-6.7B"}
-ATTENTION, MLP = ("q,k,v", "attention", "o_proj"), ("mlp",)
 SUITE = "`python benchmarks/gpu_suite.py --out benchmarks/results"
-
-
-@dataclass
-class Results:
-    """What is drawn.
-
-    Args:
-        paper: benchmarks/paper_results.json.
-        estimates: What benchmarks/paper_estimates.py wrote.
-        measured: Rows of `lemo bench` on a GPU.
-        kernels: Rows of benchmarks/kernel_times.py on a GPU.
-        gpu: Its name.
-    """
-
-    paper: dict[str, Any]
-    estimates: dict[str, Any]
-    measured: list[dict[str, Any]] = field(default_factory=list)
-    kernels: list[dict[str, Any]] = field(default_factory=list)
-    gpu: str = ""
-
-    def memory(self, model: str, seq_len: int, method: str) -> tuple[float, bool] | None:
-        """Peak bytes of a method and whether they are measured; `None` if there is neither."""
-        for rows, real in ((self.measured, True), (self.estimates["rows"], False)):
-            for row in rows:
-                if (row["model"], row["seq_len"], row["method"]) == (model, seq_len, method) and (size := peak_bytes(row)):
-                    return size, real
-        return None
-
-    def estimate(self, model: str, seq_len: int, method: str) -> dict[str, Any]:
-        """A row of the estimates."""
-        key = (model, seq_len, method)
-        return next(row for row in self.estimates["rows"] if (row["model"], row["seq_len"], row["method"]) == key)
-
-    @property
-    def words(self) -> dict[str, str]:
-        """Methods in words, in the order of the estimates."""
-        return {row["method"]: row["words"] for row in self.estimates["rows"]}
-
-
-def read_results(folder: Path = RESULTS) -> Results:
-    """The committed results.
-
-    Raises:
-        LemoError: If GPU results are of different commits or machines.
-    """
-    documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    on_gpu = [
-        one for one in documents if isinstance(one, dict) and isinstance(one.get("machine"), dict) and one["machine"].get("gpu")
-    ]
-    benched = [one for one in on_gpu if one.get("kind") == "lemo bench"]
-    kernels = [row for one in on_gpu if str(one.get("part", "")).startswith("times_") for row in one["rows"]]
-    name = next((str(one["machine"]["gpu"]) for one in on_gpu), "")
-    estimates = json.loads((folder / "paper_estimates--any.json").read_text())
-    return Results(json.loads(PAPER.read_text()), estimates, merged(benched) if benched else [], kernels, name)
 
 
 @dataclass(frozen=True)
@@ -92,20 +34,27 @@ class Shown:
     """A figure of the paper.
 
     Args:
-        number: Its number in the paper.
+        number: Its number in the paper; no table has a figure's.
         stem: Name of the picture.
         title: What it shows.
         draw: Returns the picture, or `None` if nothing of ours can be drawn.
         caption: What the reader must know of it.
-        missing: What is not measured, and what would measure it; "" if nothing.
+        missing: What is not measured, and what would measure it; "" if nothing once the picture is drawn.
+        kind: "Figure", or "Table" for one that is drawn too.
     """
 
     number: int
     stem: str
     title: str
     draw: Callable[[Results], Figure | None]
-    caption: str
+    caption: str | Callable[[Results], str]
     missing: str = ""
+    kind: str = "Figure"
+
+    @property
+    def name(self) -> str:
+        """As the paper calls it."""
+        return f"{self.kind} {self.number}"
 
 
 def memory_by_length(results: Results) -> Figure:
@@ -114,17 +63,18 @@ def memory_by_length(results: Results) -> Figure:
     models = dict.fromkeys(row["model"] for row in results.estimates["rows"] if row["model"] != "Mistral-7B")
     for model in models:
         lengths = sorted({row["seq_len"] for row in results.estimates["rows"] if row["model"] == model})
-        bars, real = {}, False
+        bars: dict[str, list[float | None]] = {}
+        real: dict[str, list[bool]] = {}
         for method, words in results.words.items():
             found = [results.memory(model, seq_len, method) for seq_len in lengths]
             bars[words] = [None if one is None else one[0] / 2**30 for one in found]
-            real |= any(one is not None and one[1] for one in found)
+            real[words] = [one is not None and one[1] for one in found]
         marks: dict[str, list[float | str | None]] = {}
         for theirs, ours in SAME_METHOD.items():
             logged = {row["seq_len"]: row for row in results.paper["memory"] if (row["model"], row["method"]) == (model, theirs)}
             marks[results.words[ours]] = [_mark(logged.get(seq_len)) for seq_len in lengths]
-        panels.append(paper_plots.Panel(model, lengths, bars, marks, "measured" if real else "estimated, no GPU run"))
-    return paper_plots.grouped_bars(panels, "peak memory, GiB", 81920 / 1024, "A800: 80 GiB")
+        panels.append(paper_plots.Panel(model, lengths, bars, marks, real))
+    return paper_plots.grouped_bars(panels, "peak memory, GiB", 81920 / 1024, "A800: 80 GiB", results.gpu)
 
 
 def _mark(row: Mapping[str, Any] | None) -> float | str | None:
@@ -210,78 +160,72 @@ def nothing(results: Results) -> None:
     """Nothing of ours can be drawn."""
 
 
-_ALONE = f"Memory alone: {NOT_MEASURED}, nor is speed."
+def of_models(draw: Callable[[dict[str, Any], Any], Figure]) -> Callable[[Results], Figure | None]:
+    """A picture of every model whose sparsity was measured, from what `draw` makes of them and of the paper's figures."""
+    return lambda results: None if results.sparsity is None else draw(results.sparsity["models"], results.paper["paper"])
+
+
+def of_sparsity(caption: Callable[[dict[str, Any], Any], str]) -> Callable[[Results], str]:
+    """What `caption` makes of the measured sparsity and of the paper's figures."""
+    return lambda results: "" if results.sparsity is None else caption(results.sparsity, results.paper["paper"])
+
+
+def of_predictors(draw: Callable[[Any, Any], Figure]) -> Callable[[Results], Figure | None]:
+    """A picture of the model whose predictors were measured."""
+
+    def drawn(results: Results) -> Figure | None:
+        found = sparsity_page.with_predictors(results.sparsity["models"]) if results.sparsity is not None else None
+        return None if found is None else draw(found[1], results.paper["paper"])
+
+    return drawn
+
+
+def _table_3(models: dict[str, Any], paper: dict[str, Any]) -> Figure:
+    return sparsity_plots.sparsity_by_length(models, paper["table3_sparsity_ratio"])
+
+
+def _figure_17(model: dict[str, Any], paper: dict[str, Any]) -> Figure:
+    return sparsity_plots.predicted_informativeness(model, paper["predictor_recall"])
+
+
+SPARSITY = (
+    Shown(3, "sparsity_by_length", "sparsity by length", of_models(_table_3), of_sparsity(sparsity_page.sparsity_by_length), kind="Table"),
+    Shown(4, "score_maps", "score maps by layer and input", of_models(lambda models, _: sparsity_plots.score_maps(models)),
+          of_sparsity(sparsity_page.score_maps)),
+    Shown(7, "unimportant_blocks", "blocks without important tokens",
+          of_models(lambda models, _: sparsity_plots.unimportant_blocks(models)), of_sparsity(sparsity_page.unimportant_blocks)),
+    Shown(16, "predicted_maps", "predicted beside true scores", of_predictors(lambda model, _: sparsity_plots.predicted_maps(model)),
+          of_sparsity(sparsity_page.predicted_maps)),
+    Shown(17, "predicted_informativeness", "predicted beside true informativeness", of_predictors(_figure_17),
+          of_sparsity(sparsity_page.predicted_informativeness)),
+)  # fmt: skip
 FIGURES = (
+    *SPARSITY[:3],
     Shown(12, "memory_by_length", "memory by length", memory_by_length,
           "Bars: ours. Diamonds: the paper's logs of the same method on an A800 (stock LoRA, LongLoRA, LeMo; the bar for LeMo is our "
           "clean-room version of the artifact). Logs of stock LoRA equal the estimate on Llama-3-8B and lie 8 to 12 % "
           "above it on the other models, those of LongLoRA 14 to 19 %; those of LeMo lie 7 % below to 2 % above it on Llama and 11 to "
           "32 % above it on OPT, for reasons not known: compare bars with bars and diamonds with diamonds. OPT-350M normalises after its sublayers and is left out. "
-          f"{_ALONE}", f"Peaks on a GPU: {SUITE} --part headline`."),
+          f"{MEMORY_ALONE}", f"Peaks on a GPU: {SUITE} --part headline`."),
     Shown(13, "step_time", "step time", step_time, "Median seconds of a step; the paper's on its own cards.",
           f"Seconds of a step on a GPU: {SUITE} --part headline`."),
     Shown(14, "memory_breakdown", "memory by part of the model", memory_breakdown,
-          f"The paper's average savings stand in the table below. {_ALONE}",
+          f"The paper's average savings stand in the table below. {MEMORY_ALONE}",
           f"The time breakdown: `phases` of each row of {SUITE} --part headline`."),
     Shown(15, "saved_by_layer", "memory by layer", saved_by_layer,
           "The artifact's profile keeps most blocks in early layers; ours keep the same share everywhere (sparse: the first layer "
-          f"dense). {_ALONE}"),
+          f"dense). {MEMORY_ALONE}"),
+    *SPARSITY[3:],
     Shown(18, "movement_kernels", "movement kernels", movement_kernels, "Against index, zeros, scatter and add.",
           f"Kernel times on a GPU: {SUITE} --part times`; the paper reports 10 to 50 times."),
     Shown(19, "loss_peak", "the loss's peak over time", loss_peak,
-          f"The paper saves 15 % of the peak by segments. {_ALONE}"),
+          f"The paper saves 15 % of the peak by segments. {MEMORY_ALONE}"),
     Shown(20, "extensions", "extensions", nothing, "",
-          "Two-dimensional sparsity (paper: up to 2.04 times) and offload by kept share (paper: 1.22 times on average): not built yet."),
+          "Times on a GPU of two-dimensional sparsity (paper: up to 2.04 times): `lemo bench --model Llama-3-8B --seq-len 65536 --methods "
+          "lemo-sparse-rows,lemo-sparse-groups-rows,lemo-sparse-blocks-rows`; of offload by kept share (paper: 1.22 times on average): "
+          f"{SUITE} --part offload`."),
     Shown(21, "scaling", "scaling over GPUs", nothing, "", "Several GPUs: no such run."),
 )  # fmt: skip
-
-
-def table_1(results: Results) -> str:
-    """Memory at 4096 tokens: the paper's table, its logs, and ours."""
-    paper = results.paper["paper"]["table1_memory_gb_at_4k"]
-    lines = ["| GB at 4096 tokens | " + " | ".join(TABLE_1.values()) + " |", "| --- " + "| ---: " * len(TABLE_1) + "|"]
-    for name in ("full", "lora", "longlora", "lemo"):
-        lines.append(f"| paper, {name} | " + " | ".join(f"{value:.1f}" for value in paper[name]) + " |")
-    for name in ("lora", "longlora", "lemo"):
-        logged = {
-            r["model"]: r["peak_allocated_mib"] for r in results.paper["memory"] if (r["method"], r["seq_len"]) == (name, 4096)
-        }
-        cells = [f"{logged[model] * 2**20 / 1e9:.1f}" if logged.get(model) else "-" for model in TABLE_1.values()]
-        lines.append(f"| artifact's logs, {name} | " + " | ".join(cells) + " |")
-    for method, words in results.words.items():
-        found = [results.memory(model, 4096, method) for model in TABLE_1.values()]
-        cells = ["-" if one is None else f"{one[0] / 1e9:.1f}{'' if one[1] else ' (est.)'}" for one in found]
-        lines.append(f"| ours, {words} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"est.: estimated, no GPU run. {_ALONE} {paper['note']}."])
-
-
-def table_8(results: Results) -> str:
-    """Parameters of a layer's predictor."""
-    sizes = results.paper["paper"]["predictor_params_per_layer_m"]
-    after = sum(sizes["after"]) / len(sizes["after"])
-    lines = ["| predictor of a layer of width 4096 | parameters, millions |", "| --- | ---: |"]
-    lines += [f"| paper, before pruning | {sizes['before']:.2f} |", f"| paper, after pruning, mean of 7 layers | {after:.2f} |"]
-    lines += [f"| ours, {name} | {count / 1e6:.2f} |" for name, count in results.estimates["predictor_parameters"].items()]
-    return "\n".join([*lines, "", "Ours after pruning at this width: unmeasured (needs the model's weights)."])
-
-
-def savings(results: Results) -> str:
-    """Average saving of attention's and the MLP's saved bytes, as the paper reports it with its Figure 14."""
-    paper = results.paper["paper"]
-    lines = ["| saved bytes less than stock LoRA | attention | MLP |", "| --- | ---: | ---: |"]
-    for theirs, model in (("llama2-7b", "Llama-2-7B"), ("opt-6.7b", "OPT-6.7B")):
-        attention, mlp = paper["avg_attention_memory_saving"][theirs], paper["avg_mlp_memory_saving"][theirs]
-        lines.append(f"| paper, {model}, average | {attention:.1%} | {mlp:.1%} |")
-        stock = results.estimate(model, 8192, "stock")["saved_by_part"]
-        for method, words in [*results.words.items()][1:]:
-            parts = results.estimate(model, 8192, method)["saved_by_part"]
-            cells = [1 - _sum(parts, of) / _sum(stock, of) for of in (ATTENTION, MLP)]
-            lines.append(f"| ours, {model} at 8192, {words} | " + " | ".join(f"{cell:.1%}" for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def _sum(parts: Mapping[str, int], names: Iterable[str]) -> int:
-    return sum(parts.get(name, 0) for name in names)
 
 
 def page(results: Results, drawn: Sequence[int]) -> str:
@@ -304,12 +248,12 @@ def page(results: Results, drawn: Sequence[int]) -> str:
     for shown in FIGURES:
         if shown.number in drawn:
             text += [
-                f"## Figure {shown.number}: {shown.title}",
+                f"## {shown.name}: {shown.title}",
                 f"![{shown.title}](images/paper/{shown.stem}.png)",
-                shown.caption,
+                shown.caption if isinstance(shown.caption, str) else shown.caption(results),
             ]
         if shown.number == 14:
-            text.append(savings(results))
+            text += [savings(results), mlp_in_words(results)]
     text += [
         "## Table 1: memory at 4096 tokens",
         table_1(results),
@@ -317,8 +261,9 @@ def page(results: Results, drawn: Sequence[int]) -> str:
         table_8(results),
         "## Unmeasured",
     ]
-    left = [shown for shown in FIGURES if shown.missing]
-    text.append("\n".join(f"- Figure {shown.number}, {shown.title}. {shown.missing}" for shown in left))
+    left = [(shown, shown.missing) for shown in FIGURES if shown.missing]
+    left += [(shown, "`python benchmarks/sparsity_figures.py`.") for shown in SPARSITY if shown.number not in drawn]
+    text.append("\n".join(f"- {shown.name}, {shown.title}. {missing}" for shown, missing in left))
     return "\n\n".join(text) + "\n"
 
 
@@ -342,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(not current or bool(missing))
     for shown, figure in figures.items():
         if figure is not None:
-            save_figure(figure, IMAGES / f"{shown.stem}.png", f"Figure {shown.number} of the paper: {shown.title}")
+            save_figure(figure, IMAGES / f"{shown.stem}.png", f"{shown.name} of the paper: {shown.title}")
     PAGE.write_text(fresh)
     print(f"wrote {PAGE} and figures {', '.join(map(str, drawn))}")
     return 0

@@ -4,9 +4,12 @@ import json
 import shutil
 
 import paper_figures
+import paper_tables
 import pytest
 from matplotlib.text import Text
-from paper_figures import FIGURES, Results, page, read_results
+from paper_data import RESULTS, Results, read_results
+from paper_figures import FIGURES, page
+from paper_tables import mlp_in_words
 
 from lemo_hf.errors import LemoError
 from lemo_hf.profiling.bench_table import NOT_MEASURED
@@ -67,7 +70,7 @@ def gpu_result(**changes):
 
 
 def test_what_a_gpu_has_measured_replaces_estimates_and_adds_figures(tmp_path):
-    shutil.copy(paper_figures.RESULTS / "paper_estimates--any.json", tmp_path)
+    shutil.copy(RESULTS / "paper_estimates--any.json", tmp_path)
     (tmp_path / "headline_8192_stock.json").write_text(json.dumps(gpu_result()))
     kernels = [
         {"kernel": "scatter_add", "right": True, "keep": 0.5, "rows": rows, "speed_up": {"naive": 12.0}} for rows in (1024, 4096)
@@ -85,6 +88,34 @@ def test_what_a_gpu_has_measured_replaces_estimates_and_adds_figures(tmp_path):
     (tmp_path / "headline_8192_other.json").write_text(json.dumps(gpu_result(commit="def")))
     with pytest.raises(LemoError, match="different commits"):
         read_results(tmp_path)
+
+
+def test_one_measured_bar_does_not_make_the_others_measured(tmp_path, committed):
+    def words(results):
+        drawn = next(shown for shown in FIGURES if shown.number == 12).draw(results)
+        return drawn, [text.get_text() for text in texts(drawn)]
+
+    assert not {"m", "e"} & set(words(committed)[1]), "all bars are of one kind: the title says it"
+    shutil.copy(RESULTS / "paper_estimates--any.json", tmp_path)
+    (tmp_path / "headline_8192_stock.json").write_text(json.dumps(gpu_result()))
+    figure, said = words(read_results(tmp_path))
+    bars = [bar for axis in figure.axes for container in axis.containers for bar in container if bar.get_height()]
+    assert (said.count("m"), said.count("e")) == (1, len(bars) - 1)
+    (mark,) = (text for text in texts(figure) if text.get_text() == "m")
+    (measured,) = (bar for bar in mark.axes.patches if bar.get_height() == 30)
+    assert mark.xy[0] == pytest.approx(measured.get_x() + measured.get_width() / 2)
+    assert "bars: ours, m measured on Some GPU, e estimated, no GPU run; diamonds: the paper's logs" in said
+    assert [text for text in said if "measured" in text] == [next(text for text in said if "measured" in text)]
+
+
+def test_the_artifacts_mlp_row_is_accounted_for(committed, monkeypatch):
+    said = mlp_in_words(committed)
+    assert "80% less" in said
+    assert "60% less" in said
+    assert "the paper's 51.1% and 54.8%" in said
+    monkeypatch.setattr(paper_tables, "KEPT_CHANNELS", 0.25)
+    with pytest.raises(LemoError, match=r"does not fit the estimates; 80\.0% on Llama-2-7B"):
+        mlp_in_words(committed)
 
 
 def test_the_committed_page_is_what_the_committed_results_say():

@@ -394,6 +394,18 @@ def test_tables_and_plots_show_it(written):
     assert [round(costs["kept share of the layers"], 2) for costs, _, _ in points] == [0.5, 0.5]  # 0.3 of 4 blocks are 2
 
 
+def test_of_several_rates_the_one_of_most_runs_is_shown(written):
+    (path,) = written.glob("quality_extension--*.json")
+    result = json.loads(path.read_text())
+    (most,) = result["settings"].values()
+    tried = {"setting": most["setting"] | {"learning_rate": 0.5}, "arms": {"stock": most["arms"]["stock"]}}
+    longer = {"setting": most["setting"] | {"steps": 99}, "arms": tried["arms"]}
+    several = [result | {"settings": {"a": tried, "b": most, "c": longer}}]
+    assert [setting["setting"]["steps"] for _, setting in report.main_settings(several)] == [4, 99]
+    assert "rate 0.5" not in report.TABLES["quality_core"](several)
+    assert "constant 0.5" in report.TABLES["quality_settings"](several)
+
+
 def test_a_page_without_a_tables_place_is_refused(written):
     with pytest.raises(LemoError, match="page has 0 places for table"):
         report.updated_page("no table here", [])

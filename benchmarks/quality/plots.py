@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.quality.extension import EQUAL_STEPS, EQUAL_TIME
+from benchmarks.quality.report import runs_in
 from lemo_hf.profiling.plots import LINES, MARKERS, SERIES, new_figure, save_figure
 
 # Form and point -> how it is drawn.
@@ -112,11 +113,11 @@ def draw_retrieval(setting: Mapping[str, Any], arms: Sequence[str]) -> Figure | 
 
 
 def draw_plots(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Writes the plots of the setting with the most arms, of the last result that has any; returns their paths."""
+    """Writes the plots of the setting with the most runs, of the last result that has any; returns their paths."""
     written = []
     arms = ("stock", "exact-0.5", "exact-0.3", "sparse-0.5", "before")
     for result in results:
-        setting = max(result["settings"].values(), key=lambda each: len(each["arms"]))
+        setting = max(result["settings"].values(), key=runs_in)
         figures = {
             "shares": draw_shares(setting),
             "positions": draw_positions(setting, arms),

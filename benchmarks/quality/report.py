@@ -53,9 +53,24 @@ def number(found: Mapping[str, Any] | None, digits: int = 3) -> str:
 
 
 def settings_of(results: Results) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Every result with each of its settings, those of the most arms first."""
+    """Every result with each of its settings, those of the most runs first."""
     for result in results:
-        for setting in sorted(result["settings"].values(), key=lambda each: -len(each["arms"])):
+        for setting in sorted(result["settings"].values(), key=lambda each: -runs_in(each)):
+            yield result, setting
+
+
+def runs_in(setting: Mapping[str, Any]) -> int:
+    """Runs of a setting: one an arm and seed."""
+    return sum(len(arm["seeds"]) for arm in setting["arms"].values())
+
+
+def main_settings(results: Results) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Of each result and number of steps the setting of the most runs; other rates and schedules have a table of their own."""
+    shown = set()
+    for result, setting in settings_of(results):
+        of = (id(result), setting["setting"]["steps"], setting["setting"]["tokens"])
+        if of not in shown:
+            shown.add(of)
             yield result, setting
 
 
@@ -105,7 +120,7 @@ def group_table(group: str) -> Callable[[Results], str]:
 
     def render(results: Results) -> str:
         parts = []
-        for result, setting in settings_of(results):
+        for result, setting in main_settings(results):
             of_group = (arm for arm in setting["arms"].values() if arm["arm"]["group"] == group)
             names = [arm["arm"]["name"] for arm in of_group if arm["arm"]["choice"] is None]  # choices have a table of their own
             if names:
@@ -120,7 +135,7 @@ def group_table(group: str) -> Callable[[Results], str]:
 def choices_table(results: Results) -> str:
     """Ways to choose at equal steps, against stock and against the uniform draw of the same form and share."""
     parts = []
-    for result, setting in settings_of(results):
+    for result, setting in main_settings(results):
         rows = []
         for name, arm in setting["arms"].items():
             point = arm["points"].get(EQUAL_STEPS)
@@ -141,7 +156,7 @@ def choices_table(results: Results) -> str:
 def positions_table(results: Results) -> str:
     """Perplexity by stretch, and what far context is worth."""
     parts = []
-    for result, setting in settings_of(results):
+    for result, setting in main_settings(results):
         quarter = setting["setting"]["tokens"] // 4
         names = [f"{quarter * part // 1024}-{quarter * (part + 1) // 1024}K" for part in range(4)]
         rows = []
@@ -160,7 +175,7 @@ def positions_table(results: Results) -> str:
 def retrieval_table(results: Results) -> str:
     """Retrieval and repositories of the main arms."""
     parts = []
-    for result, setting in settings_of(results):
+    for result, setting in main_settings(results):
         rows = []
         for name in ("before", *CORE, "sparse-0.5"):
             arm = setting["arms"].get(name)
@@ -194,7 +209,7 @@ def retrieval_table(results: Results) -> str:
 def goals_table(results: Results) -> str:
     """The bench's goals, and whether they are met, in every setting that says something of them."""
     rows = []
-    for result, setting in settings_of(results):
+    for result, setting in main_settings(results):
         for arm, point, measure, unit, most in GOALS:
             found = setting["arms"].get(arm, {}).get("points", {}).get(point, {}).get("versus_stock", {}).get(measure)
             if found is None:

@@ -11,7 +11,7 @@ that ship with the model, fitted at 4096 tokens.
 - `text`: fitted on Python at 4096 tokens, used on what else lies on the machine: documentation, JSON, C headers.
 - `pruning`: parameters and recall before and after pruning at some shares.
 
-Writes after each part. Memory 2 GB; about 10 minutes of one core.
+Writes one result for each kind, after each part. Memory 2 GB; about 10 minutes of one core.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from lemo_hf.quickstart.comparison import BASE, BASE_CONTEXT, EVALUATION_PACKAGE
 from lemo_hf.text_data import PackedDocuments, TextDocument, drop_duplicates, pack_documents, python_sources, spread_samples
 from lemo_hf.training.phases.predictor_training import PredictorTraining, parameter_share
 
-RESULT = Path(__file__).parent / "results" / "predictor_transfer--any.json"
+RESULTS = Path(__file__).parent / "results"
 FITTED_ON = ("stdlib", "networkx", "sympy", "peft")
 # The windows of each length; few files are long enough for the longest.
 WINDOWS = {1024: 12, 4096: 8, 16384: 3}
@@ -149,12 +149,12 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--features", type=int, default=40, help="features p of `mean` (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", default=["mean", "max"], help="kinds of predictors (default: mean max)")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(WINDOWS), help="lengths used (default: all three)")
-    parser.add_argument("--output", type=Path, default=RESULT, help="result file (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     args = parser.parse_args(given)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     held_out, sources = python_sources(EVALUATION_PACKAGES), python_sources(FITTED_ON)
     own = {"held_out": EVALUATION_PACKAGES, "fitted_on": FITTED_ON, "keep_ratio": 0.5, "documents": args.documents}
-    result: dict[str, Any] = {
+    about: dict[str, Any] = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         **provenance(),
         "config": {**own, "features": args.features},
@@ -164,7 +164,8 @@ def main(given: list[str] | None = None) -> None:
         return spread_samples(pack_documents(tokenizer, documents, length), count)
 
     for kind in args.kinds:
-        part = result[kind] = {"lengths": {}, "text": {}, "pruning": {}}
+        part: dict[str, Any] = about | {"lengths": {}, "text": {}, "pruning": {}}
+        output = args.output / f"predictor_transfer_{kind}--any.json"
         fits: dict[str, Any] = {}
         calibration = record(backbone_at(4096, kind, args.features), windows_of(sources, 4096, args.documents), "fit at 4096")
         at_4096 = backbone_at(4096, kind, args.features)
@@ -185,7 +186,7 @@ def main(given: list[str] | None = None) -> None:
                 found = recall(with_predictors_of(used, fit), recorded[length])
                 part["lengths"].setdefault(f"fitted at {name}", {})[str(length)] = found
                 print(kind, f"fitted at {name}, used at {length}", found, flush=True)
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+            output.write_text(json.dumps(part, indent=1) + "\n")
         for share in SHARES[kind]:
             smaller = with_predictors_of(backbone_at(4096, kind, args.features), at_4096)
             part["pruning"][str(share)] = found = pruned(smaller, calibration, recorded[4096], share)
@@ -194,7 +195,7 @@ def main(given: list[str] | None = None) -> None:
             windows = record(at_4096, windows_of(other_text(suffixes), 4096, TEXT_WINDOWS), f"{kind}, {name}")
             part["text"][name] = found = recall(at_4096, windows)
             print(kind, name, found, flush=True)
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+            output.write_text(json.dumps(part, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,16 @@ def test_the_start_is_exact_where_nothing_turns():
         torch.testing.assert_close((query @ key.T).tril(-1), found.scores[0].tril(-1), rtol=1e-3, atol=1e-4)
 
 
+def test_a_monotonous_first_document_hides_no_direction():
+    """The start reads the projections, not what one text shows of them."""
+    backbone = sparse_backbone(tiny_lemo_model(lora=False, **(MEAN | {"predictor_features": 32})))
+    tokens = torch.arange(3, 9).repeat(30)[None, :160]
+    training = PredictorTraining(backbone, documents=1, steps=1, learning_rate=1e-12)
+    training.fit({"input_ids": tokens})
+    report = measure_recall(backbone, batches(6))
+    assert report.mean > report.chance + 0.25
+
+
 def test_fitting_lowers_the_loss_and_moves_no_rotation():
     backbone = sparse_backbone(tiny_lemo_model(lora=False, **(MEAN | {"predictor_features": 6})))
     training = PredictorTraining(backbone, documents=24, steps=2, learning_rate=0.2)

@@ -16,8 +16,8 @@ from ...evaluation.layer_scores import LayerScores
 from ...models.pooled_predictor import PooledPredictor
 from .layer_fit import START_ROWS, LayerFit
 
-# Of the mean square of an input: what least squares may ignore. Projections are linear, so it only settles what a text does not show.
-_RIDGE = 1e-6
+# Weight of probing every input dimension by itself beside the text: a short or monotonous text leaves many directions out.
+_PROBE_WEIGHT = 1e-3
 # Of a weight's own size, for a learning rate of 1: steps are corrections of a start that is nearly right (docs/experiments.md).
 _STEP = 0.1
 
@@ -78,22 +78,25 @@ class PooledLayerFit(LayerFit):
         module: Any = found.module
         attention = module.self_attn
         dtype = next((weight.dtype for weight in attention.parameters() if weight.is_floating_point()), found.hidden.dtype)
-        rows = found.hidden[:START_ROWS].to(dtype)
-        size = attention.head_dim
+        inputs = found.hidden[:START_ROWS].to(dtype)
+        # Beside the text's rows a row of zeros, which shows a bias, and each dimension alone, as large as the text's.
+        axes = torch.eye(inputs.shape[1], device=inputs.device, dtype=dtype) * inputs.float().square().mean().sqrt().to(dtype)
+        rows, size = torch.cat((inputs, torch.zeros_like(axes[:1]), axes)), attention.head_dim
         still = rows.new_ones(len(rows), size), rows.new_zeros(len(rows), size)
         query, key, _ = module.project_heads(rows, still if found.block_rotary else ())
         heads, key_heads, pairs = query.shape[1], key.shape[1], size // 2
         # Query heads that share a key head add up.
         outputs = query.float().view(len(rows), key_heads, -1, size).sum(2), key.float()
-        inputs = rows.float()
-        covariance = inputs.T @ inputs / len(inputs)
-        covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), device=inputs.device)
+        inputs, axes, count = inputs.float(), axes.float(), len(inputs)
+        covariance = inputs.T @ inputs / count + _PROBE_WEIGHT * axes.T @ axes
         wide = PooledPredictor(inputs.shape[1], 2 * key_heads * pairs).to(inputs.device)
         wide.reset_parameters()
         for network, output in zip((wide.query, wide.key), outputs, strict=True):
             # First halves of all heads, then second halves: feature c and c + p / 2 are a pair.
             laid_out = output.view(len(rows), key_heads, 2, pairs).transpose(1, 2).flatten(1)
-            network.matrices[0].copy_(torch.linalg.solve(covariance, inputs.T @ laid_out / len(inputs)))
+            probed = laid_out[count + 1 :] - laid_out[count]
+            products = inputs.T @ laid_out[:count] / count + _PROBE_WEIGHT * axes.T @ probed
+            network.matrices[0].copy_(torch.linalg.solve(covariance, products))
         frequencies = torch.arange(pairs, device=inputs.device).repeat(key_heads).float()
         if found.block_rotary:
             wide.rotary[0].copy_(frequencies)

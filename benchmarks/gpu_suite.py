@@ -15,6 +15,8 @@ right; 1: a part failed; 3: parts are left to do. Parts, in order, by the beginn
                           against float32 on the CPU, then a few steps
     headline_<tokens>_*   Llama-3-8B's shape with random weights: the methods of `lemo bench`, ours beside stock LoRA, checkpointing,
                           Liger and offload where they are installed, and others' methods; peak bytes, tokens per second, phases
+    offload_equality      gradients with offload to the bit, before anything is timed
+    offload_<tokens>_*    kept shares that fall with depth: no offload, sensitive, uniform at its peak; peak bytes, time, stalls
     times_*               benchmarks/kernel_times.py, one kernel at a time
     quality_*             the quality bench's large base, trained in several parts, and its arms at 8192 tokens (docs/quality.md); base and
                           results stay in outputs/quality_gpu
@@ -42,6 +44,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+import gpu_offload
 import kernel_times
 from gpu_checks import Scale, attention_offsets, require, run_attention, run_patterns, run_training
 from kernel_cases import CASES
@@ -92,12 +95,18 @@ def arms(tokens: int, tiny: bool) -> dict[str, ChosenMethod]:
     return {one.name.replace("@", "_"): one for one in chosen if one.obstacle(device, "llama") is None}
 
 
-def run_headline(scale: Scale, chosen: ChosenMethod, tokens: int, steps: int) -> dict[str, Any]:
-    """Time and memory of training steps; out of memory is a result. One row as `lemo bench` writes it."""
+def headline_config(scale: Scale) -> Any:
+    """The headline's shape, or a tiny one."""
     config = shape_config(MODEL)
     if scale.tiny:
         config = type(config)(**config.to_dict() | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
                               "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 160})  # fmt: skip
+    return config
+
+
+def run_headline(scale: Scale, chosen: ChosenMethod, tokens: int, steps: int) -> dict[str, Any]:
+    """Time and memory of training steps; out of memory is a result. One row as `lemo bench` writes it."""
+    config = headline_config(scale)
     settings = chosen.settings(tokens, "float32" if scale.tiny else "bfloat16")
     row = new_row(MODEL, tokens, chosen, settings) | {"tiny": scale.tiny}
     result = measure_step(config, chosen, settings, scale.device, steps, counts=True)
@@ -124,6 +133,11 @@ def quality_parts() -> Iterator[Part]:
     arms = [f"{arm}:{seed}" for seed in (0, 1, 2) for arm in ("stock", "exact-0.5", "exact-0.3")]
     for arm in (*arms, *(f"exact-{share}:0" for share in (0.1, 0.2, 0.8, 0.05)), "sparse-0.5:0", "exact-0.5-true:0"):
         yield Part(f"quality_{arm.replace(':', '_seed')}", 300, partial(run_quality, "extension", "--arms", arm, *common))
+
+
+def run_offload(scale: Scale, mode: str, tokens: int, steps: int) -> dict[str, Any]:
+    """One way to offload at the headline's shape."""
+    return gpu_offload.run_offload(scale, headline_config(scale), MODEL, mode, tokens, steps)
 
 
 def clock(scale: Scale) -> float:
@@ -157,6 +171,9 @@ def parts(scale: Scale) -> Iterator[Part]:
         chosen = arms(tokens, scale.tiny)
         for name in TINY if scale.tiny else chosen:
             yield Part(f"headline_{tokens}_{name}", seconds, partial(run_headline, scale, chosen[name], tokens, steps))
+    yield Part("offload_equality", 60, partial(gpu_offload.run_equality, scale))
+    for mode in gpu_offload.MODES:
+        yield Part(f"offload_{tokens}_{mode}", 300, partial(run_offload, scale, mode, tokens, 1))
     for name in ("scatter_add",) if scale.tiny else CASES:
         yield Part(f"times_{name}", 170, partial(run_times, scale, name))
     if not scale.tiny:

@@ -48,7 +48,8 @@ def bench(
       random-ltd[@SHARE]           layers that drop random blocks
       tokentune[@SHARE]            gradients of random tokens only
       lemo-exact[@SHARE], lemo-sparse[@SHARE]
-                                   ours; with -rows: kept-row checkpointing, -offload: in host memory (CUDA),
+                                   ours; with -rows: kept-row checkpointing, -offload: trl's offload (CUDA),
+                                   -uniform-offload, -sensitive-offload: ours,
                                    -float32: PEFT's default adapters
 
     \b

@@ -171,3 +171,18 @@ def peak_on_device(saved: Sequence[float], moved: Sequence[float]) -> float:
         (sum(saved[: place + 1]) - sum(moved[: max(0, place - 1)]) for place in range(len(saved))),
         default=0.0,
     )
+
+
+def uniform_at_peak(saved: Sequence[float], hidden: Sequence[float], peak: float) -> list[int]:
+    """The least that uniform offload moves so that no more than `peak` bytes of what layers saved are on the device at one time.
+
+    Everything, where even that leaves more; arguments as in [`sensitive_bytes`].
+    """
+    low, high = 0.0, float(sum(saved))
+    while high - low > max(1.0, 1e-6 * high):
+        middle = (low + high) / 2
+        if peak_on_device(saved, uniform_bytes(saved, hidden, middle)) <= peak:
+            high = middle
+        else:
+            low = middle
+    return uniform_bytes(saved, hidden, high)

@@ -64,6 +64,13 @@ def summary(run: RunData, baseline: RunData | None) -> list[str]:
     if own is not None:
         beside = f", {own / other:.2f} of the baseline's {amount(other)}" if other else ""
         sentences.append(f"A forward pass saved {amount(own)} for backward{beside}.")
+    moved, could = run.last("offloaded_bytes"), run.last("offload/saved_bytes")
+    if moved is not None and could:
+        overlap = run.last("offload/overlap") or 0.0
+        sentences.append(
+            f"Of {amount(could)} that its layers saved {amount(moved)} waited in host memory; {overlap:.0%} of the transfers' time was "
+            "hidden behind computation."
+        )
     loss = final_loss(run)
     if loss is not None:
         sentences.append(f"The training loss ended at {loss[0]:.3f} nats per token (mean of the last {loss[1]} logged).")
@@ -172,6 +179,12 @@ def key_figures(runs: Sequence[RunData]) -> list[Row]:
     kept = [run.mean("kept_share") if run.lemo is not None else 1.0 if run.results is not None else None for run in runs]
     add("tokens kept, mean over layers", [f"{share:.0%}" if share is not None else None for share in kept])
     add("saved for backward, one forward", [_in_words(saved_bytes(run)) for run in runs])
+    add("of it moved to host memory", [_in_words(run.last("offloaded_bytes")) for run in runs])
+    overlaps = [run.last("offload/overlap") for run in runs]
+    add("transfers hidden behind computation", [f"{overlap:.0%}" if overlap is not None else None for overlap in overlaps])
+    stalls = [run.last("offload/stall_seconds") for run in runs]
+    add("waiting for transfers, a forward and backward", [f"{stall:.3f} s" if stall is not None else None for stall in stalls])
+    add("host memory of the offload, at most", [_in_words(run.last("offload/host_peak_bytes")) for run in runs])
     kinds = {"cuda": "peak GPU memory", "cpu": "peak memory of the process, libraries included"}
     for device in sorted({run.device for run in runs} & set(kinds)):
         peaks = [run.last("memory/peak_bytes") if run.device == device else None for run in runs]

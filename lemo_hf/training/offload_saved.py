@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -123,6 +124,7 @@ def _saved_bytes(run: LemoRun, args: TrainingArguments) -> int | None:
     """What the layers are expected to save in a step; `None` if it cannot be estimated."""
     try:
         settings = step_settings(run, args)
+        settings = replace(settings, lemo=replace(run.lemo, offload="none", offload_budget=None))
         estimate = Estimator(run.backbone.config, on_gpu=args.device.type == "cuda").estimate(settings)
     except LemoError as error:
         logger.info("host memory for the offload is not estimated, what has no room will stay on the device: %s", error)

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import phase_flops
 import pytest
 from references.tiny_models import SIXTEENTH_OF_8B
 
 from lemo_hf import LemoConfig
-from lemo_hf.training.phases.phase_cost import estimate_cost
+from lemo_hf.training.phases.phase_cost import LARGE_SHARE, PhaseCost, estimate_cost, estimate_search_cost
+from lemo_hf.training.phases.share_search import affordable_documents
 
 
 def test_the_sparse_form_of_an_8b_model():
@@ -45,3 +48,18 @@ def test_the_estimate_is_what_the_flop_counter_finds(form):
     estimate = estimate_cost(lemo, layers, documents, profile_documents=4, rounds=1, samples=samples)
     assert shares["phases"] == pytest.approx(estimate.share, rel=0.3)
     assert shares["phases"] < 0.05
+
+
+def test_documents_follow_from_five_percent():
+    lemo = LemoConfig(keep_ratio=0.5)
+    one = estimate_search_cost(lemo, 32, 2)
+    assert one.measured == pytest.approx(3.5 + 2 * (1.5 + 0.5 * 15.5))
+    assert one.compared == 5
+    for samples in (1000, 4000, 10**6):
+        others = PhaseCost(predictor=10.0, calibrate=0.0, steps=1.5 * samples)
+        documents = affordable_documents(others, one, 1)
+        assert replace(others, shares=documents * one.document).share <= LARGE_SHARE
+        assert documents == 16 or replace(others, shares=(documents + 1) * one.document).share > LARGE_SHARE
+    assert affordable_documents(PhaseCost(1e9, 0.0, 1.0), one, 1) == 1
+    assert "shares 3.3%" in str(PhaseCost(0.0, 0.0, 29.0, 1.0))
+    assert estimate_cost(lemo, 2, 0, 0, 0, 4).shares == 0

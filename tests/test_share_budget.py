@@ -22,8 +22,8 @@ from lemo_hf.profiling.flops import FlopCounter
 from lemo_hf.profiling.memory_estimate import Estimator
 from lemo_hf.profiling.step_trace import trace_step
 from lemo_hf.quickstart.comparison import BASE
-from lemo_hf.training.phases.phase_cost import LARGE_SHARE, PhaseCost, estimate_cost, estimate_search_cost
-from lemo_hf.training.phases.share_search import Budget, ShareSearch, affordable_documents
+from lemo_hf.training.phases.phase_cost import estimate_search_cost
+from lemo_hf.training.phases.share_search import Budget, ShareSearch
 from lemo_hf.training.phases.share_sensitivity import ShareSensitivity, mean_error
 from lemo_hf.training.phases.share_solver import solve_shares
 from lemo_hf.training.scale_out.processes import Processes
@@ -37,18 +37,19 @@ EXACT, SPARSE = {"selection": "sampled"}, {"selection": "ratio", "attention_forw
 # The sensitivities.
 
 
-def naive(model, batch, shares, draw):
+def naive(model, batch, shares, draw, **changes):
     """Gradients by layer, loss and FLOPs of a whole training step."""
     backbone = sparse_backbone(model)
-    before = backbone.config.lemo.keep_ratio
-    backbone.config.lemo.update(keep_ratio=shares)
+    lemo = backbone.config.lemo
+    before = {name: getattr(lemo, name) for name in ("keep_ratio", *changes)}
+    lemo.update(keep_ratio=shares, **changes)
     backbone.lemo_draw = draw
     model.train()
     model.zero_grad()
     with FlopCounter(model) as counter:
         loss = model(**batch).loss
         loss.backward()
-    backbone.config.lemo.update(keep_ratio=before)
+    lemo.update(**before)
     by_layer = [torch.cat([w.grad.flatten() for w in layer.parameters() if w.requires_grad]) for layer in backbone.layers]
     return by_layer, loss.item(), counter.flops.total
 
@@ -68,7 +69,7 @@ def test_the_cached_prefix_gives_what_whole_steps_give_for_less(lemo):
         base, found, weight = sensitivity.measure(batch, [0.5, 0.5], probes, draw=3)
     assert model.base_model.config.lemo.to_dict() == before
     assert all(weight.grad is None for weight in model.parameters())
-    dense, _, flops = naive(model, batch, [1.0, 1.0], 3)
+    dense, _, flops = naive(model, batch, [1.0, 1.0], 3, mlp_keep_ratio=None)
 
     def wanted(shares):
         nonlocal flops
@@ -86,6 +87,28 @@ def test_the_cached_prefix_gives_what_whole_steps_give_for_less(lemo):
     assert counter.flops.total < 0.75 * flops
     # Whole lists of shares are measured by the same rule.
     assert sensitivity.damage(batch, [[0.5, 0.5], [0.25, 0.5]], 3)[0] == pytest.approx([base, found[0][0]], rel=1e-5)
+
+
+def test_below_the_lowest_trained_layer_no_share_matters():
+    model = tiny_lemo_model(**EXACT)
+    for weight in sparse_backbone(model).layers[0].parameters():
+        weight.requires_grad_(False)
+    batch = {name: value[None] for name, value in RandomText()[0].items()}
+    base, found, _ = ShareSensitivity(model, sparse_backbone(model)).measure(batch, [0.5, 0.5], [[0.25], [0.25]], 0)
+    assert found[0] == [base]
+    assert found[1][0] > base > 0
+
+
+@pytest.mark.parametrize("lemo", [EXACT, SPARSE], ids=["exact", "sparse"])
+def test_the_estimate_is_what_is_counted(lemo):
+    model = tiny_lemo_model(keep_ratio=0.5, **lemo)
+    batch = {name: value[None] for name, value in RandomText()[0].items()}
+    with FlopCounter(model) as dense, torch.no_grad():
+        model.eval()(**batch)
+    with FlopCounter(model) as counter:
+        ShareSensitivity(model, sparse_backbone(model)).measure(batch, [0.5, 0.5], [[0.25, 0.75]] * 2, 0)
+    estimated = estimate_search_cost(sparse_backbone(model).config.lemo, 2, 2).measured * dense.flops.total
+    assert estimated == pytest.approx(counter.flops.total, rel=0.35)
 
 
 def test_text_without_labels_weighs_nothing():
@@ -338,39 +361,6 @@ def test_what_is_more_than_the_sum_over_layers_is_taken_back():
     assert Budget([], 8.0).keep(solve) == [4.0, 4.0]
     with pytest.raises(LemoError, match="no shares found within the memory"):
         Budget([], 8.0, lambda shares: 9.0, 7.0).keep(solve)
-
-
-# Cost.
-
-
-def test_documents_follow_from_five_percent():
-    lemo = LemoConfig(keep_ratio=0.5)
-    one = estimate_search_cost(lemo, 32, 2)
-    assert one.measured == pytest.approx(3.5 + 2 * (1.5 + 0.5 * 15.5))
-    assert one.compared == 5
-    for samples in (1000, 4000, 10**6):
-        others = PhaseCost(predictor=10.0, calibrate=0.0, steps=1.5 * samples)
-        documents = affordable_documents(others, one, 1)
-        assert replace(others, shares=documents * one.document).share <= LARGE_SHARE
-        assert documents == 16 or replace(others, shares=(documents + 1) * one.document).share > LARGE_SHARE
-    assert affordable_documents(PhaseCost(1e9, 0.0, 1.0), one, 1) == 1
-    assert "shares 3.3%" in str(PhaseCost(0.0, 0.0, 29.0, 1.0))
-    assert estimate_cost(lemo, 2, 0, 0, 0, 4).shares == 0
-
-
-@pytest.mark.parametrize("lemo", [EXACT, SPARSE], ids=["exact", "sparse"])
-def test_the_estimate_is_what_is_counted(lemo):
-    model = tiny_lemo_model(keep_ratio=0.5, **lemo)
-    batch = {name: value[None] for name, value in RandomText()[0].items()}
-    with FlopCounter(model) as dense, torch.no_grad():
-        model.eval()(**batch)
-    with FlopCounter(model) as counter:
-        ShareSensitivity(model, sparse_backbone(model)).measure(batch, [0.5, 0.5], [[0.25, 0.75]] * 2, 0)
-    estimated = estimate_search_cost(sparse_backbone(model).config.lemo, 2, 2).measured * dense.flops.total
-    assert estimated == pytest.approx(counter.flops.total, rel=0.35)
-
-
-# Refusals.
 
 
 @pytest.mark.parametrize(

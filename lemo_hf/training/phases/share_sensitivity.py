@@ -262,7 +262,9 @@ def _errors(run: _Run, probes: list[list[float]]) -> tuple[float, list[list[floa
         if gradient is None:  # nothing is trained below
             above = [*(torch.zeros_like(each) for each in dense[:index]), *above]
             break
-    return mean_error(above, dense), found
+    whole = mean_error(above, dense)
+    # Below the lowest trained layer no share changes a gradient.
+    return whole, [values or [whole] * len(of_layer) for values, of_layer in zip(found, probes, strict=True)]
 
 
 def mean_error(gradients: list[Tensor], dense: list[Tensor]) -> float:

@@ -73,9 +73,9 @@ def sparsity_by_length(result: Mapping[str, Any], figures: Mapping[str, Any]) ->
         first, last = row_at(model, shown), model["sparsity"][-1]
         low, high = tokens(shown), tokens(last["length"])
         layers = last["block_scores"]["by_layer"]
+        before = f"go from {first['block_scores']['mean']:.3f} at {low} to" if last is not first else "are"
         texts.append(
-            f"**{name}.** From {low} to {high}, block scores below the criterion go from {first['block_scores']['mean']:.3f} to "
-            f"{last['block_scores']['mean']:.3f} (by layer {min(layers):.2f} to {max(layers):.2f} at {high}), where the paper's models go "
+            f"**{name}.** Block scores below the criterion {before} {last['block_scores']['mean']:.3f} at {high} (by layer {min(layers):.2f} to {max(layers):.2f}), where the paper's models go "
             f"from {paper['llama2'][0]:.3f} to {paper['llama2'][-1]:.3f} and from {paper['llama3'][0]:.3f} to {paper['llama3'][-1]:.3f}. Of "
             f"softmax probabilities {last['probabilities']['mean']:.1%}, of token scores {last['token_scores']['mean']:.1%} are below at {high}: "
             f"attention is sparse by token pairs. But summed over a token's partners it is nearly even: {first['tokens']['mean']:.1%} of tokens and "

@@ -1,12 +1,14 @@
 """Offload changes no bit of a gradient, holds what its accounting says, leaks nothing, and its budgets hide what can be hidden."""
 
 import gc
+import json
 import math
 import weakref
 from collections import deque
 from contextlib import contextmanager
 
 import pytest
+import sensitive_offload as simulation
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -363,6 +365,18 @@ def test_sensitive_beats_uniform_at_equal_peak_where_kept_shares_differ():
     assert simulate(equal, sensitive_bytes(saved, hidden, 5000), link) == simulate(
         equal, uniform_bytes(saved, hidden, 5000), link
     )
+
+
+def test_the_committed_simulation_is_that_of_its_loads():
+    document = json.loads(simulation.RESULT.read_text())
+    assert {row["profile"] for row in document["rows"]} == set(simulation.PROFILES)
+    for row in document["rows"]:
+        loads = [LayerLoad(*load) for load in row["layers"]]
+        for name, bandwidth in simulation.LINKS.items():
+            again = json.loads(json.dumps(simulation.compared(loads, row["head_seconds"], bandwidth)))
+            assert again == row["links"][name]
+            assert again["sensitive"]["stall_seconds"] == pytest.approx(0, abs=1e-6)
+            assert again["faster_than_uniform"] > 1 - 1e-9
 
 
 def test_budgets_are_set_from_what_was_timed_and_anew_when_settings_change():

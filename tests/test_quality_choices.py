@@ -129,10 +129,17 @@ def slow_scores(name, model, layer, tokens):
 @pytest.mark.parametrize(
     "name", ["true", "mean_over_block", "column_sum", "key_norm", "output_norm", "attention_mass", "local_and_sink"]
 )
-def test_scores_are_their_definition(model, name):
+def test_scores_are_their_definition(model, name, monkeypatch):
+    choice, found = CHOICES[name], []
+    if choice.ranking is not None:
+        noting = choices.replace(choice, ranking=lambda at: found.append(choice.ranking(at)[0]) or [found[-1]])
+        monkeypatch.setitem(CHOICES, name, noting)
     marks, _ = chosen(model, name, place(DOCUMENTS[:1], "right").batch)
     for layer, kept in enumerate(marks):
         scores = slow_scores(name, model, layer, DOCUMENTS[0])
+        if found:  # up to a factor
+            got, wanted = (part.float() / part.float().norm() for part in (found[layer], scores))
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
         best = scores[1:-1].topk(int(kept.sum()) - 2).indices + 1
         assert sorted(best.tolist()) == kept[1:-1].nonzero()[:, 0].add(1).tolist()
 
@@ -298,6 +305,20 @@ def test_which_gradients_of_the_kept_tokens_are_the_dense_ones(name, exact):
     wanted = loss_and_gradients(add_lora(stock, **ATTENTION), kept_labels(BATCH, kept), num_items_in_batch=1)[1]
     alike = {weight.split(".")[-4] for weight in got if torch.allclose(got[weight], wanted[weight], rtol=1e-4, atol=1e-4)}
     assert alike == exact
+
+
+def test_gradients_of_dropped_keys_end_at_the_layer():
+    """What goes on to the layers below is kept rows' alone; the dropped ones' labels left out, they have nothing."""
+    _, model = one_layer()
+    inputs = []
+    embed = sparse_backbone(model).embed_tokens
+    embed.register_forward_hook(lambda m, a, output: inputs.append(output.requires_grad_()) or output.retain_grad())
+    for name in ("random_shared", "all_keys", "all_key_weights"):
+        kept = gradients(model, name)[2].selections[0].kept_blocks.repeat_interleave(SIZE)
+        gradients(model, name, kept_labels(BATCH, kept))
+        rows = inputs[-1].grad[0].norm(dim=-1)
+        assert not rows[~kept].any()
+        assert rows[kept][:-1].all()  # the last row predicts nothing
 
 
 def test_shares_of_attention_and_mlp(model, monkeypatch):

@@ -21,6 +21,7 @@ from benchmarks.quality.base import (
     main,
     retrieval_scores,
 )
+from benchmarks.quality.base_results import DEPTHS, HAYSTACKS, by_task, questions, training_state
 from benchmarks.quality.repositories import Repository, SourceFile, build_sample, repository_samples
 from benchmarks.quality.retrieval import HOPS, TASKS, sample, training_row, words_of
 from lemo_hf.base_model.training import BASE_MODEL_FOLDER, build_model, token_losses
@@ -479,6 +480,24 @@ def test_retrieval_scores_see_right_and_wrong_answers(tokenizer):
     assert right["right"] == right["tokens_right"] == 1
     assert right["loss"] < 1e-6
     assert half == {"right": 0.0, "tokens_right": 0.5, "loss": pytest.approx(10, abs=0.01)}
+
+
+def test_base_results_put_every_question_in_its_cell(tokenizer, haystack, tmp_path):
+    asked = questions(tokenizer, 400, 2, haystack)
+    assert len(asked) == len(TASKS) * len(HAYSTACKS) * len(DEPTHS) * 2
+    scores = [
+        {"right": float(each["task"] == "passkey" and each["depth"] > 0), "tokens_right": each["depth"], "loss": 1.0}
+        for each in asked
+    ]
+    found = by_task(asked, scores)
+    for name in HAYSTACKS:
+        assert found["key_value"][name]["right"] == 0
+        assert found["passkey"][name]["right"] == 0.8
+        assert found["passkey"][name]["standard_error"] == pytest.approx((0.8 * 0.2 / 10) ** 0.5)
+        assert [each["right"] for each in found["passkey"][name]["by_depth"].values()] == [0, 1, 1, 1, 1]
+        assert found["variable_tracking"][name]["by_depth"]["0.75"]["tokens_right"] == 0.75
+    with pytest.raises(LemoError, match=r"export has no checkpoint beside it; .*; give the newest model"):
+        training_state(tmp_path)
 
 
 def test_large_recipe_builds_and_takes_a_step_at_its_size(tokenizer):

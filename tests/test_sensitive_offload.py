@@ -326,7 +326,7 @@ def test_budgets(amounts, total, more):
     assert exceeding <= max(0, total - most_hidden) + count, "no stall that another choice would avoid"
     assert sum(sensitive_bytes(saved, hidden)) >= sum(uniform_bytes(saved, hidden))
     alike = [saved[0]] * count, [hidden[0] or 1] * count
-    assert sensitive_bytes(*alike, total) == uniform_bytes(*alike, total)
+    assert sensitive_bytes(*alike, total) == pytest.approx(uniform_bytes(*alike, total), abs=1)
     assert len(set(sensitive_bytes(*alike, total))) == 1
 
 

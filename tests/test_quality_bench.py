@@ -406,6 +406,26 @@ def test_of_several_rates_the_one_of_most_runs_is_shown(written):
     assert "constant 0.5" in report.TABLES["quality_settings"](several)
 
 
+@pytest.mark.parametrize(
+    ("arm", "point", "mean", "low", "high", "word"),
+    [
+        ("exact-0.5", EQUAL_STEPS, 0.8, 0.6, 0.9, "met"),
+        ("exact-0.5", EQUAL_STEPS, 0.8, 0.4, 1.2, "met by the mean"),
+        ("exact-0.5", EQUAL_STEPS, 1.2, 0.9, 1.5, "missed"),
+        ("exact-0.5", EQUAL_TIME, -1.5, -2.5, -0.5, "missed"),
+        ("exact-0.3", EQUAL_TIME, -0.3, -0.5, -0.1, "met"),
+        ("exact-0.3", EQUAL_TIME, -0.3, -0.7, 0.1, "missed"),
+    ],
+)
+def test_when_a_goal_is_met(arm, point, mean, low, high, word):
+    found = Difference(mean, low, high, 0.1, (mean, mean)).to_dict()
+    setting = {
+        "setting": {"steps": 9, "tokens": 8},
+        "arms": {arm: {"seeds": [0, 1], "points": {point: {"versus_stock": {"perplexity": found}}}}},
+    }
+    assert report.goals_table([{"machine": {}, "settings": {"a": setting}}]).endswith(f"| {word} |")
+
+
 def test_a_page_without_a_tables_place_is_refused(written):
     with pytest.raises(LemoError, match="page has 0 places for table"):
         report.updated_page("no table here", [])

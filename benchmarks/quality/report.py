@@ -221,9 +221,12 @@ def goals_table(results: Results) -> str:
                 goal, met = "lower", found["mean"] < 0 and not found["is_tie"]
             else:
                 goal, met = f"at most {most:+.1f} {unit}", found["mean"] <= most
+            word = "missed" if not met else "met by the mean" if most and found["high"] > most else "met"
+            if found["spread"] is None:
+                word += ", one seed"
             name = f"{arm}, {point.replace('_', ' ')}, {measure.replace('_loss', ', loss of the answers')}"
             of = f"{setting['setting']['steps']} steps, {result['machine'].get('gpu') or 'CPU'}"
-            rows.append([name, of, goal, difference(found, unit), "met" if met else "missed"])
+            rows.append([name, of, goal, difference(found, unit), word])
     return table(("goal", "setting", "against stock", "measured", ""), rows) if rows else NONE
 
 

@@ -276,7 +276,12 @@ def estimate(
     """  # noqa: D301
     from .profiling.memory_command import run_estimate
 
-    lemo: dict[str, str | None] = {"attention_forward": form, "keep_ratio": keep, "checkpoint": checkpoint, "selection": selection}
+    lemo: dict[str, str | None] = {
+        "attention_forward": form,
+        "keep_ratio": keep,
+        "checkpoint": checkpoint,
+        "selection": selection,
+    }
     lemo |= {"offload": offload, "offload_budget": offload_budget}
     step = {
         "seq_len": seq_len,

@@ -56,8 +56,14 @@ def naive(model, batch, shares, draw, **changes):
 
 @pytest.mark.parametrize(
     "lemo",
-    [EXACT, {**SPARSE, "score_source": "true"}, {"draws": "by_layer", "checkpoint": "kept_rows", "mlp_keep_ratio": 0.5}],
-    ids=["exact", "sparse", "by layer"],
+    [
+        EXACT,
+        {**SPARSE, "score_source": "true"},
+        SPARSE,
+        {**SPARSE, "score_source": "true", "attention_pattern": "block_sparse", "pattern_share": 0.5},
+        {"draws": "by_layer", "checkpoint": "kept_rows", "mlp_keep_ratio": 0.5},
+    ],
+    ids=["exact", "sparse", "sparse by prediction", "sparse in a pattern", "by layer"],
 )
 def test_the_cached_prefix_gives_what_whole_steps_give_for_less(lemo):
     model = tiny_lemo_model(keep_ratio=0.5, **lemo)

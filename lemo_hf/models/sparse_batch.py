@@ -59,6 +59,13 @@ class SparseBatch:
             self.rotary = tuple(part.expand(rows // part.shape[1], -1, -1).flatten(0, 1) for part in rotary)
         return self.rotary
 
+    def forget(self, layer: int) -> None:
+        """Has `layer` choose anew where it runs again on another input."""
+        self.selections.pop(layer, None)
+        self.patterns.pop(layer, None)
+        if self.features is not None and self.features[0] == layer:
+            self.features = None
+
     def drawn_already(self, layer: int) -> Selection | None:
         """The selection of an earlier layer that draws what `layer` does: shared draws, uniform, the same share."""
         config = self.config

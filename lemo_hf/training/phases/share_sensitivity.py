@@ -165,8 +165,8 @@ class _Run:
             whole: dict[str, Any] = {"keep_ratio": 1.0, "mlp_keep_ratio": None}
             config = replace(self._lemo, **(whole if share is None else {"keep_ratio": share}))
             self._batches[share] = SparseBatch(documents, config, len(self.layers), self._draw)
-        # Selections are remembered by layer, and this one may read another input than the last time.
-        self._batches[share].selections.pop(index, None)
+        # What a layer chose is remembered, and this one may read another input than the last time.
+        self._batches[share].forget(index)
         output: Tensor = self.layers[index](hidden, *args, **{**kwargs, "sparse_batch": self._batches[share]})
         return output
 

@@ -10,7 +10,14 @@ from training_runs import RandomText, tiny_lemo_model
 from lemo_hf.errors import LemoError
 from lemo_hf.evaluation.block_recall import measure_recall
 from lemo_hf.evaluation.layer_scores import visit_layers
-from lemo_hf.hub.lemo_files import load_predictors, predictor_tensors, read_lemo_files, save_lemo_files, with_found
+from lemo_hf.hub.lemo_files import (
+    load_lemo_files,
+    load_predictors,
+    predictor_tensors,
+    read_lemo_files,
+    save_lemo_files,
+    with_found,
+)
 from lemo_hf.models.documents import find_documents
 from lemo_hf.models.lemo_config import LemoConfig, LemoConfigError
 from lemo_hf.models.pooled_predictor import PooledPredictor, block_rotary, pooled_rows
@@ -170,6 +177,21 @@ def test_files_hold_the_kind_and_the_other_kind_is_refused(tmp_path):
     with pytest.raises(LemoError, match="they foretell block_reduction='mean', 'max' is asked for"):
         with_found(LemoConfig(selection="ratio", block_size=8), block, "it")
     assert with_found(LemoConfig(), block, "it").predictor_sizes == block.predictor_sizes, "nothing reads them there"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "value", "has"), [("llama", 1e6, 4), ("llama", 0.5, 4), ("llama", -7, 4), ("opt", 1, 0)]
+)
+def test_files_that_turn_by_no_frequency_are_refused(tmp_path, architecture, value, has):
+    model = lemo_model(stock_model(architecture=architecture), {}, **MEAN)
+    save_lemo_files(model, tmp_path)
+    for load in (load_lemo_files, lambda model, folder: load_predictors(sparse_backbone(model), folder)):
+        load(model, tmp_path)
+    sparse_backbone(model).layers[1].lemo_predictor.rotary[0][3] = value
+    save_lemo_files(model, tmp_path)
+    for load in (load_lemo_files, lambda model, folder: load_predictors(sparse_backbone(model), folder)):
+        with pytest.raises(LemoError, match=f"layers.1.rotary.0 names rotary frequencies that the model's {has} are not"):
+            load(model, tmp_path)
 
 
 def test_progress_can_be_saved_and_continued():

@@ -247,7 +247,7 @@ def load_lemo_files(model: nn.Module, folder: str | Path) -> None:
     path = Path(folder) / PREDICTORS_FILE
     check_predictor_shapes(path, block, len(backbone.layers), backbone.config.hidden_size)
     tensors, _ = read_tensors(path)
-    _require_numbers(tensors, str(path))
+    _require_sound(tensors, backbone, str(path))
     backbone.config.lemo.update(**block.to_dict())
     _install(backbone, tensors, block)
 
@@ -283,7 +283,7 @@ def set_predictors(backbone: Any, tensors: dict[str, Tensor], block: LemoConfig,
     require_reduction(backbone.config.lemo, block, source)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     require_shapes(shapes, block, len(backbone.layers), backbone.config.hidden_size, source)
-    _require_numbers(tensors, source)
+    _require_sound(tensors, backbone, source)
     _install(backbone, tensors, block)
 
 
@@ -342,11 +342,16 @@ def _misfit(fact: str, source: str) -> LemoError:
     return LemoError(f"predictors do not fit the model: {fact}; {source!r}; use those of a run on this model, or train new ones")
 
 
-def _require_numbers(tensors: dict[str, Tensor], source: str) -> None:
-    # A comparison with NaN is false both ways: blocks would be kept by their place.
+def _require_sound(tensors: dict[str, Tensor], backbone: Any, source: str) -> None:
+    rotary = getattr(backbone, "rotary_emb", None)
+    frequencies = 0 if rotary is None else rotary.inv_freq.numel()
     for name, tensor in tensors.items():
+        # A comparison with NaN is false both ways: blocks would be kept by their place.
         if not tensor.isfinite().all():
             raise _misfit(f"{name} holds values that are not finite", source)
+        # They index the model's position tensors; out of bounds a GPU ends the process.
+        if ".rotary." in name and not ((tensor == tensor.round()) & (tensor >= -1) & (tensor < frequencies)).all():
+            raise _misfit(f"{name} names rotary frequencies that the model's {frequencies} are not", source)
 
 
 def _install(backbone: Any, tensors: dict[str, Tensor], block: LemoConfig) -> None:

@@ -244,15 +244,49 @@ class Aliases(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers=None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(Aliases() for _ in range(3))
+        self.layers = nn.ModuleList(layers or [Aliases() for _ in range(3)])
 
     def forward(self, rows):
         for layer in self.layers:
             rows = layer(rows).tanh()
         return rows
+
+
+class Written(nn.Module):
+    """A layer that changes in place what it computed, in one of two ways."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.weight, self.apart = nn.Parameter(torch.randn(8, 8)), apart
+
+    def forward(self, hidden_states):
+        whole = hidden_states @ self.weight
+        if self.apart:  # each part counts its own changes
+            return torch.cat([part.mul_(factor) * part for factor, part in enumerate(torch.unsafe_chunk(whole, 2, -1), 2)], -1)
+        square = whole * whole
+        return square + whole.mul_(2)
+
+
+def written(apart, smallest=1, copies=None):
+    torch.manual_seed(0)
+    model = Stack([Written(apart) for _ in range(2)])
+    with SensitiveOffload(model, OffloadSettings(budget=math.inf, smallest=smallest), copies=copies):
+        model(torch.randn(16, 8)).sum().backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_parts_of_a_storage_that_count_their_changes_apart_are_told_apart(late):
+    assert_same_bits(written(True, copies=LateCopies() if late else None), written(True, smallest=2**40))
+
+
+@pytest.mark.parametrize("smallest", [1, 2**40])
+def test_what_is_changed_in_place_after_it_was_saved_is_refused_as_autograd_does(smallest):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation; it is at version 1, saved at 0"):
+        written(False, smallest)
 
 
 def test_views_move_once_and_weights_never():
@@ -392,6 +426,17 @@ def test_budgets_are_set_from_what_was_timed_and_anew_when_settings_change():
         _, reports = steps(model, offload, 1)
         assert offload.budgets is None
         assert reports[0].moved_bytes == reports[0].saved_bytes
+
+
+def test_budgets_are_set_where_lower_layers_save_nothing():
+    model = Stack()
+    model.layers[0].requires_grad_(False)
+    with SensitiveOffload(model, OffloadSettings(budget=3000, smallest=1, link=LINK, seconds=[(1, 1)] * 3)) as offload:
+        for _ in range(3):
+            model(torch.ones(16, 8)).sum().backward()
+    assert offload.budgets is not None
+    assert offload.report().saved_bytes[0] == 0
+    assert sum(offload.report().moved_bytes) == 3000
 
 
 def test_budgets_follow_the_rows_of_a_batch():

@@ -22,6 +22,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import TracebackType
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from ..profiling.activation_memory import plain_tensors
 from ..profiling.breakdown import storage_of
 from ..profiling.offload_plan import HostLink, LayerLoad, hidden_bytes, sensitive_bytes, uniform_bytes
 from .host_copies import HostMemory, Moment, PlainCopies, copies_for, measured_link
-from .saved_storage import SavedStorage
+from .saved_storage import SavedStorage, SavedVersion
 
 # Of a storage that is moved.
 SMALLEST = 2**20
@@ -98,6 +99,7 @@ class _Forward:
         self.place, self.rows = -1, 0  # the last layer that ran, and rows of its input
         self.saved, self.moved = [0] * layers, [0] * layers
         self.unmoved = 0
+        self.saving: set[int] = set()  # layers that saved anything: those below the lowest trained one do not
         # By layer: begin, end, and the number of waits at each.
         self.forward: dict[int, tuple[Moment, Moment, int, int]] = {}
         self.backward: dict[int, tuple[Moment, int]] = {}
@@ -120,10 +122,11 @@ class _LayerRun:
 class _Saved:
     """What autograd keeps instead of a tensor: a view of a storage that was moved, or what stays as it is."""
 
-    __slots__ = ("held", "run", "storage", "view")
+    __slots__ = ("held", "run", "storage", "version", "view")
 
     def __init__(self, run: _LayerRun, storage: SavedStorage | None, view: tuple[Any, ...] | None, held: Any) -> None:
         self.run, self.storage, self.view, self.held = run, storage, view, held
+        self.version = SavedVersion(storage.counter if storage is not None else held)
 
 
 class SensitiveOffload:
@@ -172,7 +175,7 @@ class SensitiveOffload:
         self._run: _LayerRun | None = None
         self._last: weakref.ref[_LayerRun] | Callable[[], None] = lambda: None
         self._leaving: list[_LayerRun] = []  # whose copies computation has not waited for yet
-        self._storages: weakref.WeakValueDictionary[tuple[int, int], SavedStorage] = weakref.WeakValueDictionary()
+        self._storages: weakref.WeakValueDictionary[tuple[int, int, int], SavedStorage] = weakref.WeakValueDictionary()
         self._timed = 0  # forwards since the budgets were unset
         self._began: tuple[Moment, int] = (None, 0)
         self._forward = _Forward(len(self._layers))
@@ -271,18 +274,28 @@ class SensitiveOffload:
     def _pack(self, tensor: Tensor) -> _Saved:
         run, keep = self._run, self._keep
         assert run is not None
+        run.forward.saving.add(run.layer)
         if not self._may_move(tensor):
             return _Saved(run, None, None, keep(tensor))
-        storage = tensor.untyped_storage()
-        key = storage._cdata, tensor._version
-        found = self._storages.get(key)
-        if found is None:
-            found = self._storages[key] = SavedStorage(storage, self._copies, self.memory)
-            run.forward.saved[run.layer] += found.size
-            self._move(found, storage, run)
+        found = self._record_of(tensor, run)
         if not found.moved:
             return _Saved(run, found, None, keep(tensor))
         return _Saved(run, found, (tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()), None)
+
+    def _record_of(self, tensor: Tensor, run: _LayerRun) -> SavedStorage:
+        """The record of the tensor's storage with the content that it has now."""
+        storage = tensor.untyped_storage()
+        for other in count():
+            key = storage._cdata, tensor._version, other
+            found = self._storages.get(key)
+            if found is None:
+                break
+            if found.counts_for(tensor):
+                return found
+        found = self._storages[key] = SavedStorage(tensor, self._copies, self.memory)
+        run.forward.saved[run.layer] += found.size
+        self._move(found, storage, run)
+        return found
 
     def _may_move(self, tensor: Tensor) -> bool:
         is_plain = next(plain_tensors(tensor)) is tensor
@@ -317,6 +330,7 @@ class SensitiveOffload:
         def unpack(saved: _Saved) -> Tensor:
             if not saved.run.in_backward:
                 self._begin_backward(saved.run, kept)
+            saved.version.require_unchanged()
             if saved.view is None or saved.storage is None:
                 return kept(saved.held)
             dtype, offset, shape, stride = saved.view
@@ -363,9 +377,9 @@ class SensitiveOffload:
         self.budgets = [math.inf if total == math.inf else size / self._forward.rows for size in moved]
 
     def _loads(self) -> list[LayerLoad] | None:
-        """The last forward's layers, or `None` if they did not all run forward and backward."""
+        """The last forward's layers, or `None` if they did not all run forward, and backward where they saved anything."""
         places, now = range(len(self._layers)), self._forward
-        if len(now.forward) < len(places) or len(now.backward) < len(places):
+        if len(now.forward) < len(places) or not now.backward or now.backward.keys() < now.saving:
             return None
         if self.settings.seconds is not None:
             return [LayerLoad(now.saved[place], *self.settings.seconds[place]) for place in places]
@@ -373,8 +387,8 @@ class SensitiveOffload:
         for place in places:
             began, ended, first, last = now.forward[place]
             forward = self._copies.seconds(began, ended) - self._copies.stalled(first, last)
-            backward = 0.0  # of the first layer nobody asks: nothing comes back behind it
-            if place:
+            backward = 0.0  # of the lowest layer that has one nobody asks: nothing comes back behind it
+            if {place, place - 1} <= now.backward.keys():
                 (began, first), (ended, last) = now.backward[place], now.backward[place - 1]
                 backward = self._copies.seconds(began, ended) - self._copies.stalled(first, last)
             loads.append(LayerLoad(now.saved[place], max(forward, 0.0), max(backward, 0.0)))

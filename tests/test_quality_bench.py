@@ -407,21 +407,24 @@ def test_of_several_rates_the_one_of_most_runs_is_shown(written):
 
 
 @pytest.mark.parametrize(
-    ("arm", "point", "mean", "low", "high", "word"),
+    ("arm", "point", "mean", "low", "high", "word", "measure"),
     [
-        ("exact-0.5", EQUAL_STEPS, 0.8, 0.6, 0.9, "met"),
-        ("exact-0.5", EQUAL_STEPS, 0.8, 0.4, 1.2, "met by the mean"),
-        ("exact-0.5", EQUAL_STEPS, 1.2, 0.9, 1.5, "missed"),
-        ("exact-0.5", EQUAL_TIME, -1.5, -2.5, -0.5, "missed"),
-        ("exact-0.3", EQUAL_TIME, -0.3, -0.5, -0.1, "met"),
-        ("exact-0.3", EQUAL_TIME, -0.3, -0.7, 0.1, "missed"),
+        ("exact-0.5", EQUAL_STEPS, 0.8, 0.6, 0.9, "met", "perplexity"),
+        ("exact-0.5", EQUAL_STEPS, 0.8, 0.4, 1.2, "met by the mean", "perplexity"),
+        ("exact-0.5", EQUAL_STEPS, 1.2, 0.9, 1.5, "missed", "perplexity"),
+        ("exact-0.5", EQUAL_TIME, -1.5, -2.5, -0.5, "missed", "perplexity"),
+        ("exact-0.3", EQUAL_TIME, -0.3, -0.5, -0.1, "met", "perplexity"),
+        ("exact-0.3", EQUAL_TIME, -0.3, -0.7, 0.1, "missed", "perplexity"),
+        ("exact-0.5", EQUAL_STEPS, 3.0, -4.0, 11.0, "none shown", "retrieval"),
+        ("exact-0.5", EQUAL_STEPS, 3.0, 1.0, 5.0, "met", "retrieval"),
+        ("exact-0.5", EQUAL_STEPS, 3.0, 1.0, 5.0, "missed", "retrieval_loss"),
     ],
 )
-def test_when_a_goal_is_met(arm, point, mean, low, high, word):
+def test_when_a_goal_is_met(arm, point, mean, low, high, word, measure):
     found = Difference(mean, low, high, 0.1, (mean, mean)).to_dict()
     setting = {
         "setting": {"steps": 9, "tokens": 8},
-        "arms": {arm: {"seeds": [0, 1], "points": {point: {"versus_stock": {"perplexity": found}}}}},
+        "arms": {arm: {"seeds": [0, 1], "points": {point: {"versus_stock": {measure: found}}}}},
     }
     assert report.goals_table([{"machine": {}, "settings": {"a": setting}}]).endswith(f"| {word} |")
 

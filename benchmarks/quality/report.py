@@ -222,6 +222,8 @@ def goals_table(results: Results) -> str:
             else:
                 goal, met = f"at most {most:+.1f} {unit}", found["mean"] <= most
             word = "missed" if not met else "met by the mean" if most and found["high"] > most else "met"
+            if most is None and found["is_tie"]:
+                word = "none shown"  # an interval of a few questions may hide one
             if found["spread"] is None:
                 word += ", one seed"
             name = f"{arm}, {point.replace('_', ' ')}, {measure.replace('_loss', ', loss of the answers')}"

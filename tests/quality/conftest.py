@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_recipe import write_source
 from transformers import AutoTokenizer
 
 from lemo_hf.base_model.training import BASE_MODEL_FOLDER
@@ -21,3 +22,8 @@ def sources():
 @pytest.fixture(scope="session")
 def haystack(tokenizer, sources):
     return torch.tensor([token for ids in tokenize_documents(tokenizer, sources) for token in ids[1:-1]])
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return str(write_source(tmp_path_factory.mktemp("quality")) / "base")

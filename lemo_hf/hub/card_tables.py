@@ -90,7 +90,8 @@ def selection_rows(lemo: LemoConfig) -> list[Row]:
     if lemo.attention_forward == "exact":
         rows.append(("Attention in training", "exact: dense forward pass, gradient of the kept tokens"))
     else:
-        rows.append(("Attention in training", "sparse: kept tokens attend to kept tokens"))
+        others = f", dropped ones to the last {lemo.nearby_tokens} tokens without gradient" if lemo.nearby_tokens else ""
+        rows.append(("Attention in training", f"sparse: kept tokens attend to kept tokens{others}"))
     if pattern := pattern_words(lemo):
         rows.append(("Attention pattern", pattern))
     if lemo.checkpoint == "kept_rows":

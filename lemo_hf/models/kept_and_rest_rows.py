@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .document_attention import AttentionScope, attend, centred_keys, with_kept_row_gradient
 from .documents import Documents
+from .nearby_attention import NearbyScope, attend_nearby
 from .row_movement import TakenRows, add_and_norm, interleave, lay_among, merge, rest_norm, take
 from .token_elimination import Selection, gather_rows
 from .two_dimensional_sparsity import AttentionPattern, attend_in_pattern
@@ -51,6 +52,15 @@ def rows_of(rotary: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
 class KeptAndRestRows:
     """One layer's run: kept rows under autograd, rest rows without.
 
+    Args:
+        layer: The layer's modules.
+        selection: Its rows.
+        documents: The batch's documents.
+        rotary: Position tensors by flat row.
+        exact: Whether attention is the dense one; otherwise kept rows attend to kept rows.
+        pattern: Which of them they attend to, in the sparse form; `None` for all.
+        nearby: Tokens that a rest row attends to in the sparse form, itself included; 0 for no attention.
+
     Its methods turn autograd off by blocks, not by decorators: torch.compile cannot trace a decorated method of an object
     that is made within the graph.
     """
@@ -63,6 +73,7 @@ class KeptAndRestRows:
         rotary: tuple[Tensor, ...],
         exact: bool,
         pattern: AttentionPattern | None = None,
+        nearby: int = 0,
     ) -> None:
         self.layer = layer
         self.selection = selection
@@ -70,19 +81,20 @@ class KeptAndRestRows:
         self.rotary = rotary
         self.exact = exact
         self.pattern = pattern
+        self.nearby = nearby
         # In the exact form the kept rows' attention output and log-sum-exp once they are known; until used, the rest rows' too.
         self.finished: tuple[Tensor, Tensor] | None = None
         self._rest_heads: tuple[Tensor, ...] = ()
         self._rest_attended: Tensor | None = None
 
     def project_rest(self, residual: Tensor) -> None:
-        """Projects the rest rows, where the exact form needs them.
+        """Projects the rest rows, where they attend.
 
         Before the kept rows' pass, not within it: an adapter's dropout then draws the kept rows' numbers in one stretch,
         which a second run can repeat without the rest rows.
         """
         rows = self.selection.rest_rows
-        if self.exact and rows.numel():
+        if (self.exact or self.nearby) and rows.numel():
             with torch.no_grad():
                 _, normed = rest_norm(residual, rows, None, self.layer.attention_norm, self.layer.plain_norms[0])
                 self._rest_heads = self._heads(normed, rows)
@@ -119,7 +131,7 @@ class KeptAndRestRows:
         Args:
             kept: Kept rows of the residual stream.
             finished: Their attention output and log-sum-exp where these are known, in the exact form's second run; the first
-                one reads the rest rows' heads, which `project_rest` has supplied.
+                run of either form reads the rest rows' heads, which `project_rest` has supplied where they attend.
             normed: The kept rows normalised for attention, where they are.
             for_backward: Whether the result is wanted for its gradient alone: rows that the MLP does not keep then skip it.
 
@@ -133,6 +145,8 @@ class KeptAndRestRows:
             output = attend_in_pattern(query, key, value, scope, self.pattern)
         else:
             output = self._attend_kept(query, key, value, scope, finished)
+        if self._rest_heads:  # in the sparse form's first run: the exact form's attention has taken them
+            self._attend_rest(key, value)
         update = self.layer.project_output(output)
         if self.selection.mlp_kept is not None:
             return self._with_fewer_rows(kept + update, for_backward)
@@ -187,6 +201,17 @@ class KeptAndRestRows:
         output, lse = attend(query, key, value, self._scope(self.documents.lengths))
         self._rest_attended = output.index_select(0, rest_at)
         return output.index_select(0, kept_at), lse.index_select(0, kept_at)
+
+    def _attend_rest(self, key: Tensor, value: Tensor) -> None:
+        """The rest rows' attention to the tokens just before them, put by; `key` and `value` are those of kept rows."""
+        query, *rest = self._rest_heads
+        self._rest_heads = ()
+        window = self.layer.attention_window
+        width = self.nearby if window is None else min(self.nearby, window)
+        with torch.no_grad():
+            keys, values = interleave((key, value), tuple(rest), self.selection.real_kept, self.selection.real_rest)
+            scope = NearbyScope(self.selection, self.documents, self.layer.attention_scale, width)
+            self._rest_attended = attend_nearby(query, keys, values, scope)
 
     def rest_forward(self, residual: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The rest rows, without autograd, after `kept_forward`.

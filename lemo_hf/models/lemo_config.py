@@ -60,6 +60,8 @@ class LemoConfig:
             `"mean"` of the signed scores (ours), which small predictors foretell far better and which need no quadratic pass.
         attention_forward: `"exact"` keeps the dense forward pass and restricts the gradient to kept tokens; `"sparse"`
             (the paper's form) lets kept tokens attend to kept tokens only.
+        nearby_tokens: For `attention_forward="sparse"`: latest tokens of its document, itself included, that a dropped token
+            attends to, without gradient (ours). 0 leaves its attention out (the paper's form).
         attention_pattern: Which kept tokens a kept token attends to, for `attention_forward="sparse"`; one value, or one per layer.
             `"full"`: all earlier ones of its document. `"shifted_groups"`: those of its group, groups of half of the heads shifted
             by half a group (LongLoRA). `"block_sparse"`: those of the blocks that score highest against its own. Layers in
@@ -95,6 +97,7 @@ class LemoConfig:
     score_source: ScoreSource = "predicted"
     block_reduction: BlockReduction = "max"
     attention_forward: AttentionForward = "exact"
+    nearby_tokens: int = 0
     attention_pattern: AttentionPatternName | list[AttentionPatternName] = "full"
     group_size: int | None = None
     pattern_share: float = 0.25
@@ -127,11 +130,11 @@ class LemoConfig:
                 raise LemoConfigError(
                     f"{name} must be one of {', '.join(allowed)}; got {shown(getattr(self, name))}; choose one of these"
                 )
-        for name in ("block_size", "segment_size", "predictor_rank", "predictor_features"):
-            value = getattr(self, name)
-            if not _is_whole(value) or not 1 <= value <= _LARGEST_SIZE:
+        for name in ("block_size", "segment_size", "predictor_rank", "predictor_features", "nearby_tokens"):
+            value, least = getattr(self, name), 0 if name == "nearby_tokens" else 1
+            if not _is_whole(value) or not least <= value <= _LARGEST_SIZE:
                 raise LemoConfigError(
-                    f"{name} must be a whole number from 1 to {_LARGEST_SIZE}; got {shown(value)}; set it to 1 or more"
+                    f"{name} must be a whole number from {least} to {_LARGEST_SIZE}; got {shown(value)}; set it to {least} or more"
                 )
         if not isinstance(self.enabled, bool):
             raise LemoConfigError(f"enabled must be true or false; got {shown(self.enabled)}; false trains the stock model")
@@ -141,6 +144,12 @@ class LemoConfig:
         if not ratios or not all(_is_number(ratio) and 0 < ratio <= 1 for ratio in ratios):
             raise LemoConfigError(
                 f"keep_ratio is the share of blocks kept and must be in (0, 1]; got {shown(self.keep_ratio)}; 0.5 keeps half of them"
+            )
+        if self.nearby_tokens and self.attention_forward != "sparse":
+            raise LemoConfigError(
+                "the exact form's dropped tokens attend to every earlier token; "
+                f"got nearby_tokens={shown(self.nearby_tokens)} with attention_forward={self.attention_forward!r}; "
+                "set attention_forward='sparse', or leave nearby_tokens out"
             )
         self._validate_pattern()
         mlp = self.mlp_keep_ratio

@@ -11,7 +11,7 @@ rest rows R and N = norm:
 Saved per kept row in rows of H: norms 2, shared input of q, k, v 1, attention (q, k, v, output) 2 + 2 kv/heads, gated MLP 2 I / H.
 With `checkpoint="kept_rows"`: the kept residual row, and in the exact form the kept attention output and log-sum-exp, so that
 neither the dense forward nor a rest row is ever run again. In the sparse form K may attend to itself in a sparse pattern
-(two_dimensional_sparsity.py).
+(two_dimensional_sparsity.py), and R to the tokens just before it (`nearby_tokens`, nearby_attention.py), saving as much.
 """
 
 from collections.abc import Iterator
@@ -97,8 +97,8 @@ class SparseDecoderLayer(BlockScoring):
         flat_rotary = batch.flat_rotary(rotary)
         selection = self.choose(residual, flat_rotary, batch)
         pattern = self.choose_pattern(residual, flat_rotary, batch, selection)
-        exact = batch.config.attention_forward == "exact"
-        split = KeptAndRestRows(self, selection, batch.documents, flat_rotary, exact, pattern)
+        exact, nearby = batch.config.attention_forward == "exact", batch.config.nearby_tokens
+        split = KeptAndRestRows(self, selection, batch.documents, flat_rotary, exact, pattern, nearby)
         split.project_rest(residual)
         if batch.config.checkpoint == "kept_rows" and torch.is_grad_enabled():
             weights = [weight for weight in self.parameters() if weight.requires_grad]  # type: ignore[attr-defined]

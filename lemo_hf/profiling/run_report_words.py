@@ -55,6 +55,8 @@ def summary(run: RunData, baseline: RunData | None) -> list[str]:
         kept = run.mean("kept_share")
         share = f"{kept:.0%} of the tokens" if kept is not None else "the chosen tokens"
         gradient = "the forward was dense" if lemo.attention_forward == "exact" else "kept tokens attended to kept tokens"
+        if lemo.nearby_tokens:
+            gradient += f", dropped tokens, without gradient, to the last {lemo.nearby_tokens}"
         pattern = pattern_words(lemo)
         among = f", in a pattern: {pattern}" if pattern else ""
         sentences.append(f"LeMo kept {share} in the mean layer ({lemo.selection} selection); {gradient}{among}.")

@@ -49,7 +49,9 @@ def feed_forward(layer, rows: Tensor) -> Tensor:
     return layer.mlp(normalise(layer.post_attention_layernorm, rows))
 
 
-def lemo_layer(layer, hidden: Tensor, rotary: tuple[Tensor, ...], kept: Tensor, form: str, window: int | None = None) -> Tensor:
+def lemo_layer(
+    layer, hidden: Tensor, rotary: tuple[Tensor, ...], kept: Tensor, form: str, window: int | None = None, nearby: int = 0
+) -> Tensor:
     """The layer's output `(tokens, hidden)` for one document; dropout is left out.
 
     Args:
@@ -59,6 +61,7 @@ def lemo_layer(layer, hidden: Tensor, rotary: tuple[Tensor, ...], kept: Tensor, 
         kept: Whether each token is kept, `(tokens,)` bool.
         form: "sparse" or "exact".
         window: Places that a token sees, itself included.
+        nearby: Places that a token not kept sees in the sparse form, itself included.
     """
     attention, scale = layer.self_attn, layer.self_attn.head_dim**-0.5
     norm = layer.self_attn_layer_norm if hasattr(layer, "self_attn_layer_norm") else layer.input_layernorm
@@ -68,6 +71,12 @@ def lemo_layer(layer, hidden: Tensor, rotary: tuple[Tensor, ...], kept: Tensor, 
         scores = (query @ key.mT * scale).masked_fill(hidden_pairs(places[kept], window), -torch.inf)
         mixed = scores.softmax(-1) @ value
         update = torch.zeros_like(hidden).index_put((kept,), project_output(attention, mixed.transpose(0, 1).flatten(1)))
+        if nearby:
+            query, key, value = heads_of(attention, normalise(norm, hidden), rotary)
+            unseen = hidden_pairs(places, nearby) | hidden_pairs(places, window)
+            mixed = (query @ key.mT * scale).masked_fill(unseen, -torch.inf).softmax(-1) @ value
+            local = project_output(attention, mixed.transpose(0, 1).flatten(1)).detach()
+            update = torch.where(kept[:, None], update, local)
     else:
         query, key, value = heads_of(attention, normalise(norm, hidden), rotary)
         # A shift of all keys changes no probability; shifted by the kept keys' mean, the restricted gradient lacks the part

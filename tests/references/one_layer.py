@@ -28,10 +28,11 @@ def layer_under_test(
     architecture: str = "llama",
     lengths: tuple[int, ...] = (17, 1, 31, 8),
     block_size: int = 4,
+    **lemo: Any,
 ) -> tuple[SparseDecoderLayer, Tensor, tuple[Tensor, ...], SparseBatch]:
     """The last layer in float64, its input and a fixed selection over left-padded documents; the last row is padding only."""
     stock = with_varied_vectors(stock_model(architecture=architecture))
-    model = lemo_model(stock, lora, attention_forward=form, checkpoint=checkpoint, block_size=block_size).double()
+    model = lemo_model(stock, lora, attention_forward=form, checkpoint=checkpoint, block_size=block_size, **lemo).double()
     backbone = sparse_backbone(model)
     rows, width = len(lengths) + 1, max(lengths) + 2
     mask = torch.zeros(rows, width, dtype=torch.long)
@@ -50,7 +51,13 @@ def layer_under_test(
 
 
 def slowly(
-    layer: SparseDecoderLayer, hidden: Tensor, rotary: tuple[Tensor, ...], batch: SparseBatch, form: str, window: int | None
+    layer: SparseDecoderLayer,
+    hidden: Tensor,
+    rotary: tuple[Tensor, ...],
+    batch: SparseBatch,
+    form: str,
+    window: int | None,
+    nearby: int = 0,
 ) -> Tensor:
     """The layer document by document with the slow reference; rows of no document pass unchanged."""
     flat = hidden.flatten(0, 1)
@@ -60,7 +67,7 @@ def slowly(
     output = flat
     for start, length in zip(batch.documents.starts, batch.documents.lengths, strict=True):
         span = torch.arange(start, start + length)
-        result = lemo_layer(layer, flat[span], tuple(part[span] for part in rotary), kept[span], form, window)
+        result = lemo_layer(layer, flat[span], tuple(part[span] for part in rotary), kept[span], form, window, nearby)
         output = output.index_copy(0, span, result)
     return output.view_as(hidden)
 
@@ -86,6 +93,7 @@ def run_layer(
     keep_ratio: float,
     architecture: str = "llama",
     dtype: torch.dtype = torch.float32,
+    nearby: int = 0,
     **changes: Any,
 ) -> tuple[Tensor, list[Tensor], dict[int, int], int]:
     """The last layer with LoRA on a batch of two documents of 61 tokens and blocks of 8.
@@ -95,7 +103,8 @@ def run_layer(
         and the number of kept rows.
     """
     stock = stock_model(architecture=architecture, **changes).to(dtype)
-    model = lemo_model(stock, {}, attention_forward=form, checkpoint=checkpoint, keep_ratio=keep_ratio)
+    lemo = {"attention_forward": form, "checkpoint": checkpoint, "keep_ratio": keep_ratio, "nearby_tokens": nearby}
+    model = lemo_model(stock, {}, **lemo)
     backbone = sparse_backbone(model)
     documents = find_documents(2, 61, 8, torch.device("cpu"))
     batch = SparseBatch(documents, backbone.config.lemo, 2, 0)

@@ -117,7 +117,9 @@ def _step(lemo: LemoConfig, num_layers: int) -> tuple[float, float]:
     """Forward and backward of a training sample."""
     shares = [1.0 if lemo.is_dense(layer, num_layers) else lemo.ratio_of(layer) for layer in range(num_layers)]
     kept = sum(shares) / num_layers
-    return (_MLP + (1 - _MLP) * kept if lemo.attention_forward == "sparse" else 1.0), kept
+    # With nearby tokens the dropped rows' projections too, which are most of attention.
+    drops_attention = lemo.attention_forward == "sparse" and not lemo.nearby_tokens
+    return (_MLP + (1 - _MLP) * kept if drops_attention else 1.0), kept
 
 
 @dataclass(frozen=True)

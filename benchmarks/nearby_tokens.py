@@ -95,6 +95,7 @@ def run(steps: int, seed: int, tokens: int, held_out: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measures one seed and adds it to the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=25, help="training steps of one window each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="windows and their order (default: %(default)s)")

@@ -79,6 +79,9 @@ def test_a_newer_schema_is_named_before_its_new_fields():
         {"keep_ratio": True},
         {"keep_ratio": [0.5, 0.0]},
         {"keep_ratio": []},
+        {"nearby_tokens": -1},
+        {"nearby_tokens": 128},  # in the exact form
+        {"attention_forward": "sparse", "nearby_tokens": 12.5},
         {"memory_budget": 40},
         {"memory_budget": "much"},
         {"memory_budget": "-1GiB"},

@@ -185,12 +185,14 @@ def test_zero_is_the_paper_s_form():
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, None, "128", 2**31])
 def test_what_is_no_number_of_tokens_is_refused(value):
-    with pytest.raises(LemoConfigError, match="nearby_tokens must be a whole number from 0 to .*; got .*; set it to 0 or more"):
+    with pytest.raises(LemoConfigError, match=r"nearby_tokens must be a whole number from 0 to .*; got .*; set it to 0 or more"):
         LemoConfig(attention_forward="sparse", nearby_tokens=value)
 
 
 def test_the_exact_form_refuses_it():
-    with pytest.raises(LemoConfigError, match="got nearby_tokens=128 with attention_forward='exact'; set attention_forward='sparse'"):
+    with pytest.raises(
+        LemoConfigError, match="got nearby_tokens=128 with attention_forward='exact'; set attention_forward='sparse'"
+    ):
         LemoConfig(nearby_tokens=128)
     config = LemoConfig(attention_forward="sparse", nearby_tokens=128)
     with pytest.raises(LemoConfigError, match="exact form's dropped tokens attend to every earlier token"):

@@ -23,6 +23,7 @@ CHANGED = {
     "score_source": "true",
     "block_reduction": "mean",
     "attention_forward": "sparse",
+    "nearby_tokens": 128,
     "attention_pattern": ["full", "block_sparse"],
     "group_size": 8,
     "pattern_share": 0.5,
@@ -81,7 +82,7 @@ def test_a_newer_schema_is_named_before_its_new_fields():
         {"keep_ratio": []},
         {"nearby_tokens": -1},
         {"nearby_tokens": 128},  # in the exact form
-        {"attention_forward": "sparse", "nearby_tokens": 12.5},
+        {"nearby_tokens": 12.5, "attention_forward": "sparse"},
         {"memory_budget": 40},
         {"memory_budget": "much"},
         {"memory_budget": "-1GiB"},

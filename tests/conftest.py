@@ -4,6 +4,8 @@ import gc
 import os
 import tempfile
 from collections.abc import Generator
+from dataclasses import replace
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import reads it: no test may depend on the network
 _caches = tempfile.TemporaryDirectory()  # removed at exit: no test reads or fills a person's caches
@@ -66,3 +68,22 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         if "with this release of transformers" in str(error):
             pytest.skip(str(error))
         raise
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Generator[None]:
+    """Every training step that is estimated is traced once for all tests of a file."""
+    from lemo_hf.profiling import memory_estimate
+
+    traces: dict[str, Any] = {}
+    trace_step = memory_estimate.trace_step
+
+    def trace(config: Any, settings: Any, on_gpu: bool) -> Any:
+        key = repr(replace(settings, lemo=replace(settings.lemo, memory_budget=None)))
+        if key not in traces:
+            traces[key] = trace_step(config, settings, on_gpu)
+        return traces[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_estimate, "trace_step", trace)
+        yield

@@ -17,10 +17,8 @@ from lemo_hf import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer
 from lemo_hf.errors import LemoError
 from lemo_hf.hub.lemo_files import read_lemo_files
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.profiling import memory_estimate
 from lemo_hf.profiling.flops import FlopCounter
 from lemo_hf.profiling.memory_estimate import Estimator
-from lemo_hf.profiling.step_trace import trace_step
 from lemo_hf.quickstart.comparison import BASE
 from lemo_hf.training.phases.phase_cost import estimate_search_cost
 from lemo_hf.training.phases.share_search import Budget, ShareSearch
@@ -32,6 +30,8 @@ from lemo_hf.training.step_memory import step_settings
 # Their informativeness decides, so that layers differ on random text too.
 CHOOSING = {"selection": "ratio", "keep_ratio": 0.5}
 EXACT, SPARSE = {"selection": "sampled"}, {"selection": "ratio", "attention_forward": "sparse"}
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 # The sensitivities.
@@ -222,22 +222,6 @@ def test_two_processes_find_what_one_does():
 
 
 # The phase.
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    """Every step of the tiny model is traced once for all tests."""
-    traces = {}
-
-    def trace(config, settings, on_gpu):
-        key = repr(replace(settings, lemo=replace(settings.lemo, memory_budget=None)))
-        if key not in traces:
-            traces[key] = trace_step(config, settings, on_gpu)
-        return traces[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_estimate, "trace_step", trace)
-        yield
 
 
 def logged(trainer, name):

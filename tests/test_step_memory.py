@@ -11,12 +11,12 @@ from lemo_hf import LemoTrainer
 from lemo_hf.errors import LemoError
 from lemo_hf.hub.lemo_files import read_lemo_files
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.profiling import memory_estimate
 from lemo_hf.profiling.memory_estimate import Estimator
-from lemo_hf.profiling.step_trace import trace_step
 from lemo_hf.training import memory_warning as warning_module
 from lemo_hf.training import step_memory
 from lemo_hf.training.step_memory import memory_warning, step_settings
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 SAMPLED = {"selection": "sampled"}
 
@@ -39,22 +39,6 @@ def asked(trainer, *memory):
     trainer.add_callback(ask)
     trainer.train()
     return ask
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    """Every step of the tiny model is traced once for all tests."""
-    traces = {}
-
-    def trace(config, settings, on_gpu):
-        key = repr(replace(settings, lemo=replace(settings.lemo, memory_budget=None)))
-        if key not in traces:
-            traces[key] = trace_step(config, settings, on_gpu)
-        return traces[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_estimate, "trace_step", trace)
-        yield
 
 
 def needed(trainer, settings, share):

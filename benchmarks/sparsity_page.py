@@ -152,5 +152,5 @@ def predicted_informativeness(result: Mapping[str, Any], figures: Mapping[str, A
         f"Recall at kept share 0.5, first and last block left out: {_spread(recall)} (by layer {min(recall['by_layer']):.2f} to "
         f"{max(recall['by_layer']):.2f}); positions alone, mean I by place in the other documents, find {_spread(positions)}, chance {chance:.3f}. The paper "
         f"reports {figures['predictor_recall']:.2%}: ours miss it. Below: I along one window of 4K by the {name}; it varies by a few per cent, so that half of the blocks "
-        f"lie close to the cut ([experiments.md](experiments.md) has what any predictor could reach).{rest}"
+        f"lie close to the cut ([experiments](experiments/predictors.md) has what any predictor could reach).{rest}"
     )

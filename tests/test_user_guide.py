@@ -9,7 +9,7 @@ import pytest
 from lemo_hf import LemoConfig, LemoTrainingArguments
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def anchors(page):
@@ -18,7 +18,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"(?m)^#+ (.+)$", text)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")
@@ -30,7 +30,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_setting_is_described():
-    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    # The log of experiments mentions settings, and describes none.
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES if "experiments" not in str(page.relative_to(ROOT)))
     settings = {field.name for field in dataclasses.fields(LemoConfig)} - {"schema_version"}
     assert [name for name in sorted(settings) if not re.search(rf"`{name}`|LemoConfig\({name}=|[(` ]{name}=", pages)] == []
 

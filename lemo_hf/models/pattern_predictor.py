@@ -9,7 +9,7 @@ maximum (S is a maximum over token pairs) and half by their mean:
     I_n ~ (K_n . sum_{m > n} Q_m + Q_n . sum_{m < n} K_m + sum_{m != n} f(|m - n|)) / (blocks - 1)
 
 The distance profile f is ours: rotary positions make scores depend on distance, which no network sees that reads tokens one by
-one; most of the variance of S on a small Llama is the profile's (docs/experiments.md).
+one; most of the variance of S on a small Llama is the profile's (docs/experiments/predictors.md).
 f is a table over the logarithm of the distance, so it reaches any length.
 
 I takes O(blocks * p) by prefix sums and the (blocks, blocks) matrix is never formed; sizes do not depend on the number of

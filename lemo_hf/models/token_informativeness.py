@@ -14,7 +14,7 @@ That is `reduction="max"`, the paper's. `reduction="mean"` is ours: s_ij keeps i
     S_mn = scale / heads * sum over heads of (mean of q over m) . (mean of k over n)      for m > n,
 
 a product of pooled queries and keys. It takes O(tokens) instead of O(tokens ** 2), and a low-rank predictor can follow it
-(docs/experiments.md). It may be negative: a block that the others' queries point away from.
+(docs/experiments/predictors.md). It may be negative: a block that the others' queries point away from.
 
 Under a sliding window only pairs with j > i - window count: others never attend, so their s_ij is 0, and so is the S of block
 pairs that lie wholly outside it. The divisor stays: a block's partners are all other blocks of its document.

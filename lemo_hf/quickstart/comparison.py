@@ -59,7 +59,7 @@ ARMS = (
     Arm("stock", "LoRA, stock Trainer", None),
     Arm("exact", "LeMo exact, sampled", LemoConfig(attention_forward="exact", selection="sampled", keep_ratio=0.5)),
     # Where the first layer drops tokens too, or dropped tokens do not see those just before them, the sparse forward loses several
-    # times as much (docs/experiments.md).
+    # times as much (docs/experiments/sparse_form.md).
     Arm(
         "sparse",
         "LeMo sparse, predicted, dropped tokens see 128, first layer dense",

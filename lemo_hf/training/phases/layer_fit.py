@@ -101,7 +101,7 @@ class LayerFit:
         """Starts at the scores that distance alone explains on the first batch, products of features adding almost nothing.
 
         Products of drawn features are many times too large, and even at the spread of the scores they are noise that training
-        does not get rid of (docs/experiments.md); and the profile is a mean that steps of an even size would take long to reach.
+        does not get rid of (docs/experiments/predictors.md); and the profile is a mean that steps of an even size would take long to reach.
         """
         longest = max(range(len(found.scores)), key=lambda document: len(found.scores[document]))
         scores = found.scores[longest]

@@ -18,7 +18,7 @@ from .layer_fit import START_ROWS, LayerFit
 
 # Weight of probing every input dimension by itself beside the text: a short or monotonous text leaves many directions out.
 _PROBE_WEIGHT = 1e-3
-# Of a weight's own size, for a learning rate of 1: steps are corrections of a start that is nearly right (docs/experiments.md).
+# Of a weight's own size, for a learning rate of 1: steps are corrections of a start that is nearly right (docs/experiments/predictors.md).
 _STEP = 0.1
 
 

@@ -16,7 +16,7 @@ matrices really shrink (layer_fit.py; pooled_layer_fit.py for predictors without
 Several processes read a round of documents together, one each, and take the optimizer steps on its mean loss: statistics and
 gradients are exchanged, in sizes that depend on the predictors' alone, so the phase takes 1 / processes of the time and ends in the
 same predictors on all of them. A round of 8 documents with the steps of one gave the same recall as 8 by themselves
-(docs/experiments.md).
+(docs/experiments/predictors.md).
 """
 
 from typing import Any

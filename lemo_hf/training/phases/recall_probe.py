@@ -1,7 +1,7 @@
 """Drift: LoRA moves the model away from its predictors, so their recall is probed now and then, and they are fitted again.
 
 A probe runs the same held-out documents through the model every time, densely and without autograd, so two of them differ by
-what training did and by nothing else. What recall can be depends on model and text (docs/experiments.md), so the bound is
+what training did and by nothing else. What recall can be depends on model and text (docs/experiments/predictors.md), so the bound is
 relative: a refit comes when mean recall has lost `recall_drop` since the last fit.
 
 A probe also says whether the text is one that the predictors know: they may have come with the model, fitted on another one.

@@ -5,7 +5,8 @@
 An arm is one way to train the same adapter on the same rows. Groups, in the order in which a queue should run them:
 
     core       stock LoRA, LeMo exact at kept shares 0.5 and 0.3: the goals of the bench
-    shares     both forms from 0.05 to 0.8; the sparse form keeps its first layer dense (docs/experiments.md)
+    shares     both forms from 0.05 to 0.8; the sparse form as the quickstart has it, and once as the paper has it
+    patterns   attention patterns among the kept tokens of the sparse form
     choices    ways to choose the blocks, at share 0.5 (and 0.1, where a choice has most to win), beside the uniform shared draw
     tails      the last 5 to 15 % of the steps dense, and kept shares that rise or fall over the run
     blocks     block sizes 16 to 128
@@ -40,6 +41,7 @@ class Arm:
         tail: Share of the steps, at the end, that keep every token.
         ramp: Kept share at the first and at the last step; linear between them.
         trains: `False` for the base with its context extended and nothing else.
+        plain: The arm that differs in nothing but what this one tries.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Arm:
     tail: float = 0.0
     ramp: tuple[float, float] | None = None
     trains: bool = True
+    plain: str | None = None
 
     @property
     def is_stock(self) -> bool:
@@ -89,8 +92,15 @@ def exact(share: float | list[float], **others: Any) -> dict[str, Any]:
 
 
 def sparse(share: float, **others: Any) -> dict[str, Any]:
-    """The sparse form with the most informative blocks by prediction; its first layer dense."""
-    return {"attention_forward": "sparse", "selection": "ratio", "keep_ratio": share, "dense_layers": [0], **others}
+    """The sparse form with the most informative blocks by prediction, as the quickstart has it: dropped tokens see those just before
+    them, scores are means, the first layer is dense.
+    """
+    form = {"attention_forward": "sparse", "nearby_tokens": 128, "block_reduction": "mean", "predictor_features": 40}
+    return {**form, "selection": "ratio", "keep_ratio": share, "dense_layers": [0], **others}
+
+
+# What the paper's sparse form has not.
+PAPER = {"nearby_tokens": 0, "block_reduction": "max", "predictor_features": 32}
 
 
 @dataclass
@@ -118,8 +128,13 @@ PARTS = (
     "mlp_gradient",
     "attention_all_mlp_activation",
 )
+PATTERNS: dict[str, dict[str, Any]] = {
+    "groups": {"attention_pattern": "shifted_groups"},
+    "blocks": {"attention_pattern": "block_sparse", "pattern_share": 0.25},
+    "blocks-0.5": {"attention_pattern": "block_sparse", "pattern_share": 0.5},
+}
 # The sparse form: does informativeness pay where dropping changes the forward pass?
-SPARSE_CHOICES = ("random_shared", "true", "informative_draw", "sparse_nearby")
+SPARSE_CHOICES = ("random_shared", "true", "informative_draw")
 
 
 def all_arms(layers: int = 6) -> dict[str, Arm]:
@@ -138,12 +153,15 @@ def all_arms(layers: int = 6) -> dict[str, Arm]:
         add("shares", f"exact-{share:g}", exact(share))
     for share in (0.5, 0.3, 0.8, 0.1, 0.05):
         add("shares", f"sparse-{share:g}", sparse(share))
+    add("shares", "sparse-0.5-paper", sparse(0.5, **PAPER))
+    for name, pattern in PATTERNS.items():
+        add("patterns", f"sparse-0.5-{name}", sparse(0.5, **pattern), plain="sparse-0.5")
     for name in CHOICES:
-        add("choices", f"exact-0.5-{name}", exact(0.5), choice=name)
+        add("choices", f"exact-0.5-{name}", exact(0.5), choice=name, plain="exact-0.5")
     for name in SPARSE_CHOICES:
-        add("choices", f"sparse-0.5-{name}", sparse(0.5), choice=name)
+        add("choices", f"sparse-0.5-{name}", sparse(0.5), choice=name, plain="sparse-0.5")
     for name in ("true", "informative_draw", "stratified"):
-        add("choices", f"exact-0.1-{name}", exact(0.1), choice=name)
+        add("choices", f"exact-0.1-{name}", exact(0.1), choice=name, plain="exact-0.1")
     for tail in (0.05, 0.1, 0.15):
         add("tails", f"exact-0.3-tail-{tail:g}", exact(0.3), tail=tail)
     add("tails", "sparse-0.5-tail-0.15", sparse(0.5), tail=0.15)
@@ -161,7 +179,7 @@ def all_arms(layers: int = 6) -> dict[str, Arm]:
     add("parts", "exact-0.7-mlp-0.39", exact(0.7, mlp_keep_ratio=0.39))
     add("parts", "exact-1-mlp-0.3", exact(1.0, mlp_keep_ratio=0.3))
     for name in PARTS:
-        add("parts", f"exact-0.5-{name}", exact(0.5), choice=name)
+        add("parts", f"exact-0.5-{name}", exact(0.5), choice=name, plain="exact-0.5")
     add("adapters", "stock-all-linear", targets=ALL_LINEAR)
     add("adapters", "exact-0.5-all-linear", exact(0.5), targets=ALL_LINEAR)
     add("adapters", "exact-0.3-all-linear", exact(0.3), targets=ALL_LINEAR)

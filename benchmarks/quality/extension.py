@@ -38,7 +38,7 @@ from benchmarks.quality.arms import Arm, all_arms, chosen
 from benchmarks.quality.choices import chosen_by
 from benchmarks.quality.cost import measure_cost, seconds
 from benchmarks.quality.measures import SIZES, Measures
-from benchmarks.quality.rows import Rows
+from benchmarks.quality.rows import TEXTS, Rows
 from benchmarks.quality.setting import SCHEDULES, Setting, arguments, device_here, identity, load, reads_predictors
 from lemo_hf import LemoTrainer
 from lemo_hf.errors import LemoError
@@ -291,6 +291,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=Setting.learning_rate, help="(default: %(default)s)")
     parser.add_argument("--schedule", choices=SCHEDULES, default=Setting.schedule, help="(default: %(default)s)")
     parser.add_argument("--sizes", choices=SIZES, default=Setting.sizes, help="how much is measured (default: %(default)s)")
+    parser.add_argument("--text", choices=TEXTS, default=Setting.text, help="trained on and measured (default: %(default)s)")
     parser.add_argument("--predictors", help="folder with predictors to start from, for arms that read any")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no arm that would likely end later than this")
     args = parser.parse_args(given)
@@ -298,7 +299,7 @@ def main(given: list[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(args.base)
-        same = {name: getattr(args, name) for name in ("steps", "learning_rate", "schedule", "sizes", "predictors")}
+        same = {name: getattr(args, name) for name in ("steps", "learning_rate", "schedule", "sizes", "predictors", "text")}
         setting = Setting(base=args.base, tokens=args.tokens or 4 * config.max_position_embeddings, **same)
         listed = in_order(args.arms, args.seeds, all_arms(config.num_hidden_layers))
         texts = lazily(lambda: Rows(AutoTokenizer.from_pretrained(args.base), setting))

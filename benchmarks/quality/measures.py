@@ -179,7 +179,7 @@ class Measures:
     Args:
         windows: Held-out text, `(tokens,)` token ids each.
         questions: From `retrieval_questions`.
-        repositories: Rows from `repositories.py`.
+        repositories: Rows from `repositories.py`; none where text has no imports to follow.
         sizes: How much of it.
     """
 
@@ -203,7 +203,8 @@ class Measures:
             found: dict[str, Any] = {"text": measure_text(model, self.windows, self.sizes.far_windows)}
             if not text_alone:
                 found["retrieval"] = measure_retrieval(model, self.questions)
-                found["repositories"] = measure_repositories(model, self.repositories)
+                if self.repositories:
+                    found["repositories"] = measure_repositories(model, self.repositories)
         losses = [*(loss for sums in found["text"]["nll"] for loss in sums)]
         if not all(map(math.isfinite, losses)):
             raise LemoError(f"loss is not finite; {losses}; check the weights, or lower the learning rate")

@@ -65,10 +65,10 @@ def runs_in(setting: Mapping[str, Any]) -> int:
 
 
 def main_settings(results: Results) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Of each result and number of steps the setting of the most runs; other rates and schedules have a table of their own."""
+    """Of each result, text and number of steps the setting of the most runs; other rates and schedules have a table of their own."""
     shown = set()
     for result, setting in settings_of(results):
-        of = (id(result), setting["setting"]["steps"], setting["setting"]["tokens"])
+        of = (id(result), *(setting["setting"][name] for name in ("steps", "tokens", "text")))
         if of not in shown:
             shown.add(of)
             yield result, setting
@@ -84,7 +84,7 @@ def of_setting(result: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
     """What a table's figures were made with."""
     of, seeds = setting["setting"], max(len(arm["seeds"]) for arm in setting["arms"].values())
     return (
-        f"{of['tokens']} tokens, base {Path(of['base']).name}, {of['steps']} steps of stock, {of['schedule']} rate {of['learning_rate']:g}, "
+        f"{of['text']}, {of['tokens']} tokens, base {Path(of['base']).name}, {of['steps']} steps of stock, {of['schedule']} rate {of['learning_rate']:g}, "
         f"LoRA r={of['rank']}, {'bfloat16 autocast' if of['mixed'] else 'float32'}, up to {seeds} seeds; {source(result)}"
     )
 
@@ -122,7 +122,7 @@ def group_table(group: str) -> Callable[[Results], str]:
         parts = []
         for result, setting in main_settings(results):
             of_group = (arm for arm in setting["arms"].values() if arm["arm"]["group"] == group)
-            names = [arm["arm"]["name"] for arm in of_group if arm["arm"]["choice"] is None]  # choices have a table of their own
+            names = [arm["arm"]["name"] for arm in of_group if arm["arm"]["plain"] is None]  # those have tables of their own
             if names:
                 shown = ["stock"] * ("stock" in setting["arms"] and "stock" not in names) + names
                 rows = [arm_row(name, setting["arms"][name]) for name in shown]
@@ -130,6 +130,14 @@ def group_table(group: str) -> Callable[[Results], str]:
         return "\n\n".join(parts) or NONE
 
     return render
+
+
+def verdict(found: Mapping[str, Any] | None) -> str:
+    """A difference in a word."""
+    if found is None:
+        return "-"
+    word = "tie" if found["is_tie"] else "better" if found["mean"] < 0 else "worse"
+    return f"{word}, one seed" if found["spread"] is None and word != "tie" else word
 
 
 def choices_table(results: Results) -> str:
@@ -141,14 +149,31 @@ def choices_table(results: Results) -> str:
             point = arm["points"].get(EQUAL_STEPS)
             if arm["arm"]["choice"] is None or point is None:
                 continue
-            own = point.get("versus_own_form")
-            verdict = "-" if own is None else "tie" if own["is_tie"] else "better" if own["mean"] < 0 else "worse"
-            if own is not None and own["spread"] is None and verdict != "tie":
-                verdict += ", one seed"
+            own = point.get("versus_plain")
             about = [name, CHOICES[arm["arm"]["choice"]].title, str(len(arm["seeds"]))]
-            rows.append([*about, difference(point["versus_stock"].get("perplexity")), difference(own), verdict])
+            rows.append([*about, difference(point["versus_stock"].get("perplexity")), difference(own), verdict(own)])
         if rows:
             head = ("arm", "choice", "seeds", "against stock, equal steps", "against the form's own choice", "verdict")
+            parts.append(f"{table(head, rows)}\n\n{of_setting(result, setting)}")
+    return "\n\n".join(parts) or NONE
+
+
+def patterns_table(results: Results) -> str:
+    """Attention patterns at equal steps, against stock and against the sparse form without one."""
+    parts = []
+    for result, setting in main_settings(results):
+        rows = []
+        for name, arm in setting["arms"].items():
+            point = arm["points"].get(EQUAL_STEPS)
+            if point is not None and (arm["arm"]["group"] == "patterns" or name == "sparse-0.5"):
+                plain = point.get("versus_plain")
+                about = [name, str(len(arm["seeds"])), *cost_cells(arm), number(point["perplexity"])]
+                rows.append([*about, difference(point["versus_stock"].get("perplexity")), difference(plain), verdict(plain)])
+        if len(rows) > 1:
+            head = (
+                *("arm", "seeds", "saved bytes", "FLOPs", "step time", "perplexity", "against stock"),
+                *("against no pattern (goal: at most +0.5 %)", "verdict"),
+            )
             parts.append(f"{table(head, rows)}\n\n{of_setting(result, setting)}")
     return "\n\n".join(parts) or NONE
 
@@ -227,7 +252,8 @@ def goals_table(results: Results) -> str:
             if found["spread"] is None:
                 word += ", one seed"
             name = f"{arm}, {point.replace('_', ' ')}, {measure.replace('_loss', ', loss of the answers')}"
-            of = f"{setting['setting']['steps']} steps, {result['machine'].get('gpu') or 'CPU'}"
+            about = setting["setting"]
+            of = f"{about['text']}, {about['steps']} steps, {about['schedule']} rate, {result['machine'].get('gpu') or 'CPU'}"
             rows.append([name, of, goal, difference(found, unit), word])
     return table(("goal", "setting", "against stock", "measured", ""), rows) if rows else NONE
 
@@ -241,11 +267,11 @@ def settings_table(results: Results) -> str:
             arm = setting["arms"].get(name)
             if arm is not None:
                 point = arm["points"][EQUAL_STEPS]
-                about = [name, f"{of['schedule']} {of['learning_rate']:g}", str(of["steps"]), str(len(arm["seeds"]))]
+                about = [name, of["text"], f"{of['schedule']} {of['learning_rate']:g}", str(of["steps"]), str(len(arm["seeds"]))]
                 versus = "-" if name == "stock" else difference(point["versus_stock"].get("perplexity"))
                 rows.append([*about, number(point["perplexity"]), versus])
-    head = ("arm", "rate", "steps", "seeds", "perplexity", "against stock of the same rate")
-    return table(head, sorted(rows, key=lambda row: (row[0] != "stock", row[2], row[1]))) if rows else NONE
+    head = ("arm", "text", "rate", "steps", "seeds", "perplexity", "against stock of the same rate")
+    return table(head, sorted(rows, key=lambda row: (row[1], row[0] != "stock", row[3], row[2]))) if rows else NONE
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -253,6 +279,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quality_positions": positions_table,
     "quality_retrieval": retrieval_table,
     "quality_choices": choices_table,
+    "quality_patterns": patterns_table,
     "quality_settings": settings_table,
     **{f"quality_{group}": group_table(group) for group in ("core", "shares", "tails", "blocks", "layers", "parts", "adapters")},
 }

@@ -31,9 +31,11 @@ class Setting:
         rank: Of the adapters; alpha is twice as much.
         sizes: How much is measured: a name of `measures.SIZES`.
         cost_rounds: Rounds in which steps are timed.
-        predictors: Folder with predictors to start from, where an arm reads any.
+        predictors: Folder with predictors to start from, where an arm reads any of the maximum's; those of the mean are read off
+            the model's own projections.
         predictor_documents: Documents that they are fitted on before the first step.
         mixed: Whether training runs under bfloat16 autocast; weights and adapters are float32 in any case.
+        text: What is trained on and measured: a name of `rows.TEXTS`.
     """
 
     base: str
@@ -48,11 +50,13 @@ class Setting:
     predictors: str | None = None
     predictor_documents: int = 8
     mixed: bool = True
+    text: str = "python"
 
     @property
     def name(self) -> str:
         """What result files of the setting are called by."""
-        return f"{self.tokens}t-{self.steps}s-{self.schedule}-{self.learning_rate:g}-{self.sizes}"
+        of = f"{self.tokens}t-{self.steps}s-{self.schedule}-{self.learning_rate:g}-{self.sizes}"
+        return of if self.text == "python" else f"{of}-{self.text}"
 
 
 def device_here() -> torch.device:
@@ -116,7 +120,7 @@ def arguments(arm: Arm, setting: Setting, seed: int, folder: str, steps: int) ->
     phases: dict[str, Any] = {"probe_steps": 0, "dense_tail_share": arm.tail}
     if reads_predictors(arm):
         phases["predictor_documents"] = setting.predictor_documents
-        if setting.predictors is not None:
+        if setting.predictors is not None and arm.config.block_reduction == "max":
             phases |= {"predictors": setting.predictors, "predictor_steps": 2, "predictor_learning_rate": 1e-3}
     return LemoTrainingArguments(**common, **phases)
 

@@ -99,10 +99,9 @@ def point_summary(runs: Runs, arm: Mapping[str, Any], point: str) -> dict[str, A
         found["repositories_far_context"] = [gain.__dict__ for gain in gains]
         compared["repositories"] = perplexity_difference(stock, here, repository_perplexity)
     found["versus_stock"] = {name: each.to_dict() for name, each in compared.items() if each is not None}
-    if arm["choice"] is not None:
-        uniform = at_point(runs, arm["name"].removesuffix(f"-{arm['choice']}"), EQUAL_STEPS)
-        difference = perplexity_difference(uniform, here, text_perplexity)
-        found["versus_own_form"] = None if difference is None else difference.to_dict()
+    if arm["plain"] is not None:
+        difference = perplexity_difference(at_point(runs, arm["plain"], EQUAL_STEPS), here, text_perplexity)
+        found["versus_plain"] = None if difference is None else difference.to_dict()
     return found
 
 

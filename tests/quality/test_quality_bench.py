@@ -161,7 +161,7 @@ def test_arms_are_sound():
     for arm in arms.values():
         assert arm.config is None or arm.config.validate_for(6, 256) is None
         assert arm.choice is None or arm.choice in CHOICES
-        assert arm.choice is None or arm.name.removesuffix(f"-{arm.choice}") in arms
+        assert arm.plain is None or arm.plain in arms
         assert arm.reference in arms
     assert reads_predictors(arms["sparse-0.5"])
     assert reads_predictors(arms["exact-0.5-predicted"])
@@ -173,7 +173,7 @@ def test_predictors_are_fitted_where_they_are_read(base, tmp_path):
     setting = Setting(base, TOKENS, predictors="somewhere")
     arms = all_arms(2)
     assert arguments(arms["exact-0.5"], setting, 0, str(tmp_path), 4).predictor_documents is None
-    assert arguments(arms["sparse-0.5"], setting, 0, str(tmp_path), 4).predictors == "somewhere"
+    assert arguments(arms["sparse-0.5-paper"], setting, 0, str(tmp_path), 4).predictors == "somewhere"
 
 
 # What is written of it.
@@ -216,7 +216,7 @@ def test_the_result_says_what_the_runs_said(finished, written):
     expected = [100 * (mine / theirs - 1) for mine, theirs in zip(perplexities, stock, strict=True)]
     assert arm["versus_stock"]["perplexity"]["by_seed"] == pytest.approx(expected)
     choice = setting["arms"]["exact-0.5-true"]["points"][EQUAL_STEPS]
-    assert choice["versus_own_form"]["by_seed"] != choice["versus_stock"]["perplexity"]["by_seed"]
+    assert choice["versus_plain"]["by_seed"] != choice["versus_stock"]["perplexity"]["by_seed"]
 
 
 def test_tables_and_plots_show_it(written):

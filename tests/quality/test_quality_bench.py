@@ -18,7 +18,16 @@ from benchmarks.quality.setting import Setting, arguments, load, reads_predictor
 from lemo_hf.errors import LemoError
 from lemo_hf.models.sparse_decoder import sparse_backbone
 
-ARMS = ("stock", "exact-0.5", "exact-0.3", "before", "sparse-0.5", "exact-0.5-true", "exact-0.3-tail-0.15", "exact-ramp-0.3-0.7")
+ARMS = (
+    "stock",
+    "exact-0.5",
+    "exact-0.3",
+    "before",
+    "sparse-0.5-paper",
+    "exact-0.5-true",
+    "exact-0.3-tail-0.15",
+    "exact-ramp-0.3-0.7",
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +62,21 @@ def test_both_points_come_from_the_arms_own_runs(finished):
     assert steps["exact-0.3-tail-0.15"] == {EQUAL_STEPS: 4, EQUAL_TIME: 6}
     assert steps["exact-0.5-true"] == {EQUAL_STEPS: 4}  # must first win at equal steps
     # Its predictors are fitted in steps of its time.
-    assert steps["sparse-0.5"][EQUAL_TIME] <= 8
-    assert run_of(finished, "sparse-0.5")["phase_steps"] > 0
+    assert steps["sparse-0.5-paper"][EQUAL_TIME] <= 8
+    assert run_of(finished, "sparse-0.5-paper")["phase_steps"] > 0
     assert len(run_of(finished, "exact-0.5")["losses"]) == 8
     measured = {(arm, point) for arm in ARMS for point, found in run_of(finished, arm)["points"].items() if "retrieval" in found}
-    assert measured == {(arm, EQUAL_STEPS) for arm in ("stock", "exact-0.5", "exact-0.3", "before", "sparse-0.5")}
+    assert measured == {(arm, EQUAL_STEPS) for arm in ("stock", "exact-0.5", "exact-0.3", "before", "sparse-0.5-paper")}
 
 
 def test_costs_are_counted_beside_stocks(finished):
-    costs = {arm: run_of(finished, arm)["cost"] for arm in ("exact-0.5", "exact-0.3", "sparse-0.5")}
+    costs = {arm: run_of(finished, arm)["cost"] for arm in ("exact-0.5", "exact-0.3", "sparse-0.5-paper")}
     for cost in costs.values():
         assert cost["saved_bytes"] < cost["stock_saved_bytes"]
         assert cost["flops"] < cost["stock_flops"]
         assert len(cost["time_ratios"]) == Setting.cost_rounds
     assert costs["exact-0.5"]["kept_share"] == 0.5
-    assert costs["sparse-0.5"]["kept_share"] == 0.75  # the first of two layers is dense
+    assert costs["sparse-0.5-paper"]["kept_share"] == 0.75  # the first of two layers is dense
 
 
 def test_a_ramp_moves_the_share_and_its_cost_is_that_of_both_ends(finished):
@@ -265,7 +274,7 @@ def test_of_several_rates_the_one_of_most_runs_is_shown(written):
 def test_when_a_goal_is_met(arm, point, mean, low, high, word, measure):
     found = Difference(mean, low, high, 0.1, (mean, mean)).to_dict()
     setting = {
-        "setting": {"steps": 9, "tokens": 8},
+        "setting": {"steps": 9, "tokens": 8, "text": "python", "schedule": "constant"},
         "arms": {arm: {"seeds": [0, 1], "points": {point: {"versus_stock": {measure: found}}}}},
     }
     assert report.goals_table([{"machine": {}, "settings": {"a": setting}}]).endswith(f"| {word} |")

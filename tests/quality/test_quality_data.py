@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.quality import corpus
+from benchmarks.quality import corpus, headers
 from benchmarks.quality.repositories import Repository, SourceFile, build_sample, repository_samples
 from benchmarks.quality.retrieval import HOPS, TASKS, sample, training_row, words_of
 from lemo_hf.errors import LemoError
@@ -325,3 +325,42 @@ def test_files_that_do_not_parse_are_left_alone(tokenizer):
     assert SourceFile(broken).definitions == {}
     documents = [*repository_documents(), broken]
     assert len(repository_samples(tokenizer, 4096, 9, min_distance=200, documents=documents)) == 1
+
+
+# Headers
+
+
+@pytest.fixture
+def projects(tmp_path, monkeypatch):
+    """Two packages with headers; one of those to train on is a copy of a held-out one."""
+    shared = " ".join(random_words(0, 300))
+    files = {
+        "apart/include/shared.h": shared,
+        "apart/include/alone.hpp": " ".join(random_words(1, 300)),
+        "learnt/include/copy.h": shared,
+        "learnt/include/own.h": " ".join(random_words(2, 300)),
+        "learnt/source.py": " ".join(random_words(3, 300)),
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(headers, "PROJECTS", {"held_out": ("apart/include",), "extension": ("learnt/include", "absent/include")})
+    headers._documents.cache_clear()
+    yield
+    headers._documents.cache_clear()
+
+
+def test_headers_are_split_by_project_and_copies_stay_held_out(projects):
+    names = {split: [document.name for document in headers.header_documents(split)] for split in headers.PROJECTS}
+    assert names == {"held_out": ["apart/include/alone.hpp", "apart/include/shared.h"], "extension": ["learnt/include/own.h"]}
+
+
+def test_missing_headers_say_which_packages_have_them(projects, monkeypatch):
+    with pytest.raises(LemoError, match="no such split of headers; 'base'; choose held_out or extension"):
+        headers.header_documents("base")
+    monkeypatch.setattr(headers, "PROJECTS", {"held_out": ("absent/include",), "extension": ()})
+    headers._documents.cache_clear()
+    with pytest.raises(LemoError, match="no headers of the held_out split here; absent/include; install"):
+        headers.header_documents("held_out")

@@ -89,6 +89,12 @@ def test_training_rows_are_their_seeds_alone():
     assert len(set(texts[:5])) == 5, "no window comes again before all others came"
 
 
+def test_windows_of_text_take_the_places_of_repositories_where_there_are_none():
+    rows = TrainingRows({"text": list(token_rows(40, 1))}, None, TOKENS, torch.arange(9), 0)
+    texts = [tuple(rows[place]["input_ids"].tolist()) for place in range(40) if KINDS[place % 20] != "retrieval"]
+    assert len(set(texts)) == len(texts) == 32
+
+
 # Comparisons.
 
 

@@ -42,6 +42,7 @@ class Arm:
         ramp: Kept share at the first and at the last step; linear between them.
         trains: `False` for the base with its context extended and nothing else.
         plain: The arm that differs in nothing but what this one tries.
+        training: Further fields of its `LemoTrainingArguments`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Arm:
     ramp: tuple[float, float] | None = None
     trains: bool = True
     plain: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_stock(self) -> bool:
@@ -71,10 +73,10 @@ class Arm:
 
     @property
     def has_equal_time(self) -> bool:
-        """Whether it is measured at equal time: a way to choose must first beat the uniform draw at equal steps, and the bench's
-        own ways cost more than ones made for speed would.
+        """Whether it is measured at equal time: what changes one thing must first be better for it at equal steps, and the bench's
+        own ways to choose cost more than ones made for speed would.
         """
-        return self.lemo is not None and self.choice is None
+        return self.lemo is not None and self.plain is None
 
     @property
     def depends_on_the_end(self) -> bool:
@@ -160,6 +162,9 @@ def all_arms(layers: int = 6) -> dict[str, Arm]:
         add("choices", f"exact-0.5-{name}", exact(0.5), choice=name, plain="exact-0.5")
     for name in SPARSE_CHOICES:
         add("choices", f"sparse-0.5-{name}", sparse(0.5), choice=name, plain="sparse-0.5")
+    # Shares by measured sensitivity, as many blocks in all.
+    for name, form in (("exact-0.5", exact(0.5)), ("sparse-0.5", sparse(0.5))):
+        add("choices", f"{name}-searched", form, plain=name, training={"share_search": "kept_share"})
     for name in ("true", "informative_draw", "stratified"):
         add("choices", f"exact-0.1-{name}", exact(0.1), choice=name, plain="exact-0.1")
     for tail in (0.05, 0.1, 0.15):

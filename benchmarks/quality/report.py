@@ -141,16 +141,20 @@ def verdict(found: Mapping[str, Any] | None) -> str:
 
 
 def choices_table(results: Results) -> str:
-    """Ways to choose at equal steps, against stock and against the uniform draw of the same form and share."""
+    """Ways to choose blocks and shares at equal steps, against stock and against the form's own way at the same share."""
     parts = []
     for result, setting in main_settings(results):
         rows = []
         for name, arm in setting["arms"].items():
             point = arm["points"].get(EQUAL_STEPS)
-            if arm["arm"]["choice"] is None or point is None:
+            if arm["arm"]["plain"] is None or arm["arm"]["group"] == "patterns" or point is None:
                 continue
-            own = point.get("versus_plain")
-            about = [name, CHOICES[arm["arm"]["choice"]].title, str(len(arm["seeds"]))]
+            own, choice = point.get("versus_plain"), arm["arm"]["choice"]
+            about = [
+                name,
+                "layers' shares by `share_search`" if choice is None else CHOICES[choice].title,
+                str(len(arm["seeds"])),
+            ]
             rows.append([*about, difference(point["versus_stock"].get("perplexity")), difference(own), verdict(own)])
         if rows:
             head = ("arm", "choice", "seeds", "against stock, equal steps", "against the form's own choice", "verdict")

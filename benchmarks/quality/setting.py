@@ -117,7 +117,7 @@ def arguments(arm: Arm, setting: Setting, seed: int, folder: str, steps: int) ->
     }
     if arm.config is None:
         return TrainingArguments(**common)
-    phases: dict[str, Any] = {"probe_steps": 0, "dense_tail_share": arm.tail}
+    phases: dict[str, Any] = {"probe_steps": 0, "dense_tail_share": arm.tail, **arm.training}
     if reads_predictors(arm):
         phases["predictor_documents"] = setting.predictor_documents
         if setting.predictors is not None and arm.config.block_reduction == "max":

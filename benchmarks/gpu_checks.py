@@ -13,7 +13,7 @@ from lemo_hf.models.documents import find_documents
 from lemo_hf.models.kernel_switch import kernel_mode
 from lemo_hf.models.token_elimination import selection_of_blocks
 from lemo_hf.models.two_dimensional_sparsity import ShiftedGroups, attend_in_pattern, choose_pairs
-from lemo_hf.profiling.step_model import StepSettings, build_model
+from lemo_hf.profiling.estimate.step_model import StepSettings, build_model
 
 ALLOWED = {torch.float32: 1e-5, torch.float16: 0.002, torch.bfloat16: 0.005}  # root-mean-square error over root mean square
 

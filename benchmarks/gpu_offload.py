@@ -9,14 +9,14 @@ from gpu_checks import Scale, moved, require, small_model
 
 from lemo_hf import LemoConfig
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.profiling.bench_methods import choose_methods
-from lemo_hf.profiling.bench_run import KIND, new_row, take_result
-from lemo_hf.profiling.bench_step import measure_step
-from lemo_hf.profiling.cards import find_card
-from lemo_hf.profiling.memory_estimate import Estimator
-from lemo_hf.profiling.offload_estimate import layer_loads, plan_offload
-from lemo_hf.profiling.offload_plan import hidden_bytes, uniform_at_peak
-from lemo_hf.profiling.step_trace import trace_step
+from lemo_hf.profiling.bench.methods import choose_methods
+from lemo_hf.profiling.bench.run import KIND, new_row, take_result
+from lemo_hf.profiling.bench.step import measure_step
+from lemo_hf.profiling.estimate.cards import find_card
+from lemo_hf.profiling.estimate.estimator import Estimator
+from lemo_hf.profiling.estimate.offload import layer_loads, plan_offload
+from lemo_hf.profiling.estimate.offload_plan import hidden_bytes, uniform_at_peak
+from lemo_hf.profiling.estimate.step_trace import trace_step
 from lemo_hf.training.host_copies import measured_link
 from lemo_hf.training.sensitive_offload import OffloadSettings, SensitiveOffload
 

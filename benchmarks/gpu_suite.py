@@ -49,10 +49,10 @@ import kernel_times
 from gpu_checks import Scale, attention_offsets, require, run_attention, run_patterns, run_training
 from kernel_cases import CASES
 
-from lemo_hf.profiling.bench_methods import ChosenMethod, choose_methods
-from lemo_hf.profiling.bench_run import KIND, new_row, take_result
-from lemo_hf.profiling.bench_step import measure_step
-from lemo_hf.profiling.model_shapes import shape_config
+from lemo_hf.profiling.bench.methods import ChosenMethod, choose_methods
+from lemo_hf.profiling.bench.run import KIND, new_row, take_result
+from lemo_hf.profiling.bench.step import measure_step
+from lemo_hf.profiling.estimate.model_shapes import shape_config
 from lemo_hf.profiling.provenance import provenance
 from lemo_hf.registry import ARCHITECTURES
 

@@ -23,7 +23,7 @@ from lemo_hf import LemoConfig, LemoLlamaConfig
 from lemo_hf.models.modeling_lemo_llama import LemoLlamaModel
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.activation_memory import ActivationMemory
-from lemo_hf.profiling.fake_model import fake_model
+from lemo_hf.profiling.estimate.fake_model import fake_model
 from lemo_hf.profiling.flops import FlopCounter
 from lemo_hf.profiling.provenance import provenance
 from lemo_hf.training.phases.predictor_training import parameter_share

@@ -25,13 +25,13 @@ from transformers import logging as transformers_logging
 
 from lemo_hf import LemoConfig
 from lemo_hf.profiling.baselines.baseline import Baseline
-from lemo_hf.profiling.cards import ASSUMED, GIB, find_card
-from lemo_hf.profiling.memory_estimate import ALLOCATOR_SLACK, CUDA_CONTEXT, Estimator
-from lemo_hf.profiling.memory_plot import plot_memory
-from lemo_hf.profiling.memory_report import estimate_methods
+from lemo_hf.profiling.estimate.cards import ASSUMED, GIB, find_card
+from lemo_hf.profiling.estimate.estimator import ALLOCATOR_SLACK, CUDA_CONTEXT, Estimator
+from lemo_hf.profiling.estimate.plot import plot_memory
+from lemo_hf.profiling.estimate.step_model import StepSettings, build_model
+from lemo_hf.profiling.estimate.step_trace import record_step
+from lemo_hf.profiling.estimate.tables import estimate_methods
 from lemo_hf.profiling.provenance import provenance
-from lemo_hf.profiling.step_model import StepSettings, build_model
-from lemo_hf.profiling.step_trace import record_step
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lemo_hf.profiling.bench_table import merged, peak_bytes
+from lemo_hf.profiling.bench.table import merged, peak_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,14 +17,14 @@ import torch
 from transformers import logging as transformers_logging
 
 from lemo_hf.models.pattern_predictor import PatternPredictor
-from lemo_hf.profiling.bench_counts import counted_step
-from lemo_hf.profiling.bench_methods import choose_methods
-from lemo_hf.profiling.fake_model import fake_model
+from lemo_hf.profiling.bench.counts import counted_step
+from lemo_hf.profiling.bench.methods import choose_methods
+from lemo_hf.profiling.estimate.estimator import Estimator
+from lemo_hf.profiling.estimate.fake_model import fake_model
+from lemo_hf.profiling.estimate.step_model import StepSettings, build_model, forward_loss
+from lemo_hf.profiling.estimate.step_trace import EveryTokenHasALabel
 from lemo_hf.profiling.live_bytes import LiveBytes
-from lemo_hf.profiling.memory_estimate import Estimator
 from lemo_hf.profiling.provenance import provenance
-from lemo_hf.profiling.step_model import StepSettings, build_model, forward_loss
-from lemo_hf.profiling.step_trace import EveryTokenHasALabel
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "paper_estimates--any.json"

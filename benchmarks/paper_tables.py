@@ -6,7 +6,7 @@ from paper_data import Results
 
 from lemo_hf.errors import LemoError
 from lemo_hf.profiling.baselines.artifact_lemo import KEPT_CHANNELS
-from lemo_hf.profiling.bench_table import NOT_MEASURED
+from lemo_hf.profiling.bench.table import NOT_MEASURED
 
 TABLE_1 = {"llama2-7b": "Llama-2-7B", "llama3-8b": "Llama-3-8B", "mistral-7b": "Mistral-7B", "opt-6.7b": "OPT-6.7B"}
 ATTENTION, MLP = ("q,k,v", "attention", "o_proj"), ("mlp",)

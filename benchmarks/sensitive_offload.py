@@ -3,7 +3,7 @@
     python benchmarks/sensitive_offload.py        # a minute; writes benchmarks/results/sensitive_offload--any.json
 
 Llama-3-8B, LoRA r=8 in bf16, batch 1, on an H200. Bytes that each layer saves are exact counts of the real code on fake tensors; its seconds are
-`lemo estimate`'s roofline with assumed efficiencies; transfers and stalls come from lemo_hf/profiling/offload_plan.py, which runs a step's
+`lemo estimate`'s roofline with assumed efficiencies; transfers and stalls come from lemo_hf/profiling/estimate/offload_plan.py, which runs a step's
 events. Compared are no offload, everything, `sensitive` with all that hides, and `uniform` at the peak that `sensitive` has.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 from transformers import logging as transformers_logging
 
 from lemo_hf.models.lemo_config import LemoConfig
-from lemo_hf.profiling.cards import ASSUMED, Card, find_card
-from lemo_hf.profiling.memory_estimate import Estimator
-from lemo_hf.profiling.offload_estimate import head_seconds, layer_loads
-from lemo_hf.profiling.offload_plan import HostLink, LayerLoad, hidden_bytes, sensitive_bytes, simulate, uniform_at_peak
+from lemo_hf.profiling.estimate.cards import ASSUMED, Card, find_card
+from lemo_hf.profiling.estimate.estimator import Estimator
+from lemo_hf.profiling.estimate.offload import head_seconds, layer_loads
+from lemo_hf.profiling.estimate.offload_plan import HostLink, LayerLoad, hidden_bytes, sensitive_bytes, simulate, uniform_at_peak
+from lemo_hf.profiling.estimate.step_model import StepSettings
+from lemo_hf.profiling.estimate.step_trace import trace_step
 from lemo_hf.profiling.provenance import provenance
-from lemo_hf.profiling.step_model import StepSettings
-from lemo_hf.profiling.step_trace import trace_step
 
 RESULT = Path(__file__).parent / "results" / "sensitive_offload--any.json"
 MODEL, CARD, LAYERS = "Llama-3-8B", "H200", 32

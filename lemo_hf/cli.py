@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from .errors import LemoError
 from .models.lemo_config import LemoConfigError
-from .profiling.bench_command import bench
+from .profiling.bench.command import bench
 
 if TYPE_CHECKING:
     from .evaluation.perplexity import Perplexity
@@ -274,7 +274,7 @@ def estimate(
       lemo estimate --model Llama-3-8B --seq-len 65536 --checkpoint kept_rows --keep auto --gpu-memory 40GiB
       lemo estimate --model Qwen3-8B --seq-len 32768 --method all --gpu A100 --plot memory.png
     """  # noqa: D301
-    from .profiling.memory_command import run_estimate
+    from .profiling.estimate.command import run_estimate
 
     lemo: dict[str, str | None] = {
         "attention_forward": form,
@@ -315,7 +315,7 @@ def report(
       lemo report outputs/r03
       lemo report outputs/r03 --baseline outputs/dense --out r03.html
     """  # noqa: D301
-    from .profiling.run_report import report_run
+    from .profiling.report.page import report_run
 
     typer.echo(f"report in {report_run(run, baseline, out)}")
 

@@ -73,10 +73,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 @pytest.fixture(scope="module")
 def traced_once() -> Generator[None]:
     """Every training step that is estimated is traced once for all tests of a file."""
-    from lemo_hf.profiling import memory_estimate
+    from lemo_hf.profiling.estimate import estimator
 
     traces: dict[str, Any] = {}
-    trace_step = memory_estimate.trace_step
+    trace_step = estimator.trace_step
 
     def trace(config: Any, settings: Any, on_gpu: bool) -> Any:
         key = repr(replace(settings, lemo=replace(settings.lemo, memory_budget=None)))
@@ -85,5 +85,5 @@ def traced_once() -> Generator[None]:
         return traces[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_estimate, "trace_step", trace)
+        patch.setattr(estimator, "trace_step", trace)
         yield

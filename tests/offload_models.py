@@ -7,7 +7,7 @@ from torch import nn
 from training_runs import RandomText
 
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.profiling.offload_plan import (
+from lemo_hf.profiling.estimate.offload_plan import (
     HostLink,
 )
 from lemo_hf.training.sensitive_offload import OffloadSettings

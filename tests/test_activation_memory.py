@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_hf.profiling.activation_memory import ActivationMemory
-from lemo_hf.profiling.fake_model import fake_model
+from lemo_hf.profiling.estimate.fake_model import fake_model
 
 ROWS, WIDTH, RANK = 32, 64, 4
 FLOAT = 4  # bytes

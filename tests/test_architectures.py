@@ -34,7 +34,7 @@ from transformers.models.opt.modeling_opt import OPTDecoder
 
 from lemo_hf import AutoLemoModelForCausalLM, LemoTrainer, registry
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.profiling.fake_model import fake_model
+from lemo_hf.profiling.estimate.fake_model import fake_model
 
 FORMS = ["sparse", "exact"]
 CHECKPOINTS = ["none", "kept_rows"]

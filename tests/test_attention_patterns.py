@@ -30,11 +30,11 @@ from lemo_hf.models.two_dimensional_sparsity import (
     pair_counts,
     require_groups_within,
 )
-from lemo_hf.profiling.bench_counts import saved_on_fake_tensors
-from lemo_hf.profiling.bench_methods import choose_methods
-from lemo_hf.profiling.bench_step import measure_step
-from lemo_hf.profiling.memory_estimate import Estimator
-from lemo_hf.profiling.step_model import StepSettings, build_model, layer_kinds, runs_flex_attention
+from lemo_hf.profiling.bench.counts import saved_on_fake_tensors
+from lemo_hf.profiling.bench.methods import choose_methods
+from lemo_hf.profiling.bench.step import measure_step
+from lemo_hf.profiling.estimate.estimator import Estimator
+from lemo_hf.profiling.estimate.step_model import StepSettings, build_model, layer_kinds, runs_flex_attention
 
 PATTERNS = [{"attention_pattern": "shifted_groups"}, {"attention_pattern": "shifted_groups", "group_size": 6},
             {"attention_pattern": "block_sparse"}]  # fmt: skip

@@ -18,9 +18,9 @@ from lemo_hf.profiling.baselines.longlora import use_longlora
 from lemo_hf.profiling.baselines.random_ltd import draw_rows, use_random_ltd
 from lemo_hf.profiling.baselines.stock_layers import decoder_layers
 from lemo_hf.profiling.baselines.tokentune import use_tokentune
-from lemo_hf.profiling.memory_estimate import Estimator
-from lemo_hf.profiling.step_model import StepSettings, build_model, forward_loss, layer_kinds
-from lemo_hf.profiling.step_trace import record_step
+from lemo_hf.profiling.estimate.estimator import Estimator
+from lemo_hf.profiling.estimate.step_model import StepSettings, build_model, forward_loss, layer_kinds
+from lemo_hf.profiling.estimate.step_trace import record_step
 
 FAMILIES = ("llama", "opt", "qwen3")
 

@@ -12,15 +12,16 @@ from transformers import AutoConfig
 from lemo_hf import LemoConfig
 from lemo_hf.cli import main
 from lemo_hf.errors import LemoError
-from lemo_hf.profiling import bench_run, step_phases
-from lemo_hf.profiling.bench_counts import saved_on_fake_tensors
-from lemo_hf.profiling.bench_methods import METHODS, choose_methods
-from lemo_hf.profiling.bench_run import BenchOptions, bench_config, run_bench
-from lemo_hf.profiling.bench_step import bench_model, measure_step, summary
-from lemo_hf.profiling.bench_table import NOT_MEASURED, bench_table, merged, phase_table, source_line, with_perplexity
-from lemo_hf.profiling.memory_estimate import Estimator
-from lemo_hf.profiling.step_model import forward_loss
-from lemo_hf.profiling.step_phases import PHASES, PhaseTimer
+from lemo_hf.profiling.bench import phases as step_phases
+from lemo_hf.profiling.bench import run as bench_run
+from lemo_hf.profiling.bench.counts import saved_on_fake_tensors
+from lemo_hf.profiling.bench.methods import METHODS, choose_methods
+from lemo_hf.profiling.bench.phases import PHASES, PhaseTimer
+from lemo_hf.profiling.bench.run import BenchOptions, bench_config, run_bench
+from lemo_hf.profiling.bench.step import bench_model, measure_step, summary
+from lemo_hf.profiling.bench.table import NOT_MEASURED, bench_table, merged, phase_table, source_line, with_perplexity
+from lemo_hf.profiling.estimate.estimator import Estimator
+from lemo_hf.profiling.estimate.step_model import forward_loss
 
 CPU = torch.device("cpu")
 SMALL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -128,7 +129,7 @@ def test_a_repeat_does_not_count_again_and_a_loss_that_is_no_number_is_refused(m
     _, row = measured("stock", counts=False)
     assert "saved_bytes" not in row
     real = forward_loss
-    monkeypatch.setattr("lemo_hf.profiling.bench_step.forward_loss", lambda *given: real(*given) * torch.nan)
+    monkeypatch.setattr("lemo_hf.profiling.bench.step.forward_loss", lambda *given: real(*given) * torch.nan)
     with pytest.raises(LemoError, match="a loss is not a number"):
         measured("stock")
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lemo_hf.errors import LemoError
 from lemo_hf.loading import extended_config
-from lemo_hf.profiling.model_shapes import SHAPES
+from lemo_hf.profiling.estimate.model_shapes import SHAPES
 from lemo_hf.recipe import read_recipe
 from lemo_hf.registry import lemo_config_from
 

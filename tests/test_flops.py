@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lemo_hf.profiling.fake_model import fake_model
+from lemo_hf.profiling.estimate.fake_model import fake_model
 from lemo_hf.profiling.flops import FlopCounter, attention_pairs
 
 MADD = 2  # FLOPs of a multiply-add

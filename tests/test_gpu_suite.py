@@ -11,7 +11,7 @@ import pytest
 import torch
 from gpu_suite import Part
 
-from lemo_hf.profiling.bench_table import merged
+from lemo_hf.profiling.bench.table import merged
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="small sizes need the interpreter, which a GPU switches off")
 

@@ -14,17 +14,18 @@ from lemo_hf import LemoConfig
 from lemo_hf.cli import main
 from lemo_hf.errors import LemoError
 from lemo_hf.loading import without_peft_deprecation
-from lemo_hf.profiling import memory_estimate, memory_plot, memory_report
-from lemo_hf.profiling.cards import FULL, GIB, Card, Efficiency, find_card, read_bytes, seconds
-from lemo_hf.profiling.fake_model import fake_model
+from lemo_hf.profiling.estimate import estimator as estimating
+from lemo_hf.profiling.estimate import plot, tables
+from lemo_hf.profiling.estimate.cards import FULL, GIB, Card, Efficiency, find_card, read_bytes, seconds
+from lemo_hf.profiling.estimate.estimator import LENGTH_STEP, Estimator, _largest
+from lemo_hf.profiling.estimate.fake_model import fake_model
+from lemo_hf.profiling.estimate.model_shapes import SHAPES, read_model_config
+from lemo_hf.profiling.estimate.operator_cost import OperatorCost, flash_workspace
+from lemo_hf.profiling.estimate.step_model import StepSettings, build_model, forward_loss
+from lemo_hf.profiling.estimate.step_trace import trace_step
+from lemo_hf.profiling.estimate.tables import Outlook, document, estimate_methods, look_out, table
 from lemo_hf.profiling.flops import FlopCounter
 from lemo_hf.profiling.live_bytes import LiveBytes
-from lemo_hf.profiling.memory_estimate import LENGTH_STEP, Estimator, _largest
-from lemo_hf.profiling.memory_report import Outlook, document, estimate_methods, look_out, table
-from lemo_hf.profiling.model_shapes import SHAPES, read_model_config
-from lemo_hf.profiling.operator_cost import OperatorCost, flash_workspace
-from lemo_hf.profiling.step_model import StepSettings, build_model, forward_loss
-from lemo_hf.profiling.step_trace import trace_step
 from lemo_hf.registry import ARCHITECTURES, lemo_config_from
 
 KEPT_ROWS = LemoConfig(keep_ratio=0.5, checkpoint="kept_rows", segment_size=512)
@@ -216,7 +217,7 @@ def test_search_finds_the_largest_that_fits(needed, limit):
 
 @pytest.mark.parametrize("tried", [2048, 8192])  # the answer lies beyond the one and within the other
 def test_longest_sequence_fits_and_the_next_does_not(tried, monkeypatch):
-    monkeypatch.setattr(memory_estimate, "TRIED_LENGTH", tried)
+    monkeypatch.setattr(estimating, "TRIED_LENGTH", tried)
     estimator = Estimator(small_config(), memory=25 * 2**20, on_gpu=False)
     settings = StepSettings(1024, lemo=LemoConfig(checkpoint="kept_rows", segment_size=512))
     longest = estimator.longest(settings)
@@ -283,8 +284,8 @@ def test_command_prints_writes_json_and_draws(tmp_path, capsys, monkeypatch):
     def two_methods(settings):
         return [replace(settings, method=method) for method in ("stock", "lemo")]
 
-    monkeypatch.setattr(memory_estimate, "TRIED_LENGTH", 2048)
-    for module in (memory_report, memory_plot):
+    monkeypatch.setattr(estimating, "TRIED_LENGTH", 2048)
+    for module in (tables, plot):
         monkeypatch.setattr(module, "method_settings", two_methods)
     files = [tmp_path / "out.json", tmp_path / "out.png"]
     words = f"estimate --model {config_file(tmp_path)} --seq-len 1024 --gpu-memory 24GiB --method all --keep auto"

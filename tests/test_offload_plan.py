@@ -13,7 +13,7 @@ from training_runs import tiny_arguments, tiny_lemo_model, tiny_trainer
 
 from lemo_hf.errors import LemoError
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.profiling.offload_plan import (
+from lemo_hf.profiling.estimate.offload_plan import (
     HostLink,
     LayerLoad,
     hidden_bytes,

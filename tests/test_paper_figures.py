@@ -12,7 +12,7 @@ from paper_figures import FIGURES, page
 from paper_tables import mlp_in_words
 
 from lemo_hf.errors import LemoError
-from lemo_hf.profiling.bench_table import NOT_MEASURED
+from lemo_hf.profiling.bench.table import NOT_MEASURED
 
 
 @pytest.fixture(scope="module")

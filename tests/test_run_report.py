@@ -15,8 +15,8 @@ from lemo_hf.errors import LemoError
 from lemo_hf.hub.lemo_files import read_json, write_json, write_tensors
 from lemo_hf.hub.model_card import RESULTS_FILE
 from lemo_hf.profiling.process_memory import after_forward_metrics, memory_metrics
-from lemo_hf.profiling.run_report import report_run
-from lemo_hf.profiling.run_report_data import STATE_FILE, read_run
+from lemo_hf.profiling.report.data import STATE_FILE, read_run
+from lemo_hf.profiling.report.page import report_run
 from lemo_hf.training.phases.block_score_maps import MAP_CELLS, MAPS_FILE, cells
 from lemo_hf.training.run_record import LOG_FILE
 

@@ -4,12 +4,12 @@ import pytest
 
 from lemo_hf.hub.model_card import RunResults
 from lemo_hf.models.lemo_config import LemoConfig
-from lemo_hf.profiling.run_comparison import pair, require_comparable
-from lemo_hf.profiling.run_plots import RecallSeries, draw_recall
-from lemo_hf.profiling.run_report import render_report
-from lemo_hf.profiling.run_report_data import RunData
-from lemo_hf.profiling.run_report_figures import memory
-from lemo_hf.profiling.run_report_words import amount, key_figures, pairs_in_words, summary, warnings
+from lemo_hf.profiling.report.comparison import pair, require_comparable
+from lemo_hf.profiling.report.data import RunData
+from lemo_hf.profiling.report.figures import memory
+from lemo_hf.profiling.report.page import render_report
+from lemo_hf.profiling.report.plots import RecallSeries, draw_recall
+from lemo_hf.profiling.report.words import amount, key_figures, pairs_in_words, summary, warnings
 
 
 def synthetic(losses, seconds_a_step=1.0, label="run", lemo=None, **metrics):

@@ -17,8 +17,8 @@ from lemo_hf import AutoLemoModelForCausalLM, LemoConfig, LemoTrainer
 from lemo_hf.errors import LemoError
 from lemo_hf.hub.lemo_files import read_lemo_files
 from lemo_hf.models.sparse_decoder import sparse_backbone
+from lemo_hf.profiling.estimate.estimator import Estimator
 from lemo_hf.profiling.flops import FlopCounter
-from lemo_hf.profiling.memory_estimate import Estimator
 from lemo_hf.quickstart.comparison import BASE
 from lemo_hf.training.phases.phase_cost import estimate_search_cost
 from lemo_hf.training.phases.share_search import Budget, ShareSearch

@@ -11,7 +11,7 @@ from lemo_hf import LemoTrainer
 from lemo_hf.errors import LemoError
 from lemo_hf.hub.lemo_files import read_lemo_files
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.profiling.memory_estimate import Estimator
+from lemo_hf.profiling.estimate.estimator import Estimator
 from lemo_hf.training import memory_warning as warning_module
 from lemo_hf.training import step_memory
 from lemo_hf.training.step_memory import memory_warning, step_settings

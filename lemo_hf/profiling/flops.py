@@ -98,7 +98,7 @@ def _window_pairs(lengths: Sequence[int], window: int | None) -> int:
 def _kernel_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas of the operators in `lemo_kernels`, where it is installed; its other operators move rows only."""
     try:
-        from lemo_kernels import document_attention, pattern_predictor, token_informativeness  # noqa: F401  # registers them
+        from lemo_kernels import document_attention, nearby_attention, pattern_predictor, token_informativeness  # noqa: F401  # registers them
     except ImportError:
         return {}
 
@@ -110,6 +110,10 @@ def _kernel_formulas() -> dict[Any, Callable[..., int]]:
         *_, lengths, _, window, _, _ = rest
         return 2 * _window_pairs(lengths, window) * query.shape[1] * 5 * query.shape[2]
 
+    def attend_nearby(query: Tensor, key: Tensor, *rest: Any, out_val: Any = None) -> int:
+        pairs = query.shape[0] * min(rest[-1], key.shape[0])  # as if every row had as many before it
+        return 2 * pairs * query.shape[1] * 2 * query.shape[2]
+
     def block_scores(query: Tensor, key: Tensor, lengths: Sequence[int], *rest: Any, out_val: Any = None) -> int:
         *_, window = rest
         return 2 * _window_pairs(lengths, window) * query.shape[1] * query.shape[2]
@@ -118,13 +122,13 @@ def _kernel_formulas() -> dict[Any, Callable[..., int]]:
         *_, query_matrices, key_matrices, _ = rest
         return 2 * stream.shape[0] * sum(matrix.numel() for matrix in (*query_matrices, *key_matrices))
 
-    formulas = (attend, attend_backward, block_scores, block_features)
+    formulas = (attend, attend_backward, attend_nearby, block_scores, block_features)
     return {getattr(torch.ops.lemo_kernels, formula.__name__): formula for formula in formulas}
 
 
 def is_attention(operator: Any) -> bool:
     """Whether an operator (overload packet) is attention, forward or backward."""
-    kernel = str(operator) in ("lemo_kernels.attend", "lemo_kernels.attend_backward")
+    kernel = str(operator) in ("lemo_kernels.attend", "lemo_kernels.attend_backward", "lemo_kernels.attend_nearby")
     return kernel or operator in _ATTENTION_FORWARD or operator in _ATTENTION_BACKWARD
 
 

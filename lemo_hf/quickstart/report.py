@@ -20,8 +20,8 @@ from ..models.pattern_predictor import predicted_block_scores
 from ..models.sparse_decoder import sparse_backbone
 from ..profiling.plots import plot_block_scores, plot_kept_share, plot_losses, plot_saved_bytes
 from ..profiling.provenance import provenance
-from ..profiling.run_report import REPORT_FILE, write_report
-from ..profiling.run_report_data import RunData, read_run
+from ..profiling.report.data import RunData, read_run
+from ..profiling.report.page import REPORT_FILE, write_report
 
 
 @dataclass

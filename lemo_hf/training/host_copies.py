@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..profiling.offload_plan import HostLink
+from ..profiling.estimate.offload_plan import HostLink
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import LemoError
-from ..profiling.cards import GIB, read_bytes
-from ..profiling.memory_estimate import Estimator
-from ..profiling.offload_plan import HostLink
+from ..profiling.estimate.cards import GIB, read_bytes
+from ..profiling.estimate.estimator import Estimator
+from ..profiling.estimate.offload_plan import HostLink
 from .host_copies import available_host_memory
 from .layer_metrics import is_logged
 from .lemo_callback import LemoCallback

@@ -2,7 +2,7 @@
 
 What a layer's operators save passes `torch.autograd.graph.saved_tensors_hooks`. A storage above a size is copied to the host on a side stream
 while the next layer runs forward, and back while the layer above it runs backward. How much of each layer is moved is a budget in bytes,
-from what the layer saves, which follows its kept share, from measured bandwidth and from measured times (profiling/offload_plan.py).
+from what the layer saves, which follows its kept share, from measured bandwidth and from measured times (profiling/estimate/offload_plan.py).
 
 - A storage is moved once, however many views of it are saved; parameters, buffers, row numbers and what is sharded or quantised stay. Where a
   budget ends within a storage, its first bytes move and the others stay, in a copy of their own, so budgets hold to the byte.
@@ -32,7 +32,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..profiling.activation_memory import plain_tensors
 from ..profiling.breakdown import storage_of
-from ..profiling.offload_plan import HostLink, LayerLoad, hidden_bytes, sensitive_bytes, uniform_bytes
+from ..profiling.estimate.offload_plan import HostLink, LayerLoad, hidden_bytes, sensitive_bytes, uniform_bytes
 from .host_copies import HostMemory, Moment, PlainCopies, copies_for, measured_link
 from .saved_storage import SavedStorage, SavedVersion
 

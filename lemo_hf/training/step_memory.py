@@ -15,9 +15,9 @@ from transformers import TrainingArguments
 
 from ..errors import LemoError
 from ..evaluation.layer_scores import backbone_inputs, documents_of
-from ..profiling.cards import GIB, read_bytes
-from ..profiling.memory_estimate import CUDA_CONTEXT, Estimator
-from ..profiling.step_model import DTYPES, StepSettings
+from ..profiling.estimate.cards import GIB, read_bytes
+from ..profiling.estimate.estimator import CUDA_CONTEXT, Estimator
+from ..profiling.estimate.step_model import DTYPES, StepSettings
 
 if TYPE_CHECKING:
     from .lemo_run import LemoRun

@@ -28,8 +28,8 @@ from ...errors import LemoError
 from ...evaluation.layer_scores import backbone_inputs, documents_of
 from ...models.lemo_config import shown
 from ...models.token_elimination import kept_block_count
-from ...profiling.cards import read_bytes
-from ...profiling.memory_estimate import Estimator
+from ...profiling.estimate.cards import read_bytes
+from ...profiling.estimate.estimator import Estimator
 from ..lemo_callback import LemoCallback, by_layer
 from ..lemo_run import LemoRun
 from ..step_memory import step_settings

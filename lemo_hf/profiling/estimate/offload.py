@@ -4,8 +4,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from ..errors import LemoError
-from ..models.lemo_config import LemoConfig
+from ...errors import LemoError
+from ...models.lemo_config import LemoConfig
 from .cards import ASSUMED, Card, Efficiency, read_bytes, seconds
 from .offload_plan import HostLink, LayerLoad, OffloadTimeline, hidden_bytes, sensitive_bytes, simulate, uniform_bytes
 from .step_trace import Parts, StepTrace

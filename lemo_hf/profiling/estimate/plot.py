@@ -6,12 +6,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..errors import LemoError
+from ...errors import LemoError
+from ..plots import LINES, SERIES, save_figure
 from .cards import GIB
-from .memory_estimate import Estimator
-from .memory_report import method_settings
-from .plots import LINES, SERIES, save_figure
+from .estimator import Estimator
 from .step_model import StepSettings
+from .tables import method_settings
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
+from ..live_bytes import Allocation, LiveBytes
 from .fake_model import fake_model
-from .live_bytes import Allocation, LiveBytes
 from .operator_cost import OperatorCost, flash_workspace, operator_cost
 from .step_model import LAYER, StepSettings, build_model, forward_loss, layer_kinds, resident_part
 

@@ -12,18 +12,18 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from .. import __version__
-from ..errors import LemoError
-from ..hub.lemo_files import atomic_path
-from ..models.lemo_config import LemoConfigError
-from . import run_report_figures as figures
-from .run_comparison import require_comparable
-from .run_report_data import RunData, read_run
-from .run_report_figures import Drawing
-from .run_report_words import NOT_MEASURED, key_figures, machine, pairs_in_words, settings, summary, warnings
+from ... import __version__
+from ...errors import LemoError
+from ...hub.lemo_files import atomic_path
+from ...models.lemo_config import LemoConfigError
+from . import figures
+from .comparison import require_comparable
+from .data import RunData, read_run
+from .figures import Drawing
+from .words import NOT_MEASURED, key_figures, machine, pairs_in_words, settings, summary, warnings
 
 REPORT_FILE = "report.html"
-_TEMPLATE = Path(__file__).parents[1] / "assets" / "run_report.html"
+_TEMPLATE = Path(__file__).parents[2] / "assets" / "run_report.html"
 
 
 @dataclass

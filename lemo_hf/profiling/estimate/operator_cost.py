@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .flops import flop_formulas, is_attention
+from ..flops import flop_formulas, is_attention
 
 _FORMULAS: dict[Any, Callable[..., int]] = {}
 # By name: the tensor whose bytes are read and written; the operator touches no more of its other arguments.

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from ..errors import LemoError
-from ..models.lemo_config import LemoConfig
+from ...errors import LemoError
+from ...models.lemo_config import LemoConfig
 from .cards import FULL, GIB, Card, seconds
 from .model_shapes import checked_config, read_model_config
-from .offload_estimate import OffloadEstimate, off_device, plan_offload, stall_seconds
+from .offload import OffloadEstimate, off_device, plan_offload, stall_seconds
 from .operator_cost import OperatorCost
 from .step_model import StepSettings
 from .step_trace import Parts, StepTrace, trace_step

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..errors import LemoError
+from ...errors import LemoError
 from .operator_cost import OperatorCost
 
 GIB = 2**30

@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import LemoError
-from ..hub.lemo_files import write_json
-from ..models.lemo_config import LemoConfig
+from ...errors import LemoError
+from ...hub.lemo_files import write_json
+from ...models.lemo_config import LemoConfig
 from .cards import find_card, read_bytes
-from .memory_estimate import Estimator
-from .memory_report import comparison, document, estimate_methods, look_out, table
+from .estimator import Estimator
 from .step_model import METHODS, StepSettings
+from .tables import comparison, document, estimate_methods, look_out, table
 
 
 def run_estimate(
@@ -55,7 +55,7 @@ def run_estimate(
         write_json(json_path, document(estimate, outlook, others))
         lines.append(f"wrote {json_path}")
     if plot_path is not None:
-        from .memory_plot import plot_memory
+        from .plot import plot_memory
 
         lines.append(f"wrote {plot_memory(estimator, settings, plot_path, max(8, settings.seq_len))}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import LemoError
+from ...errors import LemoError
 
 
 def bench(
@@ -59,14 +59,14 @@ def bench(
       lemo bench --model Llama-3-8B --seq-len 65536 --methods all --counts-only
       lemo bench --table results.json
     """  # noqa: D301 (\b is for the help formatter)
-    from ..hub.lemo_files import read_json
-    from .bench_table import bench_table, merged, phase_table, source_line
+    from ...hub.lemo_files import read_json
+    from .table import bench_table, merged, phase_table, source_line
 
     if table:
         documents = [read_json(path) for path in table]
         rows = merged(documents, mixed)
     else:
-        from .bench_run import BenchOptions, run_bench
+        from .run import BenchOptions, run_bench
 
         lengths = _lengths(seq_len)
         options = BenchOptions(model, lengths, methods, steps, repeats, batch_size, dtype, device, counts_only, perplexity)

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from ..hub.card_tables import decimals, duration, pattern_words, selection_rows
-from ..hub.model_card import RunResults
-from ..models.lemo_config import LemoConfig
-from .run_comparison import Pairing, pair
-from .run_report_data import TRAINING_PARTS, RunData
+from ...hub.card_tables import decimals, duration, pattern_words, selection_rows
+from ...hub.model_card import RunResults
+from ...models.lemo_config import LemoConfig
+from .comparison import Pairing, pair
+from .data import TRAINING_PARTS, RunData
 
 # Above the share that a choice at random finds; predictors that work are 0.2 and more above it.
 _LOW_RECALL = 0.1

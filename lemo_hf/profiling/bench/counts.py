@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .activation_memory import ActivationMemory
-from .fake_model import fake_model
-from .memory_estimate import Estimator
-from .step_model import StepSettings, build_model, forward_loss
-from .step_trace import EveryTokenHasALabel
+from ..activation_memory import ActivationMemory
+from ..estimate.estimator import Estimator
+from ..estimate.fake_model import fake_model
+from ..estimate.step_model import StepSettings, build_model, forward_loss
+from ..estimate.step_trace import EveryTokenHasALabel
 
 
 def counted_step(estimator: Estimator, settings: StepSettings) -> dict[str, Any]:

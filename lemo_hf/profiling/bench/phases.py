@@ -26,8 +26,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .breakdown import RunningOwners
-from .flops import is_attention
+from ..breakdown import RunningOwners
+from ..flops import is_attention
 
 PHASES = ("select, predict", "attention", "mlp", "norm, movement", "loss", "optimizer", "other", "between")
 _PHASE_OF_PART = {

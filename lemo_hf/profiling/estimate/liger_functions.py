@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..errors import LemoError
+from ...errors import LemoError
 
 
 class _Norm(torch.autograd.Function):

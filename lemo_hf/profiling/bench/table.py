@@ -5,8 +5,8 @@ measured for the configuration; rows of different commits or machines stand in o
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import LemoError
-from ..models.lemo_config import LemoConfig
+from ...errors import LemoError
+from ...models.lemo_config import LemoConfig
 
 NOT_MEASURED = "perplexity not measured for this configuration"
 _COLUMNS = ("method", "adapters", "peak memory", "saved for backward", "FLOPs", "s a step", "tokens/s", "dense perplexity")

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..errors import LemoError
-from .run_report_data import RunData
+from ...errors import LemoError
+from .data import RunData
 
 # Losses scatter, so means are compared: over this last share of what both runs have.
 _WINDOW = 0.25

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ..errors import LemoError
-from ..models.lemo_config import LemoConfig, LemoConfigError
-from .baselines.baseline import Baseline
-from .step_model import StepSettings
+from ...errors import LemoError
+from ...models.lemo_config import LemoConfig, LemoConfigError
+from ..baselines.baseline import Baseline
+from ..estimate.step_model import StepSettings
 
 _EXACT = {"attention_forward": "exact", "selection": "sampled"}
 # The first layer dense: so its dense perplexity is measured (quickstart).

@@ -15,11 +15,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.opt.modeling_opt import OPTDecoder
 
-from ..errors import LemoError
-from ..loading import without_peft_deprecation
-from ..models.lemo_config import LemoConfig
-from ..registry import ARCHITECTURES, lemo_config_from
-from .baselines.baseline import Baseline
+from ...errors import LemoError
+from ...loading import without_peft_deprecation
+from ...models.lemo_config import LemoConfig
+from ...registry import ARCHITECTURES, lemo_config_from
+from ..baselines.baseline import Baseline
 from .liger_functions import use_liger_functions
 from .model_shapes import stock_type
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import LemoError
-from ..hub.lemo_files import CONFIG_FILE, read_json, read_tensors
-from ..hub.model_card import RESULTS_FILE, RunResults
-from ..models.lemo_config import LemoConfig
-from ..training.phases.block_score_maps import MAP_CELLS, MAP_LAYERS, MAPS_FILE
-from ..training.run_record import LOG_FILE, LOG_VERSION
+from ...errors import LemoError
+from ...hub.lemo_files import CONFIG_FILE, read_json, read_tensors
+from ...hub.model_card import RESULTS_FILE, RunResults
+from ...models.lemo_config import LemoConfig
+from ...training.phases.block_score_maps import MAP_CELLS, MAP_LAYERS, MAPS_FILE
+from ...training.run_record import LOG_FILE, LOG_VERSION
 
 STATE_FILE = "trainer_state.json"
 # What a run spends its time on, in the order of the report; evaluation, saving and other are no part of equal time.

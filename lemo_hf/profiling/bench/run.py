@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..errors import LemoError
-from ..hub.lemo_files import read_json, write_json
-from ..loading import model_location
-from .bench_counts import counted_step
-from .bench_methods import ChosenMethod, choose_methods
-from .bench_step import summary
-from .bench_table import with_perplexity
-from .memory_estimate import Estimator
-from .model_shapes import SHAPES, read_model_config, stock_type
-from .provenance import provenance
-from .step_model import StepSettings
+from ...errors import LemoError
+from ...hub.lemo_files import read_json, write_json
+from ...loading import model_location
+from ..estimate.estimator import Estimator
+from ..estimate.model_shapes import SHAPES, read_model_config, stock_type
+from ..estimate.step_model import StepSettings
+from ..provenance import provenance
+from .counts import counted_step
+from .methods import ChosenMethod, choose_methods
+from .step import summary
+from .table import with_perplexity
 
 SMALL_MODEL = "python-llama-4m"
 KIND = "lemo bench"
@@ -213,7 +213,7 @@ def _run_process(options: BenchOptions, chosen: ChosenMethod, seq_len: int, coun
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder) / "job.json", Path(folder) / "result.json"
         given.write_text(json.dumps(job))
-        command = [sys.executable, "-m", "lemo_hf.profiling.bench_step", str(given), str(found)]
+        command = [sys.executable, "-m", "lemo_hf.profiling.bench.step", str(given), str(found)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not found.exists():
             return {"failed": f"exit code {done.returncode}: {' '.join(done.stderr.split()[-40:])}"}

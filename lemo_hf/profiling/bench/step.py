@@ -1,4 +1,4 @@
-"""One method at one length, measured in this process: `python -m lemo_hf.profiling.bench_step JOB.json RESULT.json`.
+"""One method at one length, measured in this process: `python -m lemo_hf.profiling.bench.step JOB.json RESULT.json`.
 
 A step is forward, backward and AdamW on the adapters, on random tokens and random weights. Order: a step to warm up; what is
 counted (bytes saved for backward, FLOPs, on a CPU the most bytes alive), once per method; the timed steps; one step by phase.
@@ -21,22 +21,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..errors import LemoError
-from ..loading import model_location
-from ..models.lemo_config import LemoConfig
-from ..models.pattern_predictor import PredictorParameters
-from ..models.sparse_decoder import sparse_backbone
-from ..training.host_copies import available_host_memory
-from ..training.sensitive_offload import SMALLEST, TIMED_FORWARDS, OffloadSettings, SensitiveOffload
-from .activation_memory import ActivationMemory
-from .bench_methods import ChosenMethod, choose_methods
-from .cards import read_bytes
-from .flops import FlopCounter
-from .live_bytes import LiveBytes
-from .memory_estimate import Estimator
-from .model_shapes import read_model_config
-from .step_model import StepSettings, build_model, forward_loss, runs_flex_attention
-from .step_phases import phase_seconds
+from ...errors import LemoError
+from ...loading import model_location
+from ...models.lemo_config import LemoConfig
+from ...models.pattern_predictor import PredictorParameters
+from ...models.sparse_decoder import sparse_backbone
+from ...training.host_copies import available_host_memory
+from ...training.sensitive_offload import SMALLEST, TIMED_FORWARDS, OffloadSettings, SensitiveOffload
+from ..activation_memory import ActivationMemory
+from ..estimate.cards import read_bytes
+from ..estimate.estimator import Estimator
+from ..estimate.model_shapes import read_model_config
+from ..estimate.step_model import StepSettings, build_model, forward_loss, runs_flex_attention
+from ..flops import FlopCounter
+from ..live_bytes import LiveBytes
+from .methods import ChosenMethod, choose_methods
+from .phases import phase_seconds
 
 SEED = 0
 

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .plots import LINES, MARKERS, SERIES, new_figure, time_unit
+from ..plots import LINES, MARKERS, SERIES, new_figure, time_unit
 
 MIB, GIB = 2**20, 2**30
 _BARS = ("", "///", "...", "xxx")

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..errors import LemoError
-from ..registry import ARCHITECTURES
+from ...errors import LemoError
+from ...registry import ARCHITECTURES
 
 _LLAMA_2_7B = {
     "model_type": "llama",

@@ -10,10 +10,10 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from .plots import draw_block_scores, draw_kept_share, draw_losses, draw_parts, time_unit
-from .run_plots import MemorySeries, RecallSeries, draw_memory, draw_recall, draw_saved_by_layer
-from .run_report_data import TIME_PARTS, Entry, RunData
-from .run_report_words import amount
+from ..plots import draw_block_scores, draw_kept_share, draw_losses, draw_parts, time_unit
+from .data import TIME_PARTS, Entry, RunData
+from .plots import MemorySeries, RecallSeries, draw_memory, draw_recall, draw_saved_by_layer
+from .words import amount
 
 # A curve or a map has no more places than a screen shows.
 _MOST_POINTS = 2000

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from ..errors import LemoError
-from ..models.lemo_config import LemoConfig
+from ...errors import LemoError
+from ...models.lemo_config import LemoConfig
+from ..provenance import provenance
 from .cards import ASSUMED, GIB
-from .memory_estimate import ALLOCATOR_SLACK, CUDA_CONTEXT, Estimate, Estimator
-from .provenance import provenance
+from .estimator import ALLOCATOR_SLACK, CUDA_CONTEXT, Estimate, Estimator
 from .step_model import StepSettings
 
 _WORDS = {

@@ -1,0 +1,1 @@
+"""`lemo bench`: methods side by side, each in a process of its own."""

@@ -1,0 +1,1 @@
+"""`lemo report`: a run as one HTML page."""

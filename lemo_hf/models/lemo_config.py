@@ -2,14 +2,10 @@
 
 import dataclasses
 import difflib
-import re
-import reprlib
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-SCHEMA_VERSION = 1
+from .lemo_config_checks import SCHEMA_VERSION, LemoConfigError, check_for_model, check_values, check_widths, shown
 
 SelectionMode = Literal["sampled", "ratio", "threshold"]
 AttentionForward = Literal["exact", "sparse"]
@@ -20,15 +16,7 @@ Checkpoint = Literal["none", "kept_rows"]
 Offload = Literal["none", "uniform", "sensitive"]
 AttentionPatternName = Literal["full", "shifted_groups", "block_sparse"]
 
-_NUMBER = re.compile(r"[0-9.]+")
-_MEMORY = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})? ?[KMGT]i?B", re.IGNORECASE)
-
-# Sizes that a tensor's index can hold; what is larger is no size but a mistake.
-_LARGEST_SIZE = 2**31 - 1
-
-
-class LemoConfigError(ValueError):
-    """A `LemoConfig` that cannot be honoured: one line with the fact, the value and the fix."""
+__all__ = ["SCHEMA_VERSION", "LemoConfig", "LemoConfigError", "shown"]
 
 
 @dataclass
@@ -117,126 +105,7 @@ class LemoConfig:
 
     def validate(self) -> None:
         """Raises `LemoConfigError` if a field is outside its domain."""
-        if _is_whole(self.schema_version) and self.schema_version > SCHEMA_VERSION:
-            raise LemoConfigError(
-                f"the lemo block has schema_version {shown(self.schema_version)}, this lemo_hf reads up to {SCHEMA_VERSION}; upgrade lemo_hf"
-            )
-        if not _is_whole(self.schema_version) or self.schema_version < 1:
-            raise LemoConfigError(
-                f"schema_version must be a whole number from 1 to {SCHEMA_VERSION}; got {shown(self.schema_version)}; leave it out"
-            )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise LemoConfigError(
-                    f"{name} must be one of {', '.join(allowed)}; got {shown(getattr(self, name))}; choose one of these"
-                )
-        for name in ("block_size", "segment_size", "predictor_rank", "predictor_features", "nearby_tokens"):
-            value, least = getattr(self, name), 0 if name == "nearby_tokens" else 1
-            if not _is_whole(value) or not least <= value <= _LARGEST_SIZE:
-                raise LemoConfigError(
-                    f"{name} must be a whole number from {least} to {_LARGEST_SIZE}; got {shown(value)}; set it to {least} or more"
-                )
-        if not isinstance(self.enabled, bool):
-            raise LemoConfigError(f"enabled must be true or false; got {shown(self.enabled)}; false trains the stock model")
-        if not _is_whole(self.seed) or not -(2**63) <= self.seed < 2**63:
-            raise LemoConfigError(f"seed must be a whole number of 64 bits; got {shown(self.seed)}; 0 is as good as any")
-        ratios = self.keep_ratio if isinstance(self.keep_ratio, list) else [self.keep_ratio]
-        if not ratios or not all(_is_number(ratio) and 0 < ratio <= 1 for ratio in ratios):
-            raise LemoConfigError(
-                f"keep_ratio is the share of blocks kept and must be in (0, 1]; got {shown(self.keep_ratio)}; 0.5 keeps half of them"
-            )
-        if self.nearby_tokens and self.attention_forward != "sparse":
-            raise LemoConfigError(
-                "the exact form's dropped tokens attend to every earlier token; "
-                f"got nearby_tokens={shown(self.nearby_tokens)} with attention_forward={self.attention_forward!r}; "
-                "set attention_forward='sparse', or leave nearby_tokens out"
-            )
-        self._validate_pattern()
-        mlp = self.mlp_keep_ratio
-        if mlp is not None and not (_is_number(mlp) and 0 < mlp <= 1):
-            raise LemoConfigError(
-                f"mlp_keep_ratio is a share of blocks and must be in (0, 1], or null; got {shown(mlp)}; null keeps keep_ratio's blocks"
-            )
-        budget = self.memory_budget
-        if budget is not None and not (isinstance(budget, str) and _MEMORY.fullmatch(budget)):
-            raise LemoConfigError(
-                f"memory_budget must be an amount of memory; got {shown(budget)}; write it as '40GiB' or '40GB'"
-            )
-        self._validate_offload()
-        temperature = self.sampling_temperature
-        if temperature is not None and not (_is_number(temperature) and temperature > 0):
-            raise LemoConfigError(
-                f"sampling_temperature must be a number above 0, or null for the uniform draw; got {shown(temperature)}; "
-                "1.0 draws by informativeness"
-            )
-        if temperature is not None and self.selection == "sampled" and self.block_reduction == "mean":
-            raise LemoConfigError(
-                "drawing by informativeness needs numbers of at least 0, and a mean of signed scores may be negative; "
-                f"got sampling_temperature={shown(temperature)} with block_reduction='mean'; leave one of them out"
-            )
-        if self.block_reduction == "mean" and self.predictor_features % 2:
-            raise LemoConfigError(
-                f"predictor_features come in pairs with block_reduction='mean'; got {shown(self.predictor_features)}; set an even number"
-            )
-        if self.thresholds is not None and not _is_list(self.thresholds, _is_number):
-            raise LemoConfigError(
-                f"thresholds must list one finite number per layer; got {shown(self.thresholds)}; calibration finds them"
-            )
-        if not _is_list(self.dense_layers, _is_whole):
-            raise LemoConfigError(
-                f"dense_layers must list layer numbers; got {shown(self.dense_layers)}; [0, -1] names the first and last"
-            )
-        if self.predictor_sizes is not None:
-            few = self.block_reduction == "mean"
-            if not _is_list(self.predictor_sizes, _is_one_even_width if few else _is_four_widths):
-                raise LemoConfigError(
-                    f"predictor_sizes must list {'one even width' if few else 'four widths'} per layer; got {shown(self.predictor_sizes)}; "
-                    "pruning writes them"
-                )
-
-    def _validate_pattern(self) -> None:
-        names, allowed = self._patterns(), get_args(AttentionPatternName)
-        if not names or not all(isinstance(name, str) and name in allowed for name in names):
-            raise LemoConfigError(
-                f"attention_pattern must be one of {', '.join(allowed)}, or a list of these; got {shown(self.attention_pattern)}; "
-                "choose one of these, or one per layer"
-            )
-        if self.attention_forward != "sparse" and set(names) != {"full"}:
-            raise LemoConfigError(
-                "a pattern is for attention among kept tokens, and the exact form's forward pass is dense; "
-                f"got attention_pattern={shown(self.attention_pattern)} with attention_forward={self.attention_forward!r}; "
-                "set attention_forward='sparse', or attention_pattern='full'"
-            )
-        size = self.group_size
-        if size is not None and not (_is_whole(size) and 2 <= size <= _LARGEST_SIZE):
-            raise LemoConfigError(
-                f"group_size must be a whole number from 2 to {_LARGEST_SIZE}; got {shown(size)}; "
-                "leave it out for a quarter of each document"
-            )
-        if not (_is_number(self.pattern_share) and 0 < self.pattern_share <= 1):
-            raise LemoConfigError(
-                f"pattern_share is the share of kept blocks that a block sees and must be in (0, 1]; got {shown(self.pattern_share)}; "
-                "0.25 sees a quarter of them"
-            )
-
-    def _patterns(self) -> list[AttentionPatternName]:
-        return self.attention_pattern if isinstance(self.attention_pattern, list) else [self.attention_pattern]
-
-    def _validate_offload(self) -> None:
-        budget = self.offload_budget
-        if budget is None:
-            return
-        if budget != "all" and not (
-            isinstance(budget, str) and _MEMORY.fullmatch(budget) and float(_NUMBER.findall(budget)[0]) > 0
-        ):
-            raise LemoConfigError(
-                f"offload_budget must be an amount of memory above 0, or 'all'; got {shown(budget)}; write it as '40GiB' or '40GB'"
-            )
-        if self.offload == "none":
-            raise LemoConfigError(
-                f"offload_budget says how much is offloaded, and nothing is; got {shown(budget)} with offload='none'; "
-                "set offload='sensitive', or leave offload_budget out"
-            )
+        check_values(self)
 
     def validate_for(self, num_layers: int, hidden_size: int | None = None) -> None:
         """Raises `LemoConfigError` if a field does not fit a model.
@@ -245,19 +114,7 @@ class LemoConfig:
             num_layers: Its layers.
             hidden_size: Its width, where it is known.
         """
-        for name in ("keep_ratio", "thresholds", "predictor_sizes", "attention_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, list) and len(value) != num_layers:
-                raise LemoConfigError(f"{name} lists {len(value)} layers, the model has {num_layers}; give one value per layer")
-        if len(self.dense_layers) > num_layers:
-            raise LemoConfigError(
-                f"dense_layers lists {len(self.dense_layers)} layers, the model has {num_layers}; name each layer once"
-            )
-        for layer in self.dense_layers:
-            if not -num_layers <= layer < num_layers:
-                raise LemoConfigError(
-                    f"dense_layers names layer {shown(layer)}, the model has {num_layers}; use 0 to {num_layers - 1}, or negative from the end"
-                )
+        check_for_model(self, num_layers)
         if hidden_size is not None:
             self.validate_widths(hidden_size)
 
@@ -266,17 +123,7 @@ class LemoConfig:
 
         So a block cannot ask for more memory than the model's own matrices take.
         """
-        for name in ("predictor_rank", "predictor_features"):
-            if getattr(self, name) > hidden_size:
-                raise LemoConfigError(
-                    f"{name} is {getattr(self, name)}, the model's hidden_size is {hidden_size}; set it to {hidden_size} or less"
-                )
-        for layer, widths in enumerate(self.predictor_sizes or []):
-            if max(widths) > hidden_size:
-                raise LemoConfigError(
-                    f"predictor_sizes of layer {layer} must be {'four widths' if len(widths) == 4 else 'one width'} between 1 and hidden_size {hidden_size}; "
-                    f"got {shown(widths)}; use those of a run on this model, or train new predictors"
-                )
+        check_widths(self, hidden_size)
 
     def ratio_of(self, layer: int) -> float:
         """Share of blocks that `layer` keeps, in (0, 1]."""
@@ -300,6 +147,9 @@ class LemoConfig:
             return "full"
         names = self._patterns()
         return names[layer] if isinstance(self.attention_pattern, list) else names[0]
+
+    def _patterns(self) -> list[AttentionPatternName]:
+        return self.attention_pattern if isinstance(self.attention_pattern, list) else [self.attention_pattern]
 
     @property
     def needs_scores(self) -> bool:
@@ -352,47 +202,3 @@ class LemoConfig:
 
 def _field_names(cls: type[LemoConfig]) -> set[str]:
     return {item.name for item in dataclasses.fields(cls)}
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    # Comparing, not converting: NaN, the infinities and whole numbers that no float holds are all refused.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(holds, value))
-
-
-def _is_one_even_width(sizes: Any) -> bool:
-    return _is_list(sizes, _is_whole) and len(sizes) == 1 and sizes[0] >= 2 and sizes[0] % 2 == 0
-
-
-def _is_four_widths(sizes: Any) -> bool:
-    return _is_list(sizes, _is_whole) and len(sizes) == 4 and min(sizes) >= 1
-
-
-def shown(value: Any) -> str:
-    """A value for a message, which stays one readable line whatever a file holds: long lists, deep nesting, huge numbers."""
-    if isinstance(value, int) and abs(value) > 10**40:
-        return f"a number of {value.bit_length()} bits"
-    return _REPR.repr(value)
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 60
-_REPR.maxlist, _REPR.maxlevel = 4, 3
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "selection": get_args(SelectionMode),
-    "draws": get_args(Draws),
-    "score_source": get_args(ScoreSource),
-    "block_reduction": get_args(BlockReduction),
-    "attention_forward": get_args(AttentionForward),
-    "checkpoint": get_args(Checkpoint),
-    "offload": get_args(Offload),
-}

@@ -9,9 +9,9 @@ from lemo_hf import AutoLemoModelForCausalLM, LemoConfig
 from lemo_hf.hub.lemo_files import save_lemo_files
 
 
-def saved_model(folder: Path) -> Path:
-    """A LeMo checkpoint."""
-    lemo_model(stock_model()).save_pretrained(folder)
+def saved_model(folder: Path, architecture: str = "llama", **lemo) -> Path:
+    """A LeMo checkpoint, with these settings in its block."""
+    lemo_model(stock_model(architecture=architecture), **lemo).save_pretrained(folder)
     return folder
 
 

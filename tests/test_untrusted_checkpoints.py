@@ -195,6 +195,34 @@ def test_predictors_of_other_shapes_are_refused(folder, change, says):
     assert "or train new ones" in str(refused.value)
 
 
+def from_pretrained(folder):
+    """As whoever does not know this package's loader gets it: the same class, by its name in config.json."""
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "value", "says"),
+    [
+        ("llama", "rotary.0", 4, "names rotary frequencies that the model's 4 are not"),
+        ("llama", "rotary.0", 0.5, "names rotary frequencies that the model's 4 are not"),
+        ("llama", "rotary.0", -2, "names rotary frequencies that the model's 4 are not"),
+        ("opt", "rotary.0", 0, "names rotary frequencies that the model's 0 are not"),
+        ("llama", "query.matrices.0", float("nan"), "holds values that are not finite"),
+        ("llama", "distance.0", float("inf"), "holds values that are not finite"),
+    ],
+)
+@pytest.mark.parametrize("load", [from_pretrained, OURS["api"]])
+def test_predictors_with_values_that_none_can_have_are_refused(tmp_path, architecture, name, value, says, load):
+    folder = saved_model(tmp_path / "model", architecture=architecture, block_reduction="mean", predictor_features=8)
+    load(folder)
+    stored = f"model.{'decoder.' if architecture == 'opt' else ''}layers.1.lemo_predictor.{name}"
+    change_weights(folder, lambda w: w[stored].view(-1)[1:2].fill_(value))
+    says = f"predictors do not fit the model: layers.1.{name} {says}; {str(folder)!r}; use those of a run on this model"
+    with pytest.raises(LemoConfigError, match=re.escape(says)) as refused:
+        load(folder)
+    assert is_one_line(refused.value)
+
+
 @pytest.mark.parametrize(("selection", "is_said"), [("ratio", True), ("threshold", True), ("sampled", False)])
 def test_missing_predictors_are_said_where_they_are_read(folder, selection, is_said, caplog):
     change_block(folder, selection=selection)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import LemoError
 from ..models.lemo_config import LemoConfig, LemoConfigError, shown
 from ..models.pooled_predictor import layer_predictor
+from ..models.sparse_causal_lm import predictor_fault
 from ..models.sparse_decoder import sparse_backbone
 
 PREDICTORS_FILE = "lemo_predictors.safetensors"
@@ -343,15 +344,9 @@ def _misfit(fact: str, source: str) -> LemoError:
 
 
 def _require_sound(tensors: dict[str, Tensor], backbone: Any, source: str) -> None:
-    rotary = getattr(backbone, "rotary_emb", None)
-    frequencies = 0 if rotary is None else rotary.inv_freq.numel()
     for name, tensor in tensors.items():
-        # A comparison with NaN is false both ways: blocks would be kept by their place.
-        if not tensor.isfinite().all():
-            raise _misfit(f"{name} holds values that are not finite", source)
-        # They index the model's position tensors; out of bounds a GPU ends the process.
-        if ".rotary." in name and not ((tensor == tensor.round()) & (tensor >= -1) & (tensor < frequencies)).all():
-            raise _misfit(f"{name} names rotary frequencies that the model's {frequencies} are not", source)
+        if fault := predictor_fault(name, tensor, backbone):
+            raise _misfit(fault, source)
 
 
 def _install(backbone: Any, tensors: dict[str, Tensor], block: LemoConfig) -> None:

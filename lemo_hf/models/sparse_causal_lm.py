@@ -6,12 +6,14 @@ from inspect import Parameter, signature
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .lemo_config import LemoConfigError
 from .pattern_predictor import PredictorParameters
 from .segmented_loss import segmented_causal_lm_loss
+from .sparse_decoder import sparse_backbone
 
 
 class SparsePreTrainedModel:
@@ -26,6 +28,45 @@ class SparsePreTrainedModel:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, PredictorParameters):
             module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`.
+
+        Raises:
+            LemoConfigError: If predictors among the weights hold values that no predictor of this model can have.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        backbone = sparse_backbone(model)
+        for index, layer in enumerate(backbone.layers):
+            for name, weight in layer.lemo_predictor.named_parameters():
+                # Weights that wait on a disk, or for another process to send them, cannot be looked at.
+                fault = None if weight.is_meta else predictor_fault(f"layers.{index}.{name}", weight, backbone)
+                if fault:
+                    raise LemoConfigError(
+                        f"predictors do not fit the model: {fault}; {model.name_or_path!r}; use those of a run on this model, or train new ones"
+                    )
+        return loaded
+
+
+def predictor_fault(name: str, tensor: Tensor, backbone: Any) -> str | None:
+    """What is wrong with the values of a predictor's tensor; `None` if nothing is.
+
+    Args:
+        name: `layers.<layer>.<name in the predictor>`.
+        tensor: The values.
+        backbone: The model's backbone, which has the rotary frequencies.
+    """
+    # A comparison with NaN is false both ways: blocks would be kept by their place.
+    if not tensor.isfinite().all():
+        return f"{name} holds values that are not finite"
+    rotary = getattr(backbone, "rotary_emb", None)
+    frequencies = 0 if rotary is None else rotary.inv_freq.numel()
+    # They index the model's position tensors; out of bounds a GPU ends the process.
+    if ".rotary." in name and not ((tensor == tensor.round()) & (tensor >= -1) & (tensor < frequencies)).all():
+        return f"{name} names rotary frequencies that the model's {frequencies} are not"
+    return None
 
 
 class SparseCausalLM:

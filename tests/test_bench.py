@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from lemo_hf.profiling.estimate.estimator import Estimator
 from lemo_hf.profiling.estimate.step_model import forward_loss
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SMALL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 512}  # fmt: skip
 
@@ -224,7 +226,8 @@ def test_methods_take_turns_and_rows_hold_every_repeat(small_model, tmp_path, mo
     assert row["summary"]["median_seconds"] == pytest.approx(2.5)
     assert (row["summary"]["fastest_seconds"], row["summary"]["slowest_seconds"]) == (2.0, 9.0)
     table = bench_table(document["rows"])
-    assert table.count(NOT_MEASURED) == 6, "in every row, out of memory or not"
+    assert table.count("| not measured |") == 6, "in every row, out of memory or not"
+    assert table.count(NOT_MEASURED) == 2, "and below every table in words"
     assert "out of memory" in table
     assert "2.5 [2, 9] (1.00x)" in table
     assert "tokens; in parentheses against stock LoRA" in table
@@ -294,7 +297,7 @@ def test_results_of_other_settings_are_not_mixed_unnoticed():
 def test_counts_need_neither_weights_nor_a_gpu(small_model, shown_by):
     shown = shown_by("--model", small_model, "--seq-len", "256", "--methods", "stock-bf16,liger,lemo-exact-rows", "--counts-only")
     assert "machine: any" in shown
-    assert shown.count(NOT_MEASURED) == 3
+    assert shown.count("| not measured |") == 3
     stock, liger, rows = (line.split("|") for line in shown.splitlines() if "float" in line and line.startswith("| "))
     assert "(1.00)" in stock[3]
     saved = [float(row[4].partition("(")[2].partition(")")[0]) for row in (stock, liger, rows)]
@@ -328,6 +331,27 @@ def test_a_perplexity_belongs_to_its_own_configuration_only():
     ]
     others += [row("lemo-exact", 2048), row("lemo-exact", dtype="bfloat16"), row("lemo-exact", model="Llama-3-8B")]
     assert [with_perplexity(other, quickstart_result(), "") for other in others] == [None] * len(others)
+
+
+def test_the_quickstarts_sparse_arm_is_a_method_with_its_perplexity():
+    path = RESULTS / "quickstart--amd-epyc-2-cores.json"
+    quickstart = json.loads(path.read_text())
+    (chosen,) = choose_methods("lemo-sparse-nearby")
+    settings = json.loads(json.dumps(chosen.settings(4096, "float32"), default=vars))
+    found = with_perplexity({"model": "python-llama-4m", "settings": settings}, quickstart, path.name)
+    assert found["dense"] == quickstart["arms"]["sparse"]["perplexity"]["equal_steps"]
+
+
+def test_an_estimated_peak_beside_measured_ones_says_so():
+    def row(**peak):
+        return {"model": "m", "seq_len": 8, "method": "stock", "words": "stock", "adapters": "float32", **peak}
+
+    estimated, measured = row(estimated_bytes=2**20), row(summary={"peak_allocated_bytes": 2**21}, estimated_bytes=2**20)
+    measured["summary"] |= dict.fromkeys(("median_seconds", "fastest_seconds", "slowest_seconds", "tokens_per_second"), 1.0)
+    both = bench_table([measured, estimated])
+    assert "| 2 MiB (1.00) |" in both
+    assert "| 1 MiB est. (0.50) |" in both
+    assert "est." not in bench_table([estimated]), "there the line below the table says it"
 
 
 def test_results_of_several_commits_or_machines_are_not_mixed_unasked():

@@ -21,6 +21,8 @@ _EXACT = {"attention_forward": "exact", "selection": "sampled"}
 # The first layer dense: so its dense perplexity is measured (quickstart).
 _SPARSE = {"attention_forward": "sparse", "selection": "ratio", "dense_layers": [0]}
 _ROWS = {"checkpoint": "kept_rows"}
+# As the quickstart trains it, so that its dense perplexity is measured.
+_NEARBY = {"nearby_tokens": 128, "block_reduction": "mean", "predictor_features": 40}
 # A quarter of what attention among kept tokens computes, either way.
 _GROUPS = {"attention_pattern": "shifted_groups"}
 _BLOCKS = {"attention_pattern": "block_sparse", "pattern_share": 0.25}
@@ -89,6 +91,20 @@ METHODS = {
         BenchMethod("lemo-sparse", "LeMo sparse", "lemo", lemo=_SPARSE),
         BenchMethod("lemo-sparse-float32", "LeMo sparse, PEFT's default adapters", "lemo", "float32", _SPARSE),
         BenchMethod("lemo-sparse-rows", "LeMo sparse, kept-row checkpointing", "lemo", lemo=_SPARSE | _ROWS),
+        BenchMethod("lemo-sparse-nearby", "LeMo sparse, dropped tokens see 128", "lemo", lemo=_SPARSE | _NEARBY),
+        BenchMethod(
+            "lemo-sparse-nearby-float32",
+            "LeMo sparse, dropped tokens see 128, PEFT's default adapters",
+            "lemo",
+            "float32",
+            _SPARSE | _NEARBY,
+        ),
+        BenchMethod(
+            "lemo-sparse-nearby-rows",
+            "LeMo sparse, dropped tokens see 128, kept-row checkpointing",
+            "lemo",
+            lemo=_SPARSE | _NEARBY | _ROWS,
+        ),
         BenchMethod("lemo-sparse-groups", "LeMo sparse, shifted groups", "lemo", lemo=_SPARSE | _GROUPS),
         BenchMethod(
             "lemo-sparse-groups-rows",

@@ -9,7 +9,16 @@ from ...errors import LemoError
 from ...models.lemo_config import LemoConfig
 
 NOT_MEASURED = "perplexity not measured for this configuration"
-_COLUMNS = ("method", "adapters", "peak memory", "saved for backward", "FLOPs", "s a step", "tokens/s", "dense perplexity")
+_COLUMNS = (
+    "method",
+    "adapters",
+    "peak memory",
+    "saved for backward",
+    "TFLOP",
+    "s a step [fastest, slowest]",
+    "tokens/s",
+    "dense perplexity",
+)
 
 
 def with_perplexity(row: Mapping[str, Any], result: Mapping[str, Any], source: str) -> dict[str, Any] | None:
@@ -83,10 +92,9 @@ def peak_bytes(row: Mapping[str, Any]) -> int | None:
     return None
 
 
-def perplexity_cell(row: Mapping[str, Any]) -> str:
-    """A row's dense perplexity with where it comes from, or that there is none."""
-    found = row.get("perplexity")
-    return NOT_MEASURED if not found else f"{found['dense']:.3f} ({found['source']})"
+def is_estimated(row: Mapping[str, Any]) -> bool:
+    """Whether a row's peak is an estimate."""
+    return peak_bytes(row) is not None and peak_bytes({**row, "estimated_bytes": None}) is None
 
 
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -103,10 +111,16 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in chosen:
             if row["method"] in ("stock", "stock-bf16"):
                 references.setdefault(row["adapters"], row)
+        notes = list(dict.fromkeys(row["perplexity"]["source"] for row in chosen if row.get("perplexity")))
         lines = [f"{model}, {seq_len} tokens; in parentheses against {_in_words(chosen, references)}", ""]
-        lines += ["| " + " | ".join(_COLUMNS) + " |", "| --- | --- " + "| ---: " * (len(_COLUMNS) - 3) + "| --- |"]
-        lines += ["| " + " | ".join(_cells(row, references.get(row["adapters"], {}))) + " |" for row in chosen]
-        tables.append("\n".join(lines))
+        lines += ["| " + " | ".join(_COLUMNS) + " |", "| --- | --- " + "| ---: " * (len(_COLUMNS) - 2) + "|"]
+        both = len({is_estimated(row) for row in chosen if peak_bytes(row)}) > 1
+        for row in chosen:
+            cells = [row["words"], row["adapters"], *_costs(row, references.get(row["adapters"], {}), both)]
+            lines.append("| " + " | ".join([*cells, _perplexity(row, notes)]) + " |")
+        said = [f"[{number}] {note}." for number, note in enumerate(notes, 1)]
+        said += [f"Not measured: {NOT_MEASURED}."] if any(not row.get("perplexity") for row in chosen) else []
+        tables.append("\n".join([*lines, "", " ".join(said)]))
     return "\n\n".join(tables)
 
 
@@ -120,25 +134,32 @@ def _in_words(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Mappin
     return text
 
 
-def _cells(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
-    cells = [row["words"], row["adapters"]]
+def _perplexity(row: Mapping[str, Any], notes: Sequence[str]) -> str:
+    found = row.get("perplexity")
+    return "not measured" if not found else f"{found['dense']:.3f} [{notes.index(found['source']) + 1}]"
+
+
+def _costs(row: Mapping[str, Any], first: Mapping[str, Any], both: bool) -> list[str]:
+    """Memory, FLOPs and time; `both`: the table has measured and estimated peaks, so each estimate says so."""
     if "out_of_memory" in row or "failed" in row:
-        return [*cells, "out of memory" if "out_of_memory" in row else "failed", "-", "-", "-", "-", perplexity_cell(row)]
-    for unit, value, base in (
-        (2**20, peak_bytes(row), peak_bytes(first)),
-        (2**20, row.get("saved_bytes"), first.get("saved_bytes")),
+        return ["out of memory" if "out_of_memory" in row else "failed", "-", "-", "-", "-"]
+    cells = []
+    for value, base, of_peak in (
+        (peak_bytes(row), peak_bytes(first), True),
+        (row.get("saved_bytes"), first.get("saved_bytes"), False),
     ):
-        shown = "-" if value is None else f"{value / unit:.0f} MiB" if value < 100 * 2**30 else f"{value / 2**30:.0f} GiB"
+        shown = "-" if value is None else f"{value / 2**20:.0f} MiB" if value < 10 * 2**30 else f"{value / 2**30:.1f} GiB"
+        shown += " est." if of_peak and both and is_estimated(row) else ""
         cells.append(shown + (f" ({value / base:.2f})" if value and base else ""))
     flops, base_flops = row.get("flops"), first.get("flops")
-    cells.append("-" if not flops else f"{flops / 1e12:.3g} T" + (f" ({flops / base_flops:.2f})" if base_flops else ""))
+    cells.append("-" if not flops else f"{flops / 1e12:.3g}" + (f" ({flops / base_flops:.2f})" if base_flops else ""))
     timed, base_timed = row.get("summary"), first.get("summary")
     if not timed:
-        return [*cells, "-", "-", perplexity_cell(row)]
+        return [*cells, "-", "-"]
     times = f"{timed['median_seconds']:.3g} [{timed['fastest_seconds']:.3g}, {timed['slowest_seconds']:.3g}]"
     if base_timed:
         times += f" ({base_timed['median_seconds'] / timed['median_seconds']:.2f}x)"
-    return [*cells, times, f"{timed['tokens_per_second']:.0f}", perplexity_cell(row)]
+    return [*cells, times, f"{timed['tokens_per_second']:.0f}"]
 
 
 def phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -150,7 +171,8 @@ def phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not timed:
         return ""
     phases = list(timed[0]["summary"]["phases"])
-    lines = ["| method, tokens | " + " | ".join(phases) + " |", "| --- " + "| ---: " * len(phases) + "|"]
+    heads = [{"between": "between operators"}.get(phase, phase) for phase in phases]
+    lines = ["| method, tokens | " + " | ".join(heads) + " |", "| --- " + "| ---: " * len(phases) + "|"]
     for row in timed:
         spent = row["summary"]["phases"]
         lines.append(f"| {row['words']}, {row['seq_len']} | " + " | ".join(f"{spent[phase]:.3g}" for phase in phases) + " |")

@@ -18,7 +18,8 @@ _FORMULAS: dict[Any, Callable[..., int]] = {}
 _MOVES_RESULT = {"index_select", "gather", "embedding", "index", "cat", "copy_", "_to_copy", "clone"}
 _MOVES_ARGUMENT = {"index_copy_": 3}
 _WRITES_RESULT = {"zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_full", "zero_", "fill_"}
-_COSTS_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+# `_unsafe_view` is a view of a result that nobody else holds.
+_COSTS_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view"}
 
 
 class OperatorCost(NamedTuple):
@@ -32,7 +33,8 @@ class OperatorCost(NamedTuple):
 def operator_cost(operator: Any, args: Any, kwargs: Any, result: Any) -> OperatorCost | None:
     """The cost of one call, or `None` if it costs nothing."""
     name = operator._schema.name.rpartition("::")[2]
-    if operator.is_view or name in _COSTS_NOTHING:
+    # What asks a tensor for its device and the like (`prim`) shows on fake tensors only, and touches no data.
+    if operator.is_view or operator.namespace == "prim" or name in _COSTS_NOTHING:
         return None
     if not _FORMULAS:
         _FORMULAS.update(flop_formulas())

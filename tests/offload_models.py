@@ -1,15 +1,16 @@
-"""What is offloaded in tests: batches, settings, steps, and layers that save views of one storage."""
+"""What is offloaded in tests: batches, settings, steps, layers that save views of one storage, copies as a side stream makes them."""
 
 import math
+import weakref
+from collections import deque
 
 import torch
 from torch import nn
 from training_runs import RandomText
 
 from lemo_hf.models.sparse_decoder import sparse_backbone
-from lemo_hf.profiling.estimate.offload_plan import (
-    HostLink,
-)
+from lemo_hf.profiling.estimate.offload_plan import HostLink
+from lemo_hf.training.host_copies import PlainCopies
 from lemo_hf.training.sensitive_offload import OffloadSettings
 
 EVERYTHING = OffloadSettings(budget=math.inf, smallest=1)
@@ -73,3 +74,43 @@ class Stack(nn.Module):
         for layer in self.layers:
             rows = layer(rows).tanh()
         return rows
+
+
+def fails(*_):
+    raise RuntimeError("in the middle of a step")
+
+
+class LateCopies(PlainCopies):
+    """A side stream that copies nothing before it must, and reads memory as it is by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue, self.begun, self.done = deque(), 0, 0
+
+    def copy(self, targets, sources):
+        self.begun += 1
+        for target, source in zip(targets, sources, strict=True):
+            parts = [(weakref.ref(one.untyped_storage()), one.storage_offset(), one.numel()) for one in (target, source)]
+            self.queue.append((self.begun, *parts))
+        return self.begun
+
+    def wait(self, done):
+        self.follow(done)
+
+    def follow(self, done):
+        while self.queue and self.queue[0][0] <= done:
+            _, target, source = self.queue.popleft()
+            into, read = (self.bytes_of(*part) for part in (target, source))
+            assert into is not None, "memory was let go while a copy into it was under way"
+            # What was let go may hold anything.
+            into.fill_(255) if read is None else into.copy_(read)
+
+    def bytes_of(self, reference, offset, count):
+        storage = reference()
+        return None if storage is None else torch.empty(0, dtype=torch.uint8).set_(storage, offset, (count,), (1,))
+
+    def moment(self):
+        return self.begun
+
+    def transferred(self):
+        return 0.0

@@ -1,6 +1,7 @@
 """Budgets of an offload hide what can be hidden, and host memory is bounded and said."""
 
 import json
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -18,6 +19,7 @@ from lemo_hf.profiling.estimate.offload_plan import (
     LayerLoad,
     hidden_bytes,
     peak_on_device,
+    plan_bytes,
     sensitive_bytes,
     simulate,
     uniform_bytes,
@@ -68,6 +70,50 @@ def test_a_timeline_by_hand():
     assert simulate(layers, [0, 0, 25], HostLink(50, 25)).stall_seconds == pytest.approx(0.5 + 1)
     assert peak_on_device([100, 100, 100], [100, 50, 0]) == 200
     assert simulate([], [], LINK).seconds == 0
+    assert hidden_bytes([], LINK) == []
+    # With the time of two layers: the first's 100 leave in 2 s, while both others run; then the second's have no time left.
+    assert hidden_bytes(layers, HostLink(50, 1000), 2) == [100, 0, 0]
+    wide = simulate(layers, [100, 0, 0], HostLink(50, 1000), head_seconds=4, window=2)
+    assert (wide.seconds, wide.stall_seconds, wide.peak_bytes) == (13, 0, 300)
+    assert peak_on_device([100, 100, 100, 100], [100, 50, 25, 0], 2) == 300
+
+
+LOADS = st.lists(st.builds(LayerLoad, st.integers(0, 500), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=7)
+
+
+@settings(max_examples=150, deadline=None)
+@given(LOADS, st.integers(1, 60), st.integers(1, 60), st.integers(1, 5))
+def test_what_hides_is_as_much_of_the_lower_layers_as_can_be(loads, out, back, window):
+    """Against its definition, the sums of all stretches of layers; and no transfer is waited for."""
+    link = HostLink(out, back)
+    found = hidden_bytes(loads, link, window)
+
+    def room(first, last):
+        beside = loads[first + 1 : last + window + 1]
+        return min(out * sum(load.forward_seconds for load in beside), back * sum(load.backward_seconds for load in beside))
+
+    for last, load in enumerate(loads):
+        left = min(room(first, last) - sum(found[first : last + 1]) for first in range(last + 1))
+        assert left >= -1e-6
+        assert found[last] == pytest.approx(load.saved_bytes) or left == pytest.approx(0, abs=1e-6), "room is used in order"
+    assert found[-1] == 0
+    assert simulate(loads, found, link, 1.0, window).stall_seconds == pytest.approx(0, abs=1e-6)
+
+
+def test_layers_by_turns_get_a_wider_window_and_even_ones_do_not():
+    link = HostLink(200, 200)
+    turns = [LayerLoad(1000 * share, 6 * share, 12 * share) for share in (0.9, 0.1) * 8]
+    wide, narrow = plan_bytes("sensitive", turns, link), sensitive_bytes([1e9] * 16, hidden_bytes(turns, link))
+    assert wide.window == 2
+    assert sum(wide.moved) > 2 * sum(narrow)
+    assert simulate(turns, wide.moved, link, 0.0, 2).stall_seconds == pytest.approx(0, abs=1e-6)
+    # Everything at once: the window in which the least comes too late, at the price of its peak.
+    assert plan_bytes("sensitive", turns, link, math.inf).window == 2
+    assert plan_bytes("uniform", turns, link).window == 1
+    even = [LayerLoad(1000, 3, 6)] * 16
+    for total in (None, math.inf):
+        assert plan_bytes("sensitive", even, link, total).window == 1
+    assert plan_bytes("sensitive", even, link).moved == [600] * 15 + [0]
 
 
 def test_sensitive_beats_uniform_at_equal_peak_where_kept_shares_differ():
@@ -100,6 +146,8 @@ def test_the_committed_simulation_is_that_of_its_loads():
             assert again == row["links"][name]
             assert again["sensitive"]["stall_seconds"] == pytest.approx(0, abs=1e-6)
             assert again["faster_than_uniform"] > 1 - 1e-9
+            assert again["faster_than_uniform_same_window"] > 1 - 1e-9
+            assert again["peak_saved"] >= again["peak_saved_one_layer"]
 
 
 def test_budgets_are_set_from_what_was_timed_and_anew_when_settings_change():

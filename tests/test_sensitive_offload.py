@@ -2,12 +2,22 @@
 
 import gc
 import math
-import weakref
-from collections import deque
 
 import pytest
 import torch
-from offload_models import EVERYTHING, LINK, STEADY, Stack, assert_same_bits, batch_of, gradients, steps
+from offload_models import (
+    EVERYTHING,
+    LINK,
+    STEADY,
+    Aliases,
+    LateCopies,
+    Stack,
+    assert_same_bits,
+    batch_of,
+    fails,
+    gradients,
+    steps,
+)
 from references.tiny_models import checkpoint_stock_layers
 from torch import nn
 from training_runs import RandomText, curve, tiny_arguments, tiny_lemo_model, tiny_trainer
@@ -16,46 +26,10 @@ from lemo_hf import LemoTrainer
 from lemo_hf.hub.lemo_files import predictor_tensors
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.activation_memory import ActivationMemory
+from lemo_hf.profiling.estimate.offload_plan import HostLink, LayerLoad, peak_on_device, plan_bytes
 from lemo_hf.profiling.live_bytes import LiveBytes
 from lemo_hf.training.host_copies import PlainCopies
 from lemo_hf.training.sensitive_offload import OffloadSettings, SensitiveOffload
-
-
-class LateCopies(PlainCopies):
-    """A side stream that copies nothing before it must, and reads memory as it is by then."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.queue, self.begun, self.done = deque(), 0, 0
-
-    def copy(self, targets, sources):
-        self.begun += 1
-        for target, source in zip(targets, sources, strict=True):
-            parts = [(weakref.ref(one.untyped_storage()), one.storage_offset(), one.numel()) for one in (target, source)]
-            self.queue.append((self.begun, *parts))
-        return self.begun
-
-    def wait(self, done):
-        self.follow(done)
-
-    def follow(self, done):
-        while self.queue and self.queue[0][0] <= done:
-            _, target, source = self.queue.popleft()
-            into, read = (self.bytes_of(*part) for part in (target, source))
-            assert into is not None, "memory was let go while a copy into it was under way"
-            # What was let go may hold anything.
-            into.fill_(255) if read is None else into.copy_(read)
-
-    def bytes_of(self, reference, offset, count):
-        storage = reference()
-        return None if storage is None else torch.empty(0, dtype=torch.uint8).set_(storage, offset, (count,), (1,))
-
-    def moment(self):
-        return self.begun
-
-    def transferred(self):
-        return 0.0
-
 
 # What is moved: everything, parts of storages, parts of all layers, what hides.
 BUDGETS = {
@@ -75,17 +49,18 @@ FORMS = {
 }
 
 
+def model_of(form):
+    made = tiny_lemo_model(**{**STEADY, **FORMS[form]}).train()
+    if form == "checkpointing":
+        checkpoint_stock_layers(made)
+    return made
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_offload_changes_no_bit_of_any_gradient(form):
-    def model():
-        made = tiny_lemo_model(**{**STEADY, **FORMS[form]}).train()
-        if form == "checkpointing":
-            checkpoint_stock_layers(made)
-        return made
-
-    ((wanted,), _) = steps(model())
+    ((wanted,), _) = steps(model_of(form))
     for name, chosen in BUDGETS.items():
-        with SensitiveOffload(sparse_backbone(trained := model()), chosen) as offload:
+        with SensitiveOffload(sparse_backbone(trained := model_of(form)), chosen) as offload:
             found, reports = steps(trained, offload, 3)
         for got in found:
             assert_same_bits(got, wanted)
@@ -106,15 +81,9 @@ def test_offload_changes_no_bit_of_any_gradient(form):
 
 @pytest.mark.parametrize("form", ["exact", "kept rows", "checkpointing"])
 def test_copies_that_come_as_late_as_they_may_change_no_bit(form):
-    def model():
-        made = tiny_lemo_model(**{**STEADY, **FORMS[form]}).train()
-        if form == "checkpointing":
-            checkpoint_stock_layers(made)
-        return made
-
-    ((wanted,), _) = steps(model())
+    ((wanted,), _) = steps(model_of(form))
     for chosen in (EVERYTHING, BUDGETS["a part"]):
-        with SensitiveOffload(sparse_backbone(trained := model()), chosen, copies=LateCopies()) as offload:
+        with SensitiveOffload(sparse_backbone(trained := model_of(form)), chosen, copies=LateCopies()) as offload:
             found, _ = steps(trained, offload, 3)
             # Graphs that are dropped with copies under way.
             for _ in range(2):
@@ -130,30 +99,65 @@ def test_copies_that_come_as_late_as_they_may_change_no_bit(form):
             assert_same_bits(got, wanted)
 
 
-def fails(*_):
-    raise RuntimeError("in the middle of a step")
+class WatchedCopies(PlainCopies):
+    """Notes what is on the device whenever a copy begins, of what layers saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.offload, self.most = None, 0
+
+    def look(self, *_):
+        def there(storage):
+            whole = storage._original is not None or storage._back is not None
+            return storage.size if whole else storage.size - storage.moved
+
+        self.most = max(self.most, sum(map(there, list(self.offload._storages.values()))))
+
+    def copy(self, targets, sources):
+        self.look()
+        return super().copy(targets, sources)
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_an_exception_in_the_middle_of_a_step_leaves_nothing(where):
-    model = tiny_lemo_model(**STEADY).train()
-    ((wanted,), _) = steps(model)
-    layer = sparse_backbone(model).layers[1]
-    with SensitiveOffload(sparse_backbone(model), EVERYTHING) as offload:
-        if where == "forward":
-            hook = layer.mlp.down_proj.register_forward_pre_hook(fails)
-        else:
-            hook = sparse_backbone(model).layers[0].self_attn.q_proj.register_full_backward_pre_hook(fails)
-        with pytest.raises(RuntimeError, match="in the middle"):
-            model(**batch_of(0, 1)).loss.backward()
-        hook.remove()
-        gc.collect()  # the traceback is a cycle
-        assert (offload.host_bytes, offload.device_bytes) == (0, 0)
-        (got,), (report,) = steps(model, offload)
-        assert_same_bits(got, wanted)
-        assert report.host_peak_bytes <= 2 * sum(report.saved_bytes)
-    assert not any(each._forward_hooks or each._forward_pre_hooks for each in sparse_backbone(model).layers)
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+@pytest.mark.parametrize("window", [1, 2, 3, 4])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_wider_window_changes_no_bit_and_holds_what_its_accounting_says(window, late):
+    def step(offload=None):
+        model.zero_grad()
+        model(torch.ones(16, 8)).sum().backward()
+        return gradients(model)
+
+    model = Stack([Aliases() for _ in range(6)])
+    wanted = step()
+    copies = LateCopies() if late else WatchedCopies()
+    for budgets in ([math.inf] * 6, [90.0, 0.0, 200.0, 33.0, 150.0, 50.0]):
+        if not late:  # as a layer ends, before the offload's own hook
+            handles = [layer.register_forward_hook(copies.look) for layer in model.layers]
+        with SensitiveOffload(model, OffloadSettings(smallest=1, link=LINK), copies=copies) as offload:
+            offload.budgets, offload.window, copies.offload, copies.most = budgets, window, offload, 0
+            for _ in range(2):
+                assert_same_bits(step(), wanted)
+        report = offload.report()
+        assert (offload.host_bytes, offload.device_bytes, report.window) == (0, 0, window)
+        assert sum(report.moved_bytes) > 0
+        if not late:
+            assert copies.most == peak_on_device(report.saved_bytes, report.moved_bytes, window)
+            for handle in handles:
+                handle.remove()
+
+
+def test_the_window_is_planned_from_what_was_timed():
+    """Layers by turns short of time and with too much of it; the last forward's window is in the report."""
+    model = Stack([Aliases() for _ in range(6)])
+    seconds = [(9e-5, 9e-5) if layer % 2 else (1e-6, 1e-6) for layer in range(6)]
+    with SensitiveOffload(model, OffloadSettings(smallest=1, link=LINK, seconds=seconds)) as offload:
+        windows = []
+        for _ in range(3):
+            model(torch.ones(64, 8)).sum().backward()
+            windows.append(offload.report().window)
+    report = offload.report()
+    assert windows == [1, 2, 2]
+    loads = [LayerLoad(saved, *times) for saved, times in zip(report.saved_bytes, seconds, strict=True)]
+    assert report.moved_bytes == pytest.approx(plan_bytes("sensitive", loads, HostLink(9e8, 9e8)).moved, abs=64)
 
 
 def test_accumulated_repeated_and_crossed_passes_have_the_same_bits():

@@ -23,7 +23,7 @@ class LayerMetrics(LemoCallback):
         self._is_logged = False
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._remove_hooks()  # that an interrupted step left
+        self.end()  # of a step that was interrupted under another trainer than ours
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.run.lemo.enabled and is_logged(args, state, kwargs.get("train_dataloader")):
@@ -73,6 +73,12 @@ class LayerMetrics(LemoCallback):
             kept = means[:count]
             run.metrics |= {name: mean for name, mean in zip(names, means[count:], strict=True) if not math.isnan(mean)}
         return kept
+
+    def end(self) -> None:
+        self._remove_hooks()
+        if self._memory is not None:
+            self._memory.__exit__(None, None, None)
+        self._memory = None
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

@@ -41,6 +41,11 @@ class LemoCallback(TrainerCallback):
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         """What the callback does before the first step."""
 
+    def end(self) -> None:
+        """Takes what the callback has put on the model off it. `LemoTrainer` calls it however a training has ended: after an error or an
+        interrupt nobody else does.
+        """
+
 
 def precision(args: TrainingArguments) -> torch.autocast:
     """The precision that the training forward runs in."""

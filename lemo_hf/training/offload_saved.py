@@ -35,7 +35,7 @@ class OffloadSaved(LemoCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self._end()  # of a training that was cut short
+        self.end()  # of a training that another trainer than ours cut short
         lemo = self.run.lemo
         if lemo.enabled and lemo.offload != "none":
             settings = offload_settings(self.run, args)
@@ -62,9 +62,9 @@ class OffloadSaved(LemoCallback):
                     report.host_peak_bytes / GIB,
                 ),
             )
-        self._end()
+        self.end()
 
-    def _end(self) -> None:
+    def end(self) -> None:
         if self._offload is not None:
             self._offload.__exit__(None, None, None)
         self._offload = None
@@ -81,6 +81,7 @@ def offload_metrics(report: OffloadReport) -> dict[str, float]:
         "offload/transfer_seconds": report.transfer_seconds,
         "offload/stall_seconds": report.stall_seconds,
         "offload/overlap": report.overlap,
+        "offload/window": float(report.window),
     }
 
 

@@ -1,16 +1,17 @@
 """Sparsity-sensitive offload (LeMo paper, section 6): saved activations lie in pinned host memory between forward and backward.
 
 What a layer's operators save passes `torch.autograd.graph.saved_tensors_hooks`. A storage above a size is copied to the host on a side stream
-while the next layer runs forward, and back while the layer above it runs backward. How much of each layer is moved is a budget in bytes,
-from what the layer saves, which follows its kept share, from measured bandwidth and from measured times (profiling/estimate/offload_plan.py).
+while the next k layers run forward, and back while as many above it run backward. How much of each layer is moved is a budget in bytes,
+from what the layer saves, which follows its kept share, from measured bandwidth and from measured times; these decide on the window k
+too, 1 to 4 (profiling/estimate/offload_plan.py).
 
 - A storage is moved once, however many views of it are saved; parameters, buffers, row numbers and what is sharded or quantised stay. Where a
   budget ends within a storage, its first bytes move and the others stay, in a copy of their own, so budgets hold to the byte.
 - A storage's record is owned by the graph: when backward has used it, or an exception has dropped the graph, host memory, device memory and
   counters are free again, whatever happened between.
-- On the device are, of layer l's x_l bytes: all until layer l + 1 has ended, none until layer l + 1 begins its backward.
-- The first forwards move everything that there is host memory for, which is safe for the device's, and are timed; then the budgets are set,
-  and anew when settings change.
+- On the device are, of layer l's x_l bytes: all until layer l + k has ended, none until layer l + k begins its backward.
+- The first forwards move everything that there is host memory for, with k = 1, which is safe for the device's, and are timed; then budgets
+  and window are set, and anew when settings change.
 
 `save_on_cpu` and trl's `OffloadActivations` are such hooks too. The first copies everything at once on the stream that computes. The second has a
 side stream and moves every tensor above a size: a tensor is where it decides, by its size alone, with a limit of five tensors under way, no layer is
@@ -20,7 +21,7 @@ this builds on the hooks themselves.
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
@@ -28,17 +29,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ..profiling.activation_memory import plain_tensors
 from ..profiling.breakdown import storage_of
-from ..profiling.estimate.offload_plan import HostLink, LayerLoad, hidden_bytes, sensitive_bytes, uniform_bytes
+from ..profiling.estimate.offload_plan import HostLink, LayerLoad, plan_bytes
 from .host_copies import HostMemory, Moment, PlainCopies, copies_for, measured_link
+from .layer_hooks import LayerHooks
 from .saved_storage import SavedStorage, SavedVersion
 
 # Of a storage that is moved.
 SMALLEST = 2**20
-# Of what hides by the measured times, since times scatter.
+# Of the measured bandwidth, since times scatter.
 _MARGIN = 0.9
 # Forwards until budgets are set. The first also compiles kernels; the second is timed.
 TIMED_FORWARDS = 2
@@ -76,6 +77,7 @@ class OffloadReport:
         unmoved_bytes: What a budget asked for and host memory had no room for.
         transfer_seconds: Time of the copies, both ways.
         stall_seconds: Time that computation waited for them; all of it on a CPU.
+        window: Layers whose time a transfer had.
     """
 
     saved_bytes: list[int]
@@ -85,6 +87,7 @@ class OffloadReport:
     unmoved_bytes: int
     transfer_seconds: float
     stall_seconds: float
+    window: int
 
     @property
     def overlap(self) -> float:
@@ -95,7 +98,8 @@ class OffloadReport:
 class _Forward:
     """What one forward of the layers has saved and moved, and when; and its backward's times."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, window: int) -> None:
+        self.window = window
         self.place, self.rows = -1, 0  # the last layer that ran, and rows of its input
         self.saved, self.moved = [0] * layers, [0] * layers
         self.unmoved = 0
@@ -111,12 +115,21 @@ class _LayerRun:
     def __init__(self, layer: int, forward: _Forward, budget: float, before: "_LayerRun | None") -> None:
         self.layer, self.forward, self.budget = layer, forward, budget
         self.storages: list[weakref.ref[SavedStorage]] = []
-        self.below = weakref.ref(before) if before is not None else lambda: None
+        self._below = weakref.ref(before) if before is not None and before.forward is forward else lambda: None
         self.sent: Moment | None = None
         self.in_backward = False
 
     def living(self) -> list["SavedStorage"]:
         return [storage for ref in self.storages if (storage := ref()) is not None]
+
+    def downwards(self, count: int) -> "Iterator[_LayerRun]":
+        """It, and the `count` layers below it."""
+        run: _LayerRun | None = self
+        for _ in range(count + 1):
+            if run is None:
+                return
+            yield run
+            run = run._below()
 
 
 class _Saved:
@@ -161,6 +174,7 @@ class SensitiveOffload:
         self.device: torch.device = next(backbone.parameters()).device
         # By layer, per row of its input; `None` while everything is moved and timed.
         self.budgets: list[float] | None = None
+        self.window = 1
         most = math.inf if settings.budget is None else settings.budget
         self.memory = HostMemory(min(settings.host_bytes, most), pinned=self.device.type != "cpu")
         self._backbone = backbone
@@ -169,8 +183,7 @@ class SensitiveOffload:
         self._link = settings.link
         self._signature, self._signed = signature, signature()
         self._handles: list[Any] = []
-        self._hooks: saved_tensors_hooks | None = None
-        self._outer: Any = None
+        self._hooks = LayerHooks()
         self._weights: set[int] = set()
         self._run: _LayerRun | None = None
         self._last: weakref.ref[_LayerRun] | Callable[[], None] = lambda: None
@@ -178,7 +191,7 @@ class SensitiveOffload:
         self._storages: weakref.WeakValueDictionary[tuple[int, int, int], SavedStorage] = weakref.WeakValueDictionary()
         self._timed = 0  # forwards since the budgets were unset
         self._began: tuple[Moment, int] = (None, 0)
-        self._forward = _Forward(len(self._layers))
+        self._forward = _Forward(len(self._layers), self.window)
 
     def __enter__(self) -> "SensitiveOffload":
         if self._link is None:
@@ -186,7 +199,7 @@ class SensitiveOffload:
         for place, layer in enumerate(self._layers):
             before = layer.register_forward_pre_hook(self._before(place), with_kwargs=True)
             self._handles += [before, layer.register_forward_hook(self._after(place), always_call=True)]
-        self._handles.append(self._backbone.register_forward_hook(lambda *_: self._let_go_of_all()))
+        self._handles.append(self._backbone.register_forward_hook(lambda *_: self._let_go_but(0)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -211,7 +224,7 @@ class SensitiveOffload:
         peak, reserved = self.memory.peak_bytes, self.memory.reserved_bytes
         times = self._copies.transferred(), self._copies.stalled()
         now = self._forward
-        return OffloadReport(list(now.saved), list(now.moved), peak, reserved, now.unmoved, *times)
+        return OffloadReport(list(now.saved), list(now.moved), peak, reserved, now.unmoved, *times, now.window)
 
     # A layer's forward.
 
@@ -233,11 +246,8 @@ class SensitiveOffload:
         budget = math.inf if self.budgets is None else self.budgets[place] * self._forward.rows
         self._run = _LayerRun(place, self._forward, budget, self._last())
         self._last = weakref.ref(self._run)
-        # Only the innermost hooks act: what measures saved bytes around these must see what stays.
-        self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self._began = self._copies.moment(), self._copies.stalls
-        self._hooks = saved_tensors_hooks(self._pack, self._unpacker(self._outer))
-        self._hooks.__enter__()
+        self._hooks.enter(self._pack, self._unpack)
 
     def _after(self, place: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
@@ -247,32 +257,28 @@ class SensitiveOffload:
                 return
             began, stalls = self._began
             run.forward.forward[place] = (began, self._copies.moment(), stalls, self._copies.stalls)
-            for one in self._leaving:
-                self._let_go(one)
-            self._leaving = [run]
+            self._leaving.append(run)
+            self._let_go_but(run.forward.window)
 
         return hook
 
     def _leave(self) -> None:
-        if self._hooks is not None:
-            self._hooks.__exit__(None, None, None)
-        self._hooks = self._run = None
+        self._hooks.leave()
+        self._run = None
 
-    def _let_go(self, run: _LayerRun) -> None:
-        if run.sent is not None:
-            self._copies.wait(run.sent)
-        for storage in run.living():
-            storage.let_go()
-
-    def _let_go_of_all(self) -> None:
-        for run in self._leaving:
-            self._let_go(run)
-        self._leaving = []
+    def _let_go_but(self, last: int) -> None:
+        """Frees what the layers have moved, but for the `last` of them; waits until it has left."""
+        while len(self._leaving) > last:
+            run = self._leaving.pop(0)
+            if run.sent is not None:
+                self._copies.wait(run.sent)
+            for storage in run.living():
+                storage.let_go()
 
     # What is saved, and what backward asks for.
 
     def _pack(self, tensor: Tensor) -> _Saved:
-        run, keep = self._run, self._keep
+        run, keep = self._run, self._hooks.keep
         assert run is not None
         run.forward.saving.add(run.layer)
         if not self._may_move(tensor):
@@ -312,40 +318,27 @@ class SensitiveOffload:
         if pieces is None:
             forward.unmoved += wanted if size < wanted else 0
             return
-        run.sent = found.send(storage, pieces, self._keep)
+        run.sent = found.send(storage, pieces, self._hooks.keep)
         forward.moved[layer] += size
         forward.unmoved += wanted - size
         run.storages.append(weakref.ref(found))
 
-    def _keep(self, tensor: Tensor) -> Any:
-        if not tensor.is_leaf:
-            tensor = tensor.detach()  # an operator's saved result points to the operator's node, and the node to it
-        return tensor if self._outer is None else self._outer[0](tensor)
-
-    def _unpacker(self, outer: Any) -> Callable[[_Saved], Tensor]:
-        def kept(held: Any) -> Tensor:
-            tensor: Tensor = held if outer is None else outer[1](held)
-            return tensor
-
-        def unpack(saved: _Saved) -> Tensor:
-            if not saved.run.in_backward:
-                self._begin_backward(saved.run, kept)
-            saved.version.require_unchanged()
-            if saved.view is None or saved.storage is None:
-                return kept(saved.held)
-            dtype, offset, shape, stride = saved.view
-            whole = saved.storage.read(kept)
-            return torch.empty(0, dtype=dtype, device=whole.device).set_(whole.untyped_storage(), offset, shape, stride)
-
-        return unpack
+    def _unpack(self, saved: _Saved, kept: Callable[[Any], Tensor]) -> Tensor:
+        if not saved.run.in_backward:
+            self._begin_backward(saved.run, kept)
+        saved.version.require_unchanged()
+        if saved.view is None or saved.storage is None:
+            return kept(saved.held)
+        dtype, offset, shape, stride = saved.view
+        whole = saved.storage.read(kept)
+        return torch.empty(0, dtype=dtype, device=whole.device).set_(whole.untyped_storage(), offset, shape, stride)
 
     def _begin_backward(self, run: _LayerRun, kept: Callable[[Any], Tensor]) -> None:
         run.in_backward = True
         run.forward.backward[run.layer] = (self._copies.moment(), self._copies.stalls)
-        below = run.below()
-        for one in (run, below):
+        for one in run.downwards(run.forward.window):
             # What was saved last is asked for first.
-            for storage in reversed(one.living() if one is not None else []):
+            for storage in reversed(one.living()):
                 storage.fetch(kept)
 
     # Budgets.
@@ -353,10 +346,10 @@ class SensitiveOffload:
     def _begin_forward(self) -> None:
         self._leaving = []  # of a forward that was cut short
         if self._signed != self._signature():
-            self._signed, self.budgets, self._timed = self._signature(), None, 0
+            self._signed, self.budgets, self.window, self._timed = self._signature(), None, 1, 0
         elif self.budgets is None:
             self._set_budgets()
-        self._forward = _Forward(len(self._layers))
+        self._forward = _Forward(len(self._layers), self.window)
         self._copies.begin()
 
     def _set_budgets(self) -> None:
@@ -367,14 +360,13 @@ class SensitiveOffload:
         if self._timed < TIMED_FORWARDS and self.settings.seconds is None:
             return
         assert self._link is not None
-        saved = [load.saved_bytes for load in loads]
-        hidden = [_MARGIN * size for size in hidden_bytes(loads, self._link)]
-        share = sensitive_bytes if self.settings.mode == "sensitive" else uniform_bytes
-        total = self.settings.budget
-        moved = share(saved, hidden, total)
-        if sum(moved) > self.settings.host_bytes:
-            moved = share(saved, hidden, self.settings.host_bytes)
-        self.budgets = [math.inf if total == math.inf else size / self._forward.rows for size in moved]
+        total, most = self.settings.budget, self.settings.host_bytes
+        link = HostLink(_MARGIN * self._link.to_host, _MARGIN * self._link.to_device)
+        plan = plan_bytes(self.settings.mode, loads, link, total)
+        if sum(plan.moved) > most:
+            plan = plan_bytes(self.settings.mode, loads, link, most)
+        self.budgets = [math.inf if total == math.inf else size / self._forward.rows for size in plan.moved]
+        self.window = plan.window
 
     def _loads(self) -> list[LayerLoad] | None:
         """The last forward's layers, or `None` if they did not all run forward, and backward where they saved anything."""

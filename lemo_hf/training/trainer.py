@@ -30,6 +30,7 @@ from .callbacks import callbacks_of, not_finite
 from .faults.data_workers import keep_workers
 from .faults.out_of_memory import is_out_of_memory, out_of_memory
 from .faults.whole_checkpoints import checkpoints, explained_write_errors, last_whole_checkpoint, require_whole, unseal
+from .lemo_callback import LemoCallback
 from .lemo_run import LemoRun, has_progress
 from .phases.phase_documents import untouched_randomness
 from .run_card import results_of
@@ -142,6 +143,9 @@ class LemoTrainerMixin(ShardedSavingMixin, _Trainer):
             raise out_of_memory(error, self.lemo_run, self.args) from error
         finally:
             self.lemo_run.stop.release()
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, LemoCallback):
+                    callback.end()
 
     def _refuse_used_folder(self, folder: str) -> None:
         # A trainer may train several times into its own folder.

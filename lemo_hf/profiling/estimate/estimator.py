@@ -23,6 +23,7 @@ from ...models.lemo_config import LemoConfig
 from .cards import FULL, GIB, Card, seconds
 from .model_shapes import checked_config, read_model_config
 from .offload import OffloadEstimate, off_device, plan_offload, stall_seconds
+from .offload_plan import OffloadPlan
 from .operator_cost import OperatorCost
 from .step_model import StepSettings
 from .step_trace import Parts, StepTrace, trace_step
@@ -157,8 +158,8 @@ class Estimator:
         """
         trace = self._trace(settings)
         offload = plan_offload(trace, settings.lemo_config, self.card)
-        moved = None if offload is None else offload.moved
-        parts, moment = max(_moments(trace, moved), key=lambda moment: moment[0].total())
+        plan = None if offload is None else offload.plan
+        parts, moment = max(_moments(trace, plan), key=lambda moment: moment[0].total())
         estimate = Estimate(
             model=self.model,
             layers=self.config.num_hidden_layers,
@@ -180,7 +181,7 @@ class Estimator:
         at_least = sum(_by_stretch(trace, lambda costs: seconds(costs, card, FULL)).values())
         if offload is not None:
             expected += offload.timeline.stall_seconds
-            at_least += stall_seconds(trace, offload.moved, card, FULL)
+            at_least += stall_seconds(trace, offload.plan, card, FULL)
         return replace(estimate, seconds=expected, seconds_at_least=at_least)
 
     def layer_costs(self, settings: StepSettings) -> list[LayerCost]:
@@ -305,12 +306,12 @@ def _slack(parts: Mapping[str, int], on_gpu: bool) -> int:
     return int(ALLOCATOR_SLACK * (sum(parts.values()) - resident)) if on_gpu else 0
 
 
-def _moments(trace: StepTrace, moved: list[int] | None = None) -> list[tuple[Parts, str]]:
+def _moments(trace: StepTrace, plan: OffloadPlan | None = None) -> list[tuple[Parts, str]]:
     """Bytes by part at the highest moment of every stretch of the whole model's step, and what runs then.
 
     Args:
         trace: The step.
-        moved: Bytes that each layer offloads.
+        plan: What the layers offload.
     """
     stretches, places = trace.stretches, trace.place_of_layer
     resident = trace.resident[-1].copy()
@@ -318,7 +319,7 @@ def _moments(trace: StepTrace, moved: list[int] | None = None) -> list[tuple[Par
         resident.update(trace.resident[place])
     resident["optimizer"] = 2 * resident["adapter"]  # AdamW's moments
     last = len(places) - 1
-    gone = off_device(trace, moved or [0] * len(places))
+    gone = off_device(trace, plan or OffloadPlan([0] * len(places), 1))
     none: Parts = Counter()
     walk = [("start", 0, "the embedding", none)]
     walk += [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...errors import LemoError
 from ...models.lemo_config import LemoConfig
 from .cards import ASSUMED, Card, Efficiency, read_bytes, seconds
-from .offload_plan import HostLink, LayerLoad, OffloadTimeline, hidden_bytes, sensitive_bytes, simulate, uniform_bytes
+from .offload_plan import HostLink, LayerLoad, OffloadPlan, OffloadTimeline, plan_bytes, simulate
 from .step_trace import Parts, StepTrace
 
 
@@ -16,13 +16,13 @@ class OffloadEstimate:
     """An offload as it is expected.
 
     Args:
-        moved: Bytes by layer.
+        plan: Bytes by layer, and how many layers' time a transfer has.
         saved_bytes: What all layers save.
         timeline: The step at the assumed efficiencies.
         link: Bandwidth of these.
     """
 
-    moved: list[int]
+    plan: OffloadPlan
     saved_bytes: float
     timeline: OffloadTimeline
     link: HostLink
@@ -44,18 +44,18 @@ def plan_offload(trace: StepTrace, lemo: LemoConfig | None, card: Card | None) -
     if card is None:
         raise LemoError(f"how much is offloaded depends on a card's times; offload={lemo.offload!r} without a card; add --gpu")
     loads, link = layer_loads(trace, card), _link(card, ASSUMED)
-    saved, hidden = [load.saved_bytes for load in loads], hidden_bytes(loads, link)
     budget = (
         None if lemo.offload_budget is None else math.inf if lemo.offload_budget == "all" else read_bytes(lemo.offload_budget)
     )
-    moved = (sensitive_bytes if lemo.offload == "sensitive" else uniform_bytes)(saved, hidden, budget)
-    return OffloadEstimate(moved, sum(saved), simulate(loads, moved, link, head_seconds(trace, card)), link)
+    plan = plan_bytes(lemo.offload, loads, link, budget)
+    timeline = simulate(loads, plan.moved, link, head_seconds(trace, card), plan.window)
+    return OffloadEstimate(plan, sum(load.saved_bytes for load in loads), timeline, link)
 
 
-def stall_seconds(trace: StepTrace, moved: list[int], card: Card, efficiency: Efficiency) -> float:
+def stall_seconds(trace: StepTrace, plan: OffloadPlan, card: Card, efficiency: Efficiency) -> float:
     """Seconds that computation waits for transfers."""
-    loads = layer_loads(trace, card, efficiency)
-    return simulate(loads, moved, _link(card, efficiency), head_seconds(trace, card, efficiency)).stall_seconds
+    loads, head = layer_loads(trace, card, efficiency), head_seconds(trace, card, efficiency)
+    return simulate(loads, plan.moved, _link(card, efficiency), head, plan.window).stall_seconds
 
 
 def layer_loads(trace: StepTrace, card: Card, efficiency: Efficiency = ASSUMED) -> list[LayerLoad]:
@@ -79,17 +79,17 @@ def left_behind(trace: StepTrace, place: int) -> Parts:
     return stretch.after - stretch.before
 
 
-def off_device(trace: StepTrace, moved: list[int]) -> list[Parts]:
+def off_device(trace: StepTrace, plan: OffloadPlan) -> list[Parts]:
     """What is off the device, by part, while each layer runs, forward or backward; the last entry is while the head runs.
 
-    A layer's bytes leave while the next one runs forward, and are back when that begins its backward.
+    A layer's bytes leave while the next ones run forward, as many as the window, and are back when the last of these begins its backward.
     """
-    gone: list[Parts] = [Counter(), Counter()]
-    for place, size in zip(trace.place_of_layer, moved, strict=True):
+    gone: list[Parts] = [Counter()] * (plan.window + 1)
+    for place, size in zip(trace.place_of_layer, plan.moved, strict=True):
         parts = left_behind(trace, place)
         share = size / max(parts.total(), 1)
         gone.append(gone[-1] + Counter({part: int(share * amount) for part, amount in parts.items()}))
-    return [*gone[: len(moved)], gone[-1]]
+    return [*gone[: len(plan.moved)], gone[-1]]
 
 
 def _link(card: Card, efficiency: Efficiency) -> HostLink:

@@ -1,21 +1,32 @@
 """How many bytes each layer offloads, and what that costs: pure arithmetic, for the run that offloads and for the estimate.
 
-Layer l saves s_l bytes, runs f_l seconds forward and g_l backward; a host link carries W bytes a second. A run (training/sensitive_offload.py)
-gives a transfer the time of one layer: what layer l moves leaves while layer l + 1 runs forward, and comes back while l + 1 runs backward.
-So it hides if it is at most
+Layer l saves s_l bytes, runs f_l seconds forward and g_l backward; a host link carries W bytes a second, first come, first served. A run
+(training/sensitive_offload.py) gives a transfer the time of k layers, the window: what layer l moves leaves while layers l + 1 to l + k run
+forward, and comes back while these run backward. So the transfers x hide if for all i <= j
 
-    c_l = min(W_to_host f_{l+1}, W_to_device g_{l+1}),          nothing for the last layer, whose backward comes first,
+    x_i + ... + x_j <= min(W_to_host (f_{i+1} + ... + f_{j+k}), W_to_device (g_{i+1} + ... + g_{j+k})),
 
-and on the device are, of what layers saved, at most  max over l of (s_0 + ... + s_l) - (x_0 + ... + x_{l-2}).
+where layers above the last take no time: nothing of the last one hides, its backward comes first. On the device are, of what layers saved,
+at most  max over l of (s_0 + ... + s_l) - (x_0 + ... + x_{l-k-1}).
 
-Both modes move x_l with a given sum X. `uniform`: x_l = min(s_l, u), the same bytes for every layer. `sensitive`: x_l = min(s_l, a c_l). Saved bytes
-and times follow a layer's kept share, and so do its bytes. Stalls sum to at least (X - sum of min(s_l, c_l)) / W whatever x is; with the second
-rule no layer exceeds c_l before every layer is at min(s_l, c_l), so it attains that.
+h, which takes of each layer in order as much as what was taken before leaves room for, has the largest sum over the first layers that
+hides, whichever number of layers that is; so no x that hides has a lower peak under the same window. A wider window evens out layers
+that are short of time and ones that have too much, and leaves more of them on the device: `plan_bytes` tries k up to 4.
+
+Both modes move x_l with a given sum X. `uniform`: x_l = min(s_l, u), the same bytes for every layer, k = 1. `sensitive`: x_l = min(s_l, a h_l). Saved
+bytes and times follow a layer's kept share, and so do its bytes. Stalls sum to at least (X - sum of h) / W whatever x is; with the
+second rule no layer exceeds h_l before every layer is at h_l.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+# Most layers whose time a transfer has. Wider ones won nothing that was not lost to the peak (benchmarks/sensitive_offload.py).
+WIDEST = 4
+# By what share a wider one has to be better.
+_CLEARLY = 0.01
 
 
 @dataclass(frozen=True)
@@ -44,15 +55,30 @@ class LayerLoad:
     backward_seconds: float
 
 
-def hidden_bytes(layers: Sequence[LayerLoad], link: HostLink) -> list[float]:
-    """By layer the most bytes whose transfers hide behind the computation of the next one; 0 for the last."""
-    return [min(link.to_host * after.forward_seconds, link.to_device * after.backward_seconds) for after in layers[1:]] + [
-        0.0
-    ] * bool(layers)
+def hidden_bytes(layers: Sequence[LayerLoad], link: HostLink, window: int = 1) -> list[float]:
+    """By layer the bytes whose transfers hide, of the lower layers always the most; 0 for the last.
+
+    Args:
+        layers: From the first to the last.
+        link: Bandwidth.
+        window: Layers whose time a transfer has.
+    """
+    speeds = link.to_host, link.to_device
+    # Forward, and backward as seen from the end of the step, which is the same.
+    times = [(layer.forward_seconds, layer.backward_seconds) for layer in layers]
+    behind = [0.0, 0.0]  # seconds that the transfers of lower layers still take as this one's may begin
+    found = []
+    for place, layer in enumerate(layers):
+        behind = [max(0.0, late - own) for late, own in zip(behind, times[place], strict=True)]
+        beside = [sum(way) for way in zip((0.0, 0.0), *times[place + 1 : place + 1 + window], strict=True)]
+        room = [speed * (time - late) for speed, time, late in zip(speeds, beside, behind, strict=True)]
+        found.append(max(0.0, min(layer.saved_bytes, *room)))
+        behind = [late + found[-1] / speed for late, speed in zip(behind, speeds, strict=True)]
+    return found
 
 
 def sensitive_bytes(saved: Sequence[float], hidden: Sequence[float], total: float | None = None) -> list[int]:
-    """Bytes by layer, in proportion to what hides behind the next layer: no stall before everything that hides has been moved.
+    """Bytes by layer, in proportion to what hides: no stall before everything that hides has been moved.
 
     Args:
         saved: Bytes that each layer saves.
@@ -106,6 +132,42 @@ def _factor(saved: Sequence[float], weights: Sequence[float], total: float) -> f
 
 
 @dataclass(frozen=True)
+class OffloadPlan:
+    """What each layer moves.
+
+    Args:
+        moved: Bytes by layer.
+        window: Layers whose time a transfer has.
+    """
+
+    moved: list[int]
+    window: int
+
+
+def plan_bytes(
+    mode: Literal["uniform", "sensitive"], layers: Sequence[LayerLoad], link: HostLink, total: float | None = None
+) -> OffloadPlan:
+    """The bytes of each layer and, in the sensitive mode, the window: that with the fewest bytes which are on the device at the peak
+    or are moved beyond what hides, if they are clearly fewer than with a smaller one.
+
+    Args:
+        mode: As `LemoConfig.offload`.
+        layers, link: As in [`hidden_bytes`].
+        total: Sum of the bytes; `None`: all that hides; infinite: all that layers save.
+    """
+    saved = [layer.saved_bytes for layer in layers]
+    if mode == "uniform":
+        return OffloadPlan(uniform_bytes(saved, hidden_bytes(layers, link), total), 1)
+    best, fewest = OffloadPlan([], 1), math.inf
+    for window in range(1, WIDEST + 1):
+        moved = sensitive_bytes(saved, most := hidden_bytes(layers, link, window), total)
+        bytes_left = max(0.0, sum(moved) - sum(most)) + peak_on_device(saved, moved, window)
+        if window == 1 or bytes_left < (1 - _CLEARLY) * fewest:
+            best, fewest = OffloadPlan(moved, window), bytes_left
+    return best
+
+
+@dataclass(frozen=True)
 class OffloadTimeline:
     """What a step with offload comes to.
 
@@ -129,51 +191,55 @@ class OffloadTimeline:
         return 1 - self.stall_seconds / self.transfer_seconds if self.transfer_seconds else 1.0
 
 
-def simulate(layers: Sequence[LayerLoad], moved: Sequence[float], link: HostLink, head_seconds: float = 0.0) -> OffloadTimeline:
+def simulate(
+    layers: Sequence[LayerLoad], moved: Sequence[float], link: HostLink, head_seconds: float = 0.0, window: int = 1
+) -> OffloadTimeline:
     """Runs a step's events, with transfers one after the other on a stream of their own; no clock, no device.
 
-    A layer's bytes can leave when it has ended. When the next one has ended computation waits until they have left, and before the head
-    for all. As a layer's backward begins, those of the layer below are sent for.
+    A layer's bytes can leave when it has ended. When `window` more have ended computation waits until they have left, and before the
+    head for all. As a layer's backward begins, those of as many layers below are sent for.
 
     Args:
         layers: From the first to the last.
         moved: Bytes that each moves.
         link: Bandwidth.
         head_seconds: From the last layer's forward to its backward.
+        window: Layers whose time a transfer has.
     """
     now = free = waited = 0.0
     gone: list[float] = []
     for place, (layer, size) in enumerate(zip(layers, moved, strict=True)):
         now += layer.forward_seconds
-        before = gone[place - 1] if place else 0.0
+        before = gone[place - window] if place >= window else 0.0
         waited, now = waited + max(0.0, before - now), max(now, before)
-        # The stall is that of the layer before: this one's bytes may leave once it has ended.
+        # The stall is that of a layer before: this one's bytes may leave once it has ended.
         free = max(free, now) + size / link.to_host
         gone.append(free)
     if gone:
         waited, now = waited + max(0.0, gone[-1] - now), max(now, gone[-1])
     now += head_seconds
-    back = [0.0] * len(layers)
+    back: dict[int, float] = {}
     for place in range(len(layers) - 1, -1, -1):
-        for wanted in (place, place - 1):
-            if wanted == len(layers) - 1 or 0 <= wanted < place:
+        for wanted in range(place, max(place - window, 0) - 1, -1):
+            if wanted not in back:
                 free = max(free, now) + moved[wanted] / link.to_device
                 back[wanted] = free
         waited, now = waited + max(0.0, back[place] - now), max(now, back[place])
         now += layers[place].backward_seconds
     transfers = sum(moved) / link.to_host + sum(moved) / link.to_device
-    return OffloadTimeline(now, waited, transfers, peak_on_device([layer.saved_bytes for layer in layers], moved), sum(moved))
+    peak = peak_on_device([layer.saved_bytes for layer in layers], moved, window)
+    return OffloadTimeline(now, waited, transfers, peak, sum(moved))
 
 
-def peak_on_device(saved: Sequence[float], moved: Sequence[float]) -> float:
-    """The most of what layers saved that is on the device at one time, bytes: two layers' transfers are under way at any."""
+def peak_on_device(saved: Sequence[float], moved: Sequence[float], window: int = 1) -> float:
+    """The most of what layers saved that is on the device at one time, bytes: `window` + 1 layers' transfers are under way at any."""
     return max(
-        (sum(saved[: place + 1]) - sum(moved[: max(0, place - 1)]) for place in range(len(saved))),
+        (sum(saved[: place + 1]) - sum(moved[: max(0, place - window)]) for place in range(len(saved))),
         default=0.0,
     )
 
 
-def uniform_at_peak(saved: Sequence[float], hidden: Sequence[float], peak: float) -> list[int]:
+def uniform_at_peak(saved: Sequence[float], hidden: Sequence[float], peak: float, window: int = 1) -> list[int]:
     """The least that uniform offload moves so that no more than `peak` bytes of what layers saved are on the device at one time.
 
     Everything, where even that leaves more; arguments as in [`sensitive_bytes`].
@@ -181,7 +247,7 @@ def uniform_at_peak(saved: Sequence[float], hidden: Sequence[float], peak: float
     low, high = 0.0, float(sum(saved))
     while high - low > max(1.0, 1e-6 * high):
         middle = (low + high) / 2
-        if peak_on_device(saved, uniform_bytes(saved, hidden, middle)) <= peak:
+        if peak_on_device(saved, uniform_bytes(saved, hidden, middle), window) <= peak:
             high = middle
         else:
             low = middle

@@ -102,7 +102,7 @@ def table(estimate: Estimate, outlook: Outlook | None = None) -> str:
             f"({ASSUMED.source}); at least {estimate.seconds_at_least:.2f} s"
         )
     if (offload := estimate.offload) is not None:
-        moved, timeline = sum(offload.moved), offload.timeline
+        moved, timeline = sum(offload.plan.moved), offload.timeline
         lines.append(
             f"offload: {moved / GIB:.1f} of {offload.saved_bytes / GIB:.1f} GiB that layers save go to host memory and back at "
             f"{offload.link.to_host / 1e9:.0f} GB/s (assumed); {timeline.overlap:.0%} of the transfers' {timeline.transfer_seconds:.2f} s "

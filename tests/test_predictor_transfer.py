@@ -1,6 +1,7 @@
 """Predictors on other lengths and other text than they were fitted on: the benchmark's parts, and what a run says about it."""
 
 import dataclasses
+import json
 import logging
 from types import SimpleNamespace
 
@@ -131,6 +132,47 @@ def test_pruning_shrinks_and_reports_what_is_left(kind):
     assert found["sizes"] == [predictor.sizes for predictor in predictors]
     assert found["recall"] == pytest.approx(zeroed["recall"], abs=0.02)
     assert found["chance"] == before["chance"]
+
+
+class Counted(predictor_transfer.Transfer):
+    """Measures nothing, and says what it was asked for."""
+
+    asked: list[str] = []
+
+    def __init__(self, kind, *given):
+        self.kind, self.fits = kind, {4096: None}
+
+    def measure(self, result, section, name):
+        self.asked.append(f"{section} {name}")
+        found = result[section].setdefault("fitted at 4096", {}) if section == "lengths" else result[section]
+        found[name] = {"recall": len(self.asked)}
+
+
+def test_parts_that_a_result_has_are_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(predictor_transfer, "Transfer", Counted)
+    monkeypatch.setattr(predictor_transfer, "parameter_share", lambda backbone: 0.04)
+    monkeypatch.setattr(Counted, "asked", [])
+    output = tmp_path / "predictor_transfer_max--any.json"
+
+    def asked_for(*more):
+        Counted.asked.clear()
+        predictor_transfer.main(["--kinds", "max", "--output", str(tmp_path), *more])
+        return Counted.asked, json.loads(output.read_text())
+
+    parts, first = asked_for("--lengths", "1024")
+    assert len(parts) == 7
+    assert "continued" not in first
+    del first["text"]["JSON"]
+    output.write_text(json.dumps(first))
+    parts, second = asked_for("--lengths", "1024", "4096")
+    assert parts == ["lengths 4096", "text JSON"]
+    assert [(run["parts"], "commit" in run) for run in second["continued"]] == [(parts, True)]
+    assert second["text"].items() > first["text"].items()
+    assert second["pruning"] == first["pruning"]
+    assert asked_for("--lengths", "1024", "4096") == ([], second)
+    parts, other = asked_for("--lengths", "1024", "--features", "8")
+    assert len(parts) == 7, "another config is another result"
+    assert "continued" not in other
 
 
 def test_other_text_is_read_without_duplicates(tmp_path, monkeypatch):

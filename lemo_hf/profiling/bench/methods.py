@@ -116,6 +116,18 @@ METHODS = {
         BenchMethod(
             "lemo-sparse-blocks-rows", "LeMo sparse, block-sparse, kept-row checkpointing", "lemo", lemo=_SPARSE | _BLOCKS | _ROWS
         ),
+        BenchMethod(
+            "lemo-sparse-nearby-groups-rows",
+            "LeMo sparse, dropped tokens see 128, shifted groups, kept-row checkpointing",
+            "lemo",
+            lemo=_SPARSE | _NEARBY | _GROUPS | _ROWS,
+        ),
+        BenchMethod(
+            "lemo-sparse-nearby-blocks-rows",
+            "LeMo sparse, dropped tokens see 128, block-sparse, kept-row checkpointing",
+            "lemo",
+            lemo=_SPARSE | _NEARBY | _BLOCKS | _ROWS,
+        ),
         BenchMethod("lemo-sparse-offload", "LeMo sparse, offload", "lemo", lemo=_SPARSE, offload=True),
         BenchMethod("lemo-sparse-uniform-offload", "LeMo sparse, uniform offload", "lemo", lemo=_SPARSE | {"offload": "uniform"}),
         BenchMethod(

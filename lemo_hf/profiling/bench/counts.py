@@ -25,10 +25,11 @@ def counted_step(estimator: Estimator, settings: StepSettings) -> dict[str, Any]
 
     Returns:
         `estimated_bytes` of tensors alive at the highest moment, its parts and moment; `saved_bytes` for backward, by part and by
-        layer; `flops`.
+        layer; `flops`; with a card its `estimated_seconds`, and those `estimated_seconds_at_least`.
     """
     estimate = estimator.estimate(settings)
-    return {
+    times = {"estimated_seconds": estimate.seconds, "estimated_seconds_at_least": estimate.seconds_at_least}
+    return (times if estimate.card is not None else {}) | {
         "settings": asdict(settings),
         "estimated_bytes": estimate.live_bytes,
         "estimated_parts": estimate.parts,

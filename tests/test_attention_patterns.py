@@ -27,8 +27,8 @@ from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.models.two_dimensional_sparsity import (
     ShiftedGroups,
     choose_pairs,
+    group_beyond,
     pair_counts,
-    require_groups_within,
 )
 from lemo_hf.profiling.bench.counts import saved_on_fake_tensors
 from lemo_hf.profiling.bench.methods import choose_methods
@@ -172,22 +172,41 @@ def test_a_list_must_name_every_layer():
         config.validate_for(3)
 
 
-def test_a_group_larger_than_the_document_is_refused():
-    def model():
-        return pattern_model(attention_pattern="shifted_groups", group_size=60)
+def test_documents_that_fill_no_group_are_one_group_in_whichever_batch():
+    """The first batch of a run says nothing of the next ones, and the longest document of one nothing of the others."""
+    groups = {"attention_pattern": "shifted_groups", "group_size": 60}
+    short, mixed = (
+        place([random_tokens(length, length) for length in lengths], "left").batch for lengths in ([90, 30], [130, 90])
+    )
+    trained = pattern_model(**groups)
+    for batch, same in ((short, True), (mixed, False), (short, True)):
+        sparse_backbone(trained).lemo_draw = 0
+        got_loss, got = loss_and_gradients(trained, batch)
+        loss, grads = loss_and_gradients(pattern_model(), batch)
+        if same:
+            torch.testing.assert_close(got_loss, loss)
+            assert_close_gradients(got, grads)
+        assert torch.isclose(got_loss, loss) == same
 
-    short, long = random_tokens(90, 1)[None], random_tokens(130, 2)[None]
-    with pytest.raises(
-        LemoConfigError, match="the longest has 90 tokens, of which a layer keeps 42; got group_size=60; set it to 11"
-    ):
-        model()(input_ids=short)
-    trained = model()
-    trained(input_ids=long)
-    trained(input_ids=short)  # one short batch among longer ones is one group, and no mistake
-    config = LemoConfig(attention_forward="sparse", attention_pattern="shifted_groups", group_size=60, selection="threshold")
-    require_groups_within(config, 90, 2)
-    with pytest.raises(LemoConfigError, match="of which a layer keeps 50"):
-        require_groups_within(config, 50, 2)
+
+def test_a_group_that_no_document_fills_is_named():
+    config = LemoConfig(attention_forward="sparse", attention_pattern="shifted_groups", group_size=60, block_size=8)
+    assert group_beyond(config, [90, 130], 2) is None
+    said = group_beyond(config, [40, 90], 2)
+    assert said == (
+        "group_size is larger than the document: of 2 looked at a layer keeps 42 tokens at most, of one with 90; "
+        "got group_size=60; set it to 11, or leave it out for a quarter of each document"
+    )
+    # 17 blocks keep 9, and 18 too, of which the last holds one token.
+    config.update(group_size=72)
+    assert group_beyond(config, [136, 137], 2) is None
+    assert "keeps 65 tokens" in group_beyond(config, [137], 2)
+    config.update(selection="threshold")
+    assert group_beyond(config, [72], 2) is None
+    assert "keeps 50 tokens" in group_beyond(config, [50], 2)
+    assert group_beyond(config, [], 2) is None
+    config.update(attention_pattern=["full", "shifted_groups"], dense_layers=[1])
+    assert group_beyond(config, [50], 2) is None
 
 
 PROFILED = AutoConfig.for_model(
@@ -268,7 +287,7 @@ def test_a_run_fits_predictors_for_its_pattern_alone_and_its_tail_attends_to_all
 def test_a_run_is_refused_at_its_start_where_no_document_fills_a_group(tmp_path):
     lemo = {"selection": "sampled", "attention_forward": "sparse", "attention_pattern": "shifted_groups", "group_size": 90}
     with pytest.raises(
-        LemoConfigError, match="the longest has 96 tokens, of which a layer keeps 48; got group_size=90; set it to 12"
+        LemoConfigError, match="of 24 looked at a layer keeps 48 tokens at most, of one with 96; got group_size=90; set"
     ):
         tiny_trainer(tmp_path, lemo).train()
 

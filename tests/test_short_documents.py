@@ -7,6 +7,7 @@ from transformers import default_data_collator
 
 from lemo_hf import LemoConfig
 from lemo_hf.errors import LemoError
+from lemo_hf.models.lemo_config import LemoConfigError
 from lemo_hf.training.phases.phase_documents import PhaseDocuments, require_blocks
 
 
@@ -63,3 +64,26 @@ def test_of_a_stream_more_is_read_only_while_all_is_short():
         documents = PhaseDocuments(samples, default_data_collator, seed=0, probes=1, profile=4)
         require_blocks(documents, LemoConfig(block_size=8), 2)
         assert len(documents._read) == read
+
+
+def test_a_group_is_refused_if_none_of_many_documents_fills_it(caplog):
+    """Looked at are up to 512 samples or all; of fewer, because a collator changes their lengths, it is said only."""
+    fields = {"attention_forward": "sparse", "attention_pattern": "shifted_groups", "block_size": 8, "keep_ratio": 0.5}
+    lemo = LemoConfig(**fields, group_size=40)
+    order = PhaseDocuments(Lengths([0] * 300), default_data_collator, seed=0)._order
+
+    def look(long_place, collate=default_data_collator):
+        lengths = [96 if order.index(index) == long_place else 64 for index in range(300)]
+        documents = PhaseDocuments(Lengths(lengths), collate, seed=0, probes=1, profile=4)
+        with caplog.at_level("WARNING", logger="lemo_hf"):
+            require_blocks(documents, lemo, 2)
+
+    look(250)
+    assert caplog.text == ""
+    with pytest.raises(
+        LemoConfigError, match="of 300 looked at a layer keeps 32 tokens at most, of one with 64; got group_size=40; set it to 8"
+    ):
+        look(None)
+    look(250, lambda samples: {name: tokens[:, :56] for name, tokens in default_data_collator(samples).items()})
+    assert "of 5 looked at a layer keeps 32 tokens at most, of one with 56" in caplog.text
+    assert "documents that fill no group attend to all that they keep" in caplog.text

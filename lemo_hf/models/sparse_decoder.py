@@ -29,7 +29,6 @@ from .lemo_config import LemoConfig, LemoConfigError
 from .pooled_predictor import layer_predictor
 from .sparse_batch import SparseBatch as SparseBatch  # part of what this module offers
 from .token_elimination import Selection, choose_blocks, keep_everything
-from .two_dimensional_sparsity import require_groups_within
 
 
 class SparseDecoderLayer(BlockScoring):
@@ -128,8 +127,6 @@ class SparseBackbone:
     # By layer the share of rows that the last sparse forward kept, in [0, 1], for logging; numbers only, so that no tensor of
     # a batch outlives its step.
     lemo_kept_shares: tuple[float, ...] = ()
-    # Whether a document was seen that fills a group of the attention pattern: later batches may hold short ones only.
-    lemo_groups_fit = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -149,9 +146,6 @@ class SparseBackbone:
         if active:
             self._refuse_unsupported(kwargs)
             documents = self._documents(input_ids, attention_mask, kwargs)
-            if lemo.group_size is not None and not self.lemo_groups_fit and documents.lengths:
-                require_groups_within(lemo, max(documents.lengths), self.config.num_hidden_layers)
-                self.lemo_groups_fit = True
         elif lemo.enabled and not self.training and kwargs.get("past_key_values") is None:
             documents = self._packed_documents(input_ids, attention_mask, kwargs)
         if documents is None:

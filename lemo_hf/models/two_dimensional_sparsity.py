@@ -67,29 +67,41 @@ class ShiftedGroups:
 AttentionPattern = ShiftedGroups | BlockPairs
 
 
-def require_groups_within(config: LemoConfig, longest: int, num_layers: int) -> None:
-    """Refuses a group that no document fills: attention would be what it is without a pattern.
+def kept_for_groups(config: LemoConfig, tokens: int, num_layers: int) -> int | None:
+    """The most rows that a layer in groups of a set size keeps of a document; `None` if there is no such layer.
+
+    A document that keeps fewer than `group_size` is one group: plain attention, no mistake. If every document is, the pattern is none.
 
     Args:
         config: The model's `LemoConfig`.
-        longest: Tokens of the longest document.
+        tokens: The document's.
         num_layers: Layers of the model.
-
-    Raises:
-        LemoConfigError: If `group_size` is more than the rows that a layer with this pattern keeps of the document.
     """
     layers = [layer for layer in range(num_layers) if config.pattern_of(layer, num_layers) == "shifted_groups"]
-    if config.group_size is None or not layers or not longest:
-        return
+    if config.group_size is None or not layers:
+        return None
     # What thresholds keep depends on the text.
     share = 1.0 if config.selection == "threshold" else max(map(config.ratio_of, layers))
-    blocks = -(-longest // config.block_size)
-    kept = longest - (blocks - kept_block_count(blocks, share)) * config.block_size
-    if config.group_size > kept:
-        raise LemoConfigError(
-            f"group_size is larger than the document: the longest has {longest} tokens, of which a layer keeps {kept}; "
-            f"got group_size={config.group_size}; set it to {max(2, -(-kept // _GROUPS))}, or leave it out for a quarter of each document"
-        )
+    blocks = -(-tokens // config.block_size)
+    return tokens - (blocks - kept_block_count(blocks, share)) * config.block_size
+
+
+def group_beyond(config: LemoConfig, lengths: list[int], num_layers: int) -> str | None:
+    """What to say of a group that none of the documents fills; `None` if one does, or groups have no set size.
+
+    Args:
+        config: The model's `LemoConfig`.
+        lengths: Tokens of the documents.
+        num_layers: Layers of the model.
+    """
+    # Of two documents the longer one may keep fewer rows: its last block is kept, however short.
+    most, tokens = max(((kept_for_groups(config, length, num_layers) or 0, length) for length in lengths), default=(0, 0))
+    if config.group_size is None or not most or config.group_size <= most:
+        return None
+    return (
+        f"group_size is larger than the document: of {len(lengths)} looked at a layer keeps {most} tokens at most, of one with {tokens}; "
+        f"got group_size={config.group_size}; set it to {max(2, -(-most // _GROUPS))}, or leave it out for a quarter of each document"
+    )
 
 
 def pair_counts(blocks: int, share: float) -> list[int]:

@@ -12,9 +12,9 @@ from torch.utils.data import IterableDataset
 
 from ...errors import LemoError
 from ...evaluation.layer_scores import backbone_inputs, documents_of
-from ...models.lemo_config import LemoConfig
+from ...models.lemo_config import LemoConfig, LemoConfigError
 from ...models.token_elimination import kept_block_count
-from ...models.two_dimensional_sparsity import require_groups_within
+from ...models.two_dimensional_sparsity import group_beyond, kept_for_groups
 from ..scale_out.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -125,16 +125,17 @@ class PhaseDocuments:
                 "or leave dispatch_batches=False out"
             )
 
-    def stated_lengths(self, least: int, enough: int) -> list[int]:
+    def stated_lengths(self, least: int, enough: Callable[[int], bool]) -> list[int]:
         """Tokens of the first documents as the samples' `input_ids` have them, not collated; none if a sample does not say.
 
         Looked at are `least` of a stream and some more of a training set that is at hand, and while none has `enough` tokens, many.
         """
         lengths: list[int] = []
+        found = False
         with untouched_randomness():
             while len(lengths) < _MOST_LOOKED_AT:
                 wanted = least if self._stream is not None else max(least, _LOOKED_AT)
-                if len(lengths) >= wanted and max(lengths) >= enough:
+                if len(lengths) >= wanted and found:
                     break
                 if self.count(len(lengths) + 1) == len(lengths):
                     break
@@ -144,6 +145,7 @@ class PhaseDocuments:
                     return []
                 mask = sample.get("attention_mask")
                 lengths.append(len(tokens) if mask is None else int(np.count_nonzero(mask)))
+                found = found or enough(lengths[-1])
         return lengths
 
     def _sample(self, place: int) -> Any:
@@ -191,12 +193,15 @@ def require_blocks(documents: PhaseDocuments, lemo: LemoConfig, num_layers: int)
 
     Raises:
         LemoError: If every document that is looked at is shorter than a block.
-        LemoConfigError: If none fills a group of the attention pattern.
+        LemoConfigError: If none of many, or of all, fills a group of the attention pattern.
     """
     chosen = [layer for layer in range(num_layers) if not lemo.is_dense(layer, num_layers)]
-    lengths = _lengths(documents, lemo.block_size)
+    lengths = _lengths(documents, lemo, num_layers)
     longest = max(lengths, default=0)
-    require_groups_within(lemo, longest, num_layers)
+    if (beyond := group_beyond(lemo, lengths, num_layers)) is not None:
+        if len(lengths) >= documents.count(_MOST_LOOKED_AT):
+            raise LemoConfigError(beyond)
+        logger.warning("%s; documents that fill no group attend to all that they keep", beyond)
     if not longest or not chosen:
         return
     if longest < lemo.block_size:
@@ -226,14 +231,19 @@ def require_blocks(documents: PhaseDocuments, lemo: LemoConfig, num_layers: int)
         )
 
 
-def _lengths(documents: PhaseDocuments, block_size: int) -> list[int]:
+def _lengths(documents: PhaseDocuments, lemo: LemoConfig, num_layers: int) -> list[int]:
     """Tokens of documents, several per sample where samples are packed: of many samples, if they give it without being collated.
 
     What a sample's `input_ids` say is believed if it is what the collator made of those that the phases read: it may cut or pack.
     """
     cpu = torch.device("cpu")
     batches = [*documents.probes(), *documents.profile()]
-    collated = [documents_of(backbone_inputs(batch, cpu), block_size).lengths for batch in batches]
+    collated = [documents_of(backbone_inputs(batch, cpu), lemo.block_size).lengths for batch in batches]
     drawn = [length for lengths in collated for length in lengths]
-    stated = documents.stated_lengths(len(batches), block_size)
+
+    def enough(tokens: int) -> bool:
+        kept = kept_for_groups(lemo, tokens, num_layers)
+        return tokens >= lemo.block_size and (kept is None or lemo.group_size is None or kept >= lemo.group_size)
+
+    stated = documents.stated_lengths(len(batches), enough)
     return stated if stated[: len(drawn)] == drawn else drawn

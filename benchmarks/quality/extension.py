@@ -197,7 +197,7 @@ def run_arm(arm: Arm, setting: Setting, seed: int, texts: Texts, out: Path) -> d
     def at_equal_time(phase_seconds: float) -> int:
         nonlocal phase_steps
         assert cost is not None
-        phase_steps = phase_seconds / cost["stock_seconds"] if reads_predictors(arm) else 0.0
+        phase_steps = phase_seconds / (cost["stock_seconds"] * setting.accumulation) if reads_predictors(arm) else 0.0
         return steps_at_equal_time(steps, cost["mean_time_ratio"], phase_steps)
 
     if cost is None:
@@ -292,6 +292,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--schedule", choices=SCHEDULES, default=Setting.schedule, help="(default: %(default)s)")
     parser.add_argument("--sizes", choices=SIZES, default=Setting.sizes, help="how much is measured (default: %(default)s)")
     parser.add_argument("--text", choices=TEXTS, default=Setting.text, help="trained on and measured (default: %(default)s)")
+    parser.add_argument("--accumulation", type=int, default=Setting.accumulation, help="rows of a step (default: %(default)s)")
     parser.add_argument("--predictors", help="folder with predictors to start from, for arms that read any")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no arm that would likely end later than this")
     args = parser.parse_args(given)
@@ -299,7 +300,10 @@ def main(given: list[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(args.base)
-        same = {name: getattr(args, name) for name in ("steps", "learning_rate", "schedule", "sizes", "predictors", "text")}
+        same = {
+            name: getattr(args, name)
+            for name in ("steps", "learning_rate", "schedule", "sizes", "predictors", "text", "accumulation")
+        }
         setting = Setting(base=args.base, tokens=args.tokens or 4 * config.max_position_embeddings, **same)
         listed = in_order(args.arms, args.seeds, all_arms(config.num_hidden_layers))
         texts = lazily(lambda: Rows(AutoTokenizer.from_pretrained(args.base), setting))

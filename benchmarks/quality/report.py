@@ -68,7 +68,7 @@ def main_settings(results: Results) -> Iterator[tuple[Mapping[str, Any], Mapping
     """Of each result, text and number of steps the setting of the most runs; other rates and schedules have a table of their own."""
     shown = set()
     for result, setting in settings_of(results):
-        of = (id(result), *(setting["setting"][name] for name in ("steps", "tokens", "text")))
+        of = (id(result), *(setting["setting"][name] for name in ("steps", "tokens", "text", "accumulation")))
         if of not in shown:
             shown.add(of)
             yield result, setting
@@ -80,11 +80,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def steps_of(setting: Mapping[str, Any]) -> str:
+    """Steps and, where they are several, the rows of a step."""
+    rows = setting["accumulation"]
+    return f"{setting['steps']} steps" + ("" if rows == 1 else f" of {rows} rows")
+
+
 def of_setting(result: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
     """What a table's figures were made with."""
     of, seeds = setting["setting"], max(len(arm["seeds"]) for arm in setting["arms"].values())
     return (
-        f"{of['text']}, {of['tokens']} tokens, base {Path(of['base']).name}, {of['steps']} steps of stock, {of['schedule']} rate {of['learning_rate']:g}, "
+        f"{of['text']}, {of['tokens']} tokens, base {Path(of['base']).name}, {steps_of(of)} of stock, {of['schedule']} rate {of['learning_rate']:g}, "
         f"LoRA r={of['rank']}, {'bfloat16 autocast' if of['mixed'] else 'float32'}, up to {seeds} seeds; {source(result)}"
     )
 
@@ -257,7 +263,7 @@ def goals_table(results: Results) -> str:
                 word += ", one seed"
             name = f"{arm}, {point.replace('_', ' ')}, {measure.replace('_loss', ', loss of the answers')}"
             about = setting["setting"]
-            of = f"{about['text']}, {about['steps']} steps, {about['schedule']} rate, {result['machine'].get('gpu') or 'CPU'}"
+            of = f"{about['text']}, {steps_of(about)}, {about['schedule']} rate, {result['machine'].get('gpu') or 'CPU'}"
             rows.append([name, of, goal, difference(found, unit), word])
     return table(("goal", "setting", "against stock", "measured", ""), rows) if rows else NONE
 
@@ -271,7 +277,7 @@ def settings_table(results: Results) -> str:
             arm = setting["arms"].get(name)
             if arm is not None:
                 point = arm["points"][EQUAL_STEPS]
-                about = [name, of["text"], f"{of['schedule']} {of['learning_rate']:g}", str(of["steps"]), str(len(arm["seeds"]))]
+                about = [name, of["text"], f"{of['schedule']} {of['learning_rate']:g}", steps_of(of), str(len(arm["seeds"]))]
                 versus = "-" if name == "stock" else difference(point["versus_stock"].get("perplexity"))
                 rows.append([*about, number(point["perplexity"]), versus])
     head = ("arm", "text", "rate", "steps", "seeds", "perplexity", "against stock of the same rate")

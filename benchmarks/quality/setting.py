@@ -36,6 +36,7 @@ class Setting:
         predictor_documents: Documents that they are fitted on before the first step.
         mixed: Whether training runs under bfloat16 autocast; weights and adapters are float32 in any case.
         text: What is trained on and measured: a name of `rows.TEXTS`.
+        accumulation: Rows of a step, one after the other.
     """
 
     base: str
@@ -51,12 +52,14 @@ class Setting:
     predictor_documents: int = 8
     mixed: bool = True
     text: str = "python"
+    accumulation: int = 1
 
     @property
     def name(self) -> str:
         """What result files of the setting are called by."""
         of = f"{self.tokens}t-{self.steps}s-{self.schedule}-{self.learning_rate:g}-{self.sizes}"
-        return of if self.text == "python" else f"{of}-{self.text}"
+        of += "" if self.text == "python" else f"-{self.text}"
+        return of if self.accumulation == 1 else f"{of}-{self.accumulation}x"
 
 
 def device_here() -> torch.device:
@@ -101,6 +104,7 @@ def arguments(arm: Arm, setting: Setting, seed: int, folder: str, steps: int) ->
     common: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": setting.accumulation,
         "max_steps": steps,
         "learning_rate": setting.learning_rate,
         "lr_scheduler_type": SCHEDULES[setting.schedule],

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lemo_hf.models import nearby_attention as nearby_reference
 from lemo_hf.models import token_informativeness
+from lemo_hf.models.documents import find_documents
 from lemo_hf.models.kernel_switch import kernel_mode
+from lemo_hf.models.token_elimination import selection_of_blocks
 
 
 @dataclass(frozen=True)
@@ -258,10 +261,29 @@ def attention(setting: Setting) -> Case:
     return Case(partial(both_ways, "triton"), sdpa, flops=flops, others=others, compiles=False)
 
 
+def nearby_attention(setting: Setting) -> Case:
+    """Attention of dropped rows to the 128 tokens before them, against the formula's gathered keys."""
+    documents = find_documents(1, setting.rows, setting.block_size, setting.device)
+    marks = torch.zeros(sum(documents.block_counts), dtype=torch.bool, device=setting.device)
+    selection = selection_of_blocks(marks.index_fill_(0, setting.kept_rows()[0] // setting.block_size, True), documents)
+    rest = selection.real_rest.numel()
+    query = setting.random(rest, setting.heads, setting.head_dim)
+    key, value = (setting.random(setting.rows, setting.key_heads, setting.head_dim) for _ in range(2))
+    scope = nearby_reference.NearbyScope(selection, documents, setting.head_dim**-0.5, 128)
+
+    def attended(mode: Any) -> list[Tensor]:
+        with kernel_mode(mode):
+            return [nearby_reference.attend_nearby(query, key, value, scope)]
+
+    flops = 4 * rest * min(128, setting.rows) * setting.heads * setting.head_dim
+    return Case(partial(attended, "kernels"), partial(attended, "reference"), flops=flops, compiles=False)
+
+
 CASES: dict[str, Callable[[Setting], Case]] = {
     builder.__name__: builder
     for builder in (
         gather_norm, gather_norm_backward, rotary, scatter_add, take_and_merge, block_scores, loss, attention,
+        nearby_attention,
     )
 }  # fmt: skip
 

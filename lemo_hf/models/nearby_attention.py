@@ -3,9 +3,10 @@
 A dropped token attends to the `width` tokens of its document that end with itself, kept ones included, at their original
 positions, without gradient. It is linear in tokens and nothing of it is saved.
 
-Dropped rows come in blocks, so a block of b queries reads one stretch of b + width - 1 keys, and one mask `(b, b + width - 1)`
-serves all blocks but those at a document's start. Blocks are batched up to a number of gathered keys, whatever the
-batch's length; grouped queries stand side by side, so that no key is repeated for them.
+On a GPU a kernel reads the keys where they stand. Elsewhere: dropped rows come in blocks, so a block of b queries reads one
+stretch of b + width - 1 keys, and one mask `(b, b + width - 1)` serves all blocks but those at a document's start. Blocks are
+batched up to a number of gathered keys, whatever the batch's length; grouped queries stand side by side, so that no key is
+repeated for them.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .documents import Documents
+from .kernel_switch import kernel
 from .token_elimination import Selection
 
 # Rows of keys, and as many of values, gathered at one time.
@@ -54,6 +56,8 @@ def attend_nearby(query: Tensor, key: Tensor, value: Tensor, scope: NearbyScope)
     """
     documents, at = scope.documents, scope.selection.real_rest
     size, width = documents.block_size, min(scope.width, max(documents.lengths))
+    if (fast := kernel("attend_nearby", query, query.shape[2])) is not None:
+        return fast(query, key, value, at, documents.place_of_row[at], scope.scale, width)
     # Known on the host without asking the device: of a document's dropped blocks only the last can be short.
     spans = zip(documents.lengths, scope.selection.kept_lengths, strict=True)
     count = sum(-(-(length - kept) // size) for length, kept in spans)

@@ -35,6 +35,7 @@ _HOMES = {
     "attend": "document_attention",
     "attend_backward": "document_attention",
     "with_kept_row_gradient": "document_attention",
+    "attend_nearby": "nearby_attention",
     "block_scores": "token_informativeness",
     "informativeness_by_document": "token_informativeness",
     "cross_entropy_in_place": "segmented_loss",

@@ -1,6 +1,7 @@
 """Attention in which row i sees the keys [first_key[i], i]: the Triton forward and backward (LeMo paper, section 5.1).
 
-Causality, documents and a sliding window by original positions are that one interval, because kept rows stay in order. With
+Causality, documents and a sliding window by original positions are that one interval, because kept rows stay in order. The
+forward also serves queries of some rows alone, each with the row of its own key (nearby_attention.py). With
 p_ij = exp(q_i . k_j * scale - lse_i), o the attention output and D_i = do_i . o_i:
 
     dv_j = sum_i p_ij do_i,    ds_ij = p_ij (do_i . v_j - D_i),    dq_i = scale * sum_j ds_ij k_j,    dk_j = scale * sum_i ds_ij q_i
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .host import launch_on
+from .host import launch_on, optional
 
 
 @triton.jit
@@ -37,64 +38,89 @@ def _store_rows(base, rows, row_stride, dims, num_rows, tile, HEAD_DIM: tl.const
 
 
 @triton.jit
+def _tile_of_queries(num_rows, heads, BLOCK: tl.constexpr):
+    """A program's head, its first row and the one beyond its last."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    # The last tiles see most keys: they start first, so that no long one is left over at the end.
+    begin = (tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads) * BLOCK
+    return head, begin, tl.minimum(begin + BLOCK, num_rows)
+
+
+@triton.jit
+def _bounds_of_keys(first_key_ptr, begin, end, nearest, BLOCK: tl.constexpr):
+    """The first key that a tile of queries sees, and where the keys that all its rows see begin and end, in whole tiles of keys.
+
+    first_key never decreases; `nearest` is the last key that the tile's first row sees, and no other row's comes before it.
+    """
+    low = tl.load(first_key_ptr + begin)
+    all_see = low + tl.cdiv(tl.load(first_key_ptr + end - 1) - low, BLOCK) * BLOCK
+    return low, all_see, all_see + tl.maximum(nearest - all_see, 0) // BLOCK * BLOCK
+
+
+@triton.jit
+def _visible(columns, first, last):
+    """Which of a tile's keys each of its queries sees, (queries, keys)."""
+    return (columns[None, :] <= last[:, None]) & (columns[None, :] >= first[:, None])
+
+
+@triton.jit
 def _add_keys(
-    peak, total, mixed, query, rows, first, k_base, v_base, k_stride, v_stride, low, high, num_rows, scale_log2,
+    peak, total, mixed, query, first, last, k_base, v_base, k_stride, v_stride, low, high, num_keys, scale_log2,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """Online softmax over the keys [low, high): running maximum, sum and weighted values of a tile of queries."""
     dims = tl.arange(0, PADDED)
     for start in range(low, high, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        key = _load_rows(k_base, columns, k_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
+        key = _load_rows(k_base, columns, k_stride, dims, num_keys, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         if MASKED:
-            visible = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= first[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
+            scores = tl.where(_visible(columns, first, last), scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing of this tile was visible to the row
         weights = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(peak - shift)
-        value = _load_rows(v_base, columns, v_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
+        value = _load_rows(v_base, columns, v_stride, dims, num_keys, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
         total = total * shrink + tl.sum(weights, 1)
         mixed = tl.dot(weights.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee")
         peak = new_peak
     return peak, total, mixed
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
 def _forward_kernel(
-    query_ptr, key_ptr, value_ptr, first_key_ptr, output_ptr, lse_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, num_rows, heads, group, scale_log2,
+    query_ptr, key_ptr, value_ptr, first_key_ptr, last_key_ptr, output_ptr, lse_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head, num_rows, heads, group, num_keys, scale_log2, HAS_LAST_KEY: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    # The last tiles see most keys: they start first, so that no long one is left over at the end.
-    tile = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
-    begin = tile * BLOCK_M
-    end = tl.minimum(begin + BLOCK_M, num_rows)
+    head, begin, end = _tile_of_queries(num_rows, heads, BLOCK_M)
     rows = begin + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, PADDED)
     first = tl.load(first_key_ptr + rows, mask=rows < num_rows, other=0)
+    last, nearest, high = rows, begin, end
+    if HAS_LAST_KEY:
+        # Rows beyond the end see what is there: a softmax of nothing would be no number.
+        last = tl.load(last_key_ptr + rows, mask=rows < num_rows, other=2147483647)
+        nearest = tl.minimum(tl.load(last_key_ptr + begin), num_keys - 1)
+        high = tl.minimum(tl.load(last_key_ptr + end - 1) + 1, num_keys)
     query = _load_rows(query_ptr + head * q_head, rows, q_row, dims, num_rows, HEAD_DIM, True)
     k_base = key_ptr + (head // group) * k_head
     v_base = value_ptr + (head // group) * v_head
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, PADDED), tl.float32)
-    # Keys that only some rows of the tile see, keys that all see, keys around the diagonal. first_key never decreases.
-    low = tl.load(first_key_ptr + begin)
-    all_see = low + tl.cdiv(tl.load(first_key_ptr + end - 1) - low, BLOCK_N) * BLOCK_N
-    diagonal = all_see + tl.maximum(begin - all_see, 0) // BLOCK_N * BLOCK_N
+    # Keys that only some rows of the tile see, keys that all see, keys around the diagonal.
+    low, all_see, diagonal = _bounds_of_keys(first_key_ptr, begin, end, nearest, BLOCK_N)
     peak, total, mixed = _add_keys(
-        peak, total, mixed, query, rows, first, k_base, v_base, k_row, v_row, low, tl.minimum(all_see, end), num_rows,
+        peak, total, mixed, query, first, last, k_base, v_base, k_row, v_row, low, tl.minimum(all_see, high), num_keys,
         scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
     )  # fmt: skip
     peak, total, mixed = _add_keys(
-        peak, total, mixed, query, rows, first, k_base, v_base, k_row, v_row, all_see, diagonal, num_rows,
+        peak, total, mixed, query, first, last, k_base, v_base, k_row, v_row, all_see, diagonal, num_keys,
         scale_log2, HEAD_DIM, PADDED, BLOCK_N, False
     )  # fmt: skip
     peak, total, mixed = _add_keys(
-        peak, total, mixed, query, rows, first, k_base, v_base, k_row, v_row, diagonal, end, num_rows,
+        peak, total, mixed, query, first, last, k_base, v_base, k_row, v_row, diagonal, high, num_keys,
         scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
     )  # fmt: skip
     _store_rows(output_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, mixed / total[:, None], HEAD_DIM)
@@ -115,8 +141,7 @@ def _add_query_gradient(
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         weights = tl.exp2(scores - lse_log2[:, None])
         if MASKED:
-            visible = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= first[:, None])
-            weights = tl.where(visible, weights, 0.0)
+            weights = tl.where(_visible(columns, first, rows), weights, 0.0)
         grad_scores = weights * (tl.dot(grad, tl.trans(value), input_precision="ieee") - along[:, None])
         grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision="ieee")
     return grad_query
@@ -129,10 +154,7 @@ def _query_gradient_kernel(
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Gradient dq of a tile of queries, and their D for the other kernel. output and grad are contiguous."""
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    tile = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
-    begin = tile * BLOCK_M
-    end = tl.minimum(begin + BLOCK_M, num_rows)
+    head, begin, end = _tile_of_queries(num_rows, heads, BLOCK_M)
     rows = begin + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, PADDED)
     first = tl.load(first_key_ptr + rows, mask=rows < num_rows, other=0)
@@ -145,9 +167,7 @@ def _query_gradient_kernel(
     lse_log2 = tl.load(lse_ptr + at, mask=rows < num_rows, other=0.0) * 1.4426950408889634
     k_base = key_ptr + (head // group) * k_head
     v_base = value_ptr + (head // group) * v_head
-    low = tl.load(first_key_ptr + begin)
-    all_see = low + tl.cdiv(tl.load(first_key_ptr + end - 1) - low, BLOCK_N) * BLOCK_N
-    diagonal = all_see + tl.maximum(begin - all_see, 0) // BLOCK_N * BLOCK_N
+    low, all_see, diagonal = _bounds_of_keys(first_key_ptr, begin, end, begin, BLOCK_N)
     grad_query = tl.zeros((BLOCK_M, PADDED), tl.float32)
     grad_query = _add_query_gradient(
         grad_query, query, grad, lse_log2, along, rows, first, k_base, v_base, k_row, v_row, low, tl.minimum(all_see, end),
@@ -242,21 +262,27 @@ def _empty(like: Tensor) -> Tensor:
 _LOG2_E = 1.4426950408889634  # the kernels' exponentials are powers of two
 
 
-def interval_attention(query: Tensor, key: Tensor, value: Tensor, first_key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def interval_attention(
+    query: Tensor, key: Tensor, value: Tensor, first_key: Tensor, scale: float, last_key: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of each row over the keys from `first_key` to the row itself, without autograd.
 
     Args:
         query: `(rows, heads, head_dim)`, at least one row; the last dimension of all three is contiguous.
-        key, value: `(rows, key_value_heads, head_dim)`.
-        first_key: `(rows,)` int32, never decreasing and never above the row's own number.
+        key, value: `(rows, key_value_heads, head_dim)`; with `last_key` of any number of rows.
+        first_key: `(rows,)` int32, never decreasing and never above the row's own number, or its `last_key`.
         scale: Factor on the dot products.
+        last_key: `(rows,)` int32, never decreasing: the last key that each row sees, if that is not the row's own number. A tile
+            of queries walks all keys from its first row's first to its last row's last.
 
     Returns:
         The output `(rows, heads, head_dim)` and the float32 log-sum-exp `(rows, heads, 1)`, both contiguous.
     """
     output = _empty(query)
     lse = torch.empty(*query.shape[:2], 1, dtype=torch.float32, device=query.device)
-    arguments = (query, key, value, first_key, output, lse, *_layout(query, key, value), scale * _LOG2_E)
+    last_keys = optional(last_key, first_key)
+    sizes = (*_layout(query, key, value), key.shape[0], scale * _LOG2_E, last_key is not None)
+    arguments = (query, key, value, first_key, last_keys, output, lse, *sizes)
     _launch(_forward_kernel, "forward", query.shape[1], "BLOCK_M", query, arguments)
     return output, lse
 

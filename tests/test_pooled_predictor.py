@@ -1,9 +1,11 @@
 """Predictors of signed means (`block_reduction="mean"`): features, start, pruning, files, and a model that trains with them."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
+from references.device_costs import HostReads, NewStorages
 from references.tiny_models import lemo_model, random_tokens, stock_model
 from training_runs import RandomText, tiny_lemo_model
 
@@ -79,6 +81,32 @@ def test_pairs_that_turn_need_positions():
     model.rotary[0][1] = 0
     with pytest.raises(LemoConfigError, match="turns 1 pairs of features by rotary positions; got none"):
         model(torch.randn(8, 6), documents)
+
+
+def test_pairs_are_asked_about_once_until_they_change():
+    """On a GPU every question waits for it."""
+    model = PooledPredictor(6, 8)
+    model.reset_parameters()
+    hidden, documents = torch.randn(8, 6), documents_of([8], 4)
+    for expected in (1, 0, 0):
+        with HostReads() as reads:
+            model(hidden, documents)
+        assert sum(reads.seen.values()) == expected
+    model.rotary[0][1] = 0
+    with pytest.raises(LemoConfigError, match="turns 1 pairs"):
+        model(hidden, documents)
+    with pytest.raises(LemoConfigError, match="turns 1 pairs"):
+        model(hidden, documents)
+
+
+def test_pooling_copies_no_rows():
+    rows, documents = torch.randn(43, 6, dtype=torch.float64).half(), documents_of([29, 3, 11], 4)
+    with NewStorages() as made:
+        pooled = pooled_rows(rows, documents)
+    assert made.largest == pooled.nbytes == 12 * 6 * 4
+    starts = [0, 4, 8, 12, 16, 20, 24, 28, 29, 32, 36, 40, 43]
+    wanted = [rows[first:end].double().mean(0) for first, end in pairwise(starts)]
+    torch.testing.assert_close(pooled.double(), torch.stack(wanted), rtol=1e-6, atol=1e-7)
 
 
 def test_what_pairs_add_is_the_whole():

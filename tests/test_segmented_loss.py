@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -53,6 +56,33 @@ def assert_equal(mine, stock, tolerance=1e-6):
 def test_value_and_every_gradient_are_those_of_transformers(kind, segment_size):
     hidden, labels = batch_of(3, 11)
     assert_equal(*both(hidden, labels, head_of(kind), segment_size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("items", [None, 23])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("kind", ["frozen", "trained", "biased", "lora"])
+def test_heads_softcap_ignored_labels_and_items_together_are_their_formula(kind, softcap, items, dtype):
+    """Against the formula over all logits at once, in float64; the head's own logits exceed the cap."""
+    head = head_of(kind, dtype)
+    hidden, labels = batch_of(3, 13, dtype)
+    loss = segmented_causal_lm_loss(hidden, labels, head, 5, items, softcap=softcap)
+    got = with_gradients(loss, hidden, head)
+    wide, rows = copy.deepcopy(head).double(), hidden.detach().double().requires_grad_()
+    logits, targets = wide(rows)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    assert (targets == -100).any()
+    if softcap is not None:
+        assert logits.abs().max() > softcap
+        logits = softcap * torch.tanh(logits / softcap)
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    wanted = with_gradients(total / ((targets != -100).sum() if items is None else items), rows, wide)
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=tolerance, atol=0)
+    trained = [weight for weight in head.parameters() if weight.requires_grad]
+    assert len(trained) == {"frozen": 0, "trained": 1, "biased": 2, "lora": 2}[kind]
+    for mine, theirs, weight in zip(got[1], wanted[1], [hidden, *trained], strict=True):
+        assert mine.dtype == weight.dtype
+        assert (mine.double() - theirs).norm() <= tolerance * theirs.norm()
 
 
 @pytest.mark.parametrize("items", [57, torch.tensor(57), torch.tensor(57.0)])

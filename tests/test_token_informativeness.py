@@ -1,6 +1,7 @@
 import pytest
 import torch
 from references.block_scores import brute_block_scores, brute_informativeness
+from references.device_costs import NewStorages
 
 from lemo_hf.models.lemo_config import LemoConfigError
 from lemo_hf.models.token_informativeness import block_informativeness, block_scores
@@ -118,6 +119,15 @@ def test_mean_scores_of_narrow_inputs_and_float64():
     assert got.dtype == torch.float32
     assert torch.equal(got, block_scores(query.float(), key.float(), 8, 0.5, reduction="mean"))
     assert block_scores(*heads(9, 2, 1, dtype=torch.float64), 4, 1.0, reduction="mean").dtype == torch.float64
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_mean_scores_copy_neither_all_queries_nor_pairs_of_tokens(window):
+    """8 query heads on 2 key heads in 16 bits: the float32 sums of four heads each are all that grows with tokens."""
+    query, key = heads(512, 8, 2, dim=32, dtype=torch.float16)
+    with NewStorages() as made:
+        block_scores(query, key, 16, 0.5, window, reduction="mean")
+    assert made.largest == 512 * 2 * 32 * 4 < query.nbytes
 
 
 def test_an_unknown_reduction_is_named():

@@ -16,7 +16,6 @@ Pooling comes before the matrices: one pass over the rows, then 2 * hidden * p m
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .documents import Documents
@@ -56,6 +55,7 @@ class PooledPredictor(nn.Module):
         self.key = _PooledFeatures(hidden_size, features)
         self.rotary = RotaryPairs(features // 2)
         self.distance = DistanceProfile()
+        self._turns_nothing: tuple[int, int] | None = None  # which state of the pairs is known to turn none
 
     @property
     def sizes(self) -> list[int]:
@@ -87,17 +87,26 @@ class PooledPredictor(nn.Module):
     def of_blocks(self, pooled: Tensor, rotary: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor]:
         """The same from `pooled_rows`."""
         query, key = (pooled @ network.matrices[0] for network in (self.query, self.key))
-        index = self.rotary[0].long()
         if not rotary:
-            if (index >= 0).any():
-                raise LemoConfigError(
-                    f"the predictor turns {int((index >= 0).sum())} pairs of features by rotary positions; got none; pass those of the model"
-                )
+            self._refuse_turned_pairs()
             return query, key
+        index = self.rotary[0].long()
         cosine, sine = (part.float()[:, index.clamp_min(0)] for part in rotary)
         turned = index >= 0
         cosine, sine = torch.where(turned, cosine, 1.0), torch.where(turned, sine, 0.0)
         return _turned(query, cosine, sine), _turned(key, cosine, sine)
+
+    def _refuse_turned_pairs(self) -> None:
+        # The device is asked once, not at every forward: in ratio mode nothing in a layer waits for it. While torch.compile
+        # traces nothing can be asked.
+        pairs = self.rotary[0]
+        if torch.compiler.is_compiling() or self._turns_nothing == (id(pairs), pairs._version):
+            return
+        if turned := int((pairs >= 0).sum()):
+            raise LemoConfigError(
+                f"the predictor turns {turned} pairs of features by rotary positions; got none; pass those of the model"
+            )
+        self._turns_nothing = id(pairs), pairs._version
 
     def informativeness(self, hidden_states: Tensor, documents: Documents, rotary: tuple[Tensor, ...] = ()) -> list[Tensor]:
         """Predicted I of each document's blocks, `(blocks_of_document,)` each; arguments as in `forward`."""
@@ -113,12 +122,12 @@ class PooledPredictor(nn.Module):
 def pooled_rows(rows: Tensor, documents: Documents) -> Tensor:
     """Mean of each block's rows, `(blocks, hidden)` float32, from all real rows."""
     size, pooled = documents.block_size, []
-    for part, blocks in zip(rows.split(documents.lengths), documents.block_counts, strict=True):
-        missing = blocks * size - part.shape[0]
-        sums = F.pad(part, (0, 0, 0, missing)).view(blocks, size, -1).sum(1, dtype=torch.float32)
-        tokens = sums.new_full((blocks, 1), size)
-        tokens[-1] -= missing
-        pooled.append(sums / tokens)
+    for part in rows.split(documents.lengths):
+        whole = part.shape[0] // size * size
+        # Read where they stand: padding the last block would copy all rows.
+        pooled.append(part[:whole].unflatten(0, (-1, size)).mean(1, dtype=torch.float32))
+        if whole < part.shape[0]:
+            pooled.append(part[whole:].mean(0, keepdim=True, dtype=torch.float32))
     return torch.cat(pooled)
 
 

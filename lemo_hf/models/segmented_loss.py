@@ -6,7 +6,9 @@ the head's trainable parameters is formed in the forward pass, so backward only 
 whole; saved: one gradient in the shape of the hidden states. Tokens without a label need no logits at all. Where its kernel
 runs, a segment's 16-bit logits become their gradient in place: segment_size * vocabulary * 2 bytes at the peak.
 
-Exact for any head that maps `(rows, hidden)` to `(rows, vocabulary)`: frozen, trained, tied or wrapped by an adapter.
+Exact for any head that maps `(rows, hidden)` to `(rows, vocabulary)`: frozen, trained, tied or wrapped by an adapter. A softcap c,
+logits c * tanh(logits / c) as Gemma 2 has them, is applied to a segment's logits in float32. No architecture that LeMo has
+today caps its logits.
 """
 
 from collections.abc import Callable
@@ -27,23 +29,31 @@ def shift_labels(labels: Tensor) -> Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def _sum_of_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _sum_of_losses(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rows' summed loss, what to differentiate for its gradient, and the gradient that this starts from."""
     in_place = kernel("cross_entropy_in_place", logits, logits.shape[1])
     if in_place is None:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         loss = F.cross_entropy(logits, targets, reduction="sum")
         return loss, loss, None
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     gradient = logits.detach()  # the same memory
-    return in_place(gradient, targets).sum(), logits, gradient
+    return in_place(gradient, targets, softcap).sum(), logits, gradient
 
 
 class _SegmentedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], segment_size: int, *weights: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Callable[[Tensor], Tensor],
+        segment_size: int,
+        softcap: float | None,
+        *weights: Tensor,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         needs_hidden = ctx.needs_input_grad[0]
@@ -54,7 +64,7 @@ class _SegmentedLoss(torch.autograd.Function):
             part = slice(start, start + segment_size)
             with torch.enable_grad():
                 rows = hidden[part].detach().requires_grad_(needs_hidden)
-                loss, differentiable, gradient = _sum_of_losses(head(rows), targets[part])
+                loss, differentiable, gradient = _sum_of_losses(head(rows), targets[part], softcap)
             inputs = [*([rows] if needs_hidden else []), *weights]
             if inputs:
                 grads = list(torch.autograd.grad(differentiable, inputs, gradient, allow_unused=True))
@@ -77,7 +87,7 @@ class _SegmentedLoss(torch.autograd.Function):
         grad = grad if ctx.rows else torch.zeros_like(grad)
         grad_hidden = saved.pop(0) * grad if ctx.needs_input_grad[0] else None
         weights = [(g * grad).to(dtype) for g, dtype in zip(saved, ctx.weight_dtypes, strict=True)]
-        return grad_hidden, None, None, None, *weights
+        return grad_hidden, None, None, None, None, *weights
 
 
 def _with_gathered_weights(head: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -102,6 +112,7 @@ def segmented_causal_lm_loss(
     segment_size: int,
     num_items_in_batch: Tensor | int | None = None,
     next_labels: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the next tokens, as `transformers` defines it, by segments.
 
@@ -112,6 +123,7 @@ def segmented_causal_lm_loss(
         segment_size: Tokens whose logits exist at one time.
         num_items_in_batch: Labels of the whole accumulated batch: the sum is divided by it instead of by this batch's labels.
         next_labels: Labels already shifted by one, `(batch, seq_len)`.
+        softcap: Bound c of the logits, `c * tanh(logits / c)`; `None` for none.
 
     Returns:
         The loss, a float32 scalar; NaN if there is no label and no `num_items_in_batch`, as in `transformers`.
@@ -127,7 +139,7 @@ def segmented_causal_lm_loss(
         hidden, targets = hidden.index_select(0, labelled), targets[labelled]
     project = _with_gathered_weights(head)
     trainable = [weight for weight in head.parameters() if weight.requires_grad]
-    total = _SegmentedLoss.apply(hidden, targets, project, segment_size, *trainable)
+    total = _SegmentedLoss.apply(hidden, targets, project, segment_size, softcap, *trainable)
     divisor = labelled.numel() if num_items_in_batch is None else num_items_in_batch
     if torch.is_tensor(divisor):
         divisor = divisor.to(total.device)

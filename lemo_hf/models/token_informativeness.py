@@ -105,11 +105,12 @@ def _mean_scores(query: Tensor, key: Tensor, block_size: int, scale: float, wind
     tokens, heads, head_dim = query.shape
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     blocks = -(-tokens // block_size)
-    # Query heads that share a key head add up before anything else does.
-    parts = query.to(compute_dtype).view(tokens, -1, heads // key.shape[1], head_dim).sum(2), key.to(compute_dtype)
-    by_block = [F.pad(part.flatten(1), (0, 0, 0, blocks * block_size - tokens)).view(blocks, block_size, -1) for part in parts]
+    # Query heads that share a key head add up before anything else does, so that no wide copy of all queries is made.
+    parts = query.view(tokens, -1, heads // key.shape[1], head_dim).sum(2, dtype=compute_dtype), key.to(compute_dtype)
+    flat, missing = [part.flatten(1) for part in parts], blocks * block_size - tokens
+    by_block = [(F.pad(part, (0, 0, 0, missing)) if missing else part).view(blocks, block_size, -1) for part in flat]
     counts = query.new_full((blocks, 1), block_size, dtype=compute_dtype)
-    counts[-1] -= blocks * block_size - tokens
+    counts[-1] -= missing
     queries, keys = (part.sum(1) / counts for part in by_block)
     scores = (queries @ keys.T * (scale / heads)).tril(-1)
     place = torch.arange(block_size, device=query.device)

@@ -157,25 +157,28 @@ def heads_to_train(kind, dtype):
     return head.to(DEVICE, dtype)
 
 
-def loss_and_gradients(mode, head, hidden, labels, num_items):
+def loss_and_gradients(mode, head, hidden, labels, num_items, softcap=None):
     hidden = hidden.clone().requires_grad_()
     with kernel_mode(mode):
-        loss = reference.segmented_causal_lm_loss(hidden, labels, head, 16, num_items)
+        loss = reference.segmented_causal_lm_loss(hidden, labels, head, 16, num_items, softcap=softcap)
     weights = [weight for weight in head.parameters() if weight.requires_grad]
     return loss.detach(), *torch.autograd.grad(loss, [hidden, *weights])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("num_items", [None, 77])
 @pytest.mark.parametrize("kind", ["frozen", "trained", "bias", "adapter"])
-def test_the_segmented_loss_is_the_reference_for_every_head(kind, num_items, dtype):
+def test_the_segmented_loss_is_the_reference_for_every_head(kind, num_items, softcap, dtype):
     head = heads_to_train(kind, dtype)
     hidden = random(2, 63, 16, dtype=dtype)
     labels = torch.randint(0, 150, (2, 63), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     labels[0, 5:30] = -100
     with LargestMatrix(150) as largest:
-        got = loss_and_gradients("kernels", head, hidden, labels, num_items)
-    wanted = loss_and_gradients("reference", head, hidden, labels, num_items)
+        got = loss_and_gradients("kernels", head, hidden, labels, num_items, softcap)
+    wanted = loss_and_gradients("reference", head, hidden, labels, num_items, softcap)
+    if softcap is not None:
+        assert wanted[0] < loss_and_gradients("reference", head, hidden, labels, num_items)[0], "the cap changes something"
     assert len(got) == {"frozen": 2, "trained": 3, "bias": 4, "adapter": 4}[kind]
     torch.testing.assert_close(got[0], wanted[0], rtol=2e-6, atol=0)
     for mine, theirs in zip(got[1:], wanted[1:], strict=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from memory_features import EVERY_N, make_model
-from peft import PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from references.tiny_models import checkpoint_stock_layers
 from torch.autograd.graph import saved_tensors_hooks
 from training_runs import RandomText, curve, tiny_arguments, tiny_lemo_model, tiny_trainer
@@ -159,8 +159,10 @@ def test_what_gains_little_is_said_and_works(tmp_path):
     (line,) = require_compatible(compiled, compiled, tiny_lemo_model(**RATIO))
     assert "torch_compile=True, activation_checkpointing=True" in line
     kept = tiny_arguments(tmp_path, torch_compile=True)
-    (line,) = require_compatible(kept, kept, tiny_lemo_model(**KEPT_ROWS))
-    assert "torch_compile=True, checkpoint='kept_rows'" in line
+    assert require_compatible(kept, kept, tiny_lemo_model(**KEPT_ROWS)) == []
+    dropping = LoraConfig(target_modules=["q_proj"], lora_dropout=0.1)
+    (line,) = require_compatible(kept, kept, get_peft_model(tiny_lemo_model(lora=False, **KEPT_ROWS), dropping))
+    assert "torch_compile=True, checkpoint='kept_rows', dropout 0.1; set lora_dropout=0.0" in line
     plain = tiny_arguments(tmp_path)
     (line,) = require_compatible(plain, plain, tiny_lemo_model(offload="sensitive"))
     assert "offload='sensitive' on cpu" in line

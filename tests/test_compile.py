@@ -10,6 +10,7 @@ from references.tiny_models import (
 )
 from torch._dynamo.utils import counters
 
+from lemo_hf.models import kept_row_checkpoint
 from lemo_hf.models.sparse_decoder import sparse_backbone, sparse_evaluation
 
 TOKENS = random_tokens(50, 1)[None]
@@ -45,6 +46,13 @@ def test_patterns_compile_too(pattern, fresh_dynamo):
     compare_compiled(lambda: ratio_model("sparse", attention_pattern=pattern))
 
 
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["sparse", "exact"])
+def test_kept_row_checkpointing_compiles_too(form, fresh_dynamo):
+    compare_compiled(lambda: ratio_model(form, checkpoint="kept_rows"))
+
+
 def compare_compiled(make):
     wanted_loss, wanted = loss_and_gradients(make(), BATCH)
     model = make()
@@ -59,6 +67,23 @@ def compare_compiled(make):
     for _ in range(2):
         compiled(**BATCH).loss.backward()
     assert counters["frames"]["ok"] == frames, "a step of the same shape must not compile anew"
+
+
+@pytest.mark.parametrize("settings", [{"attention_forward": "exact"}, {"attention_forward": "sparse", "nearby_tokens": 7}])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_what_kept_row_checkpointing_does_in_a_graph_has_the_same_gradients(settings, dropout, monkeypatch):
+    """Run as it is, without the compiler. An adapter's dropout must be the same in attention's forward and backward."""
+    traced, found = kept_row_checkpoint._traced, []
+    for compiling in (False, True):
+        calls = []
+        monkeypatch.setattr(kept_row_checkpoint, "_traced", lambda *args, calls=calls: calls.append(1) or traced(*args))
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        model = lemo_model(stock_model(), {"lora_dropout": dropout}, checkpoint="kept_rows", **settings)
+        torch.manual_seed(5)
+        found.append(loss_and_gradients(model, BATCH))
+        assert bool(calls) == (compiling and not dropout)
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert_same_gradients(found[1][1], found[0][1], rtol=1e-5, atol=1e-6)
 
 
 def test_only_sampled_selection_counts_its_forwards():

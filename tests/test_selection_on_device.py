@@ -1,58 +1,15 @@
 """What choosing blocks asks of the host: nothing where counts are fixed, one number per document with thresholds."""
 
-from collections import Counter
-
 import pytest
 import torch
+from references.device_costs import DeviceWaits, HostReads
+from references.one_layer import rotary_of
 from references.tiny_models import lemo_model, random_tokens, stock_model
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lemo_hf.models.documents import Documents, find_documents
 from lemo_hf.models.lemo_config import LemoConfig
 from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone
 from lemo_hf.models.token_elimination import choose_blocks
-
-# Functions that wait for the device, whatever they are called by; operators that size their result by values do as well.
-READING = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
-SIZED_BY_VALUES = {"nonzero", "masked_select", "unique", "_unique2", "repeat_interleave", "_local_scalar_dense", "equal"}
-
-
-class HostReads(TorchFunctionMode):
-    """Counts calls from Python that read a tensor's values, or copy a Python number to the device (which waits as well)."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if name in READING:
-            self.seen[name] += 1
-        result = func(*args, **(kwargs or {}))
-        if name in ("tensor", "as_tensor") and result.device.type != "cpu":
-            self.seen["a number copied to the device"] += 1
-        return result
-
-
-class DeviceWaits(TorchDispatchMode):
-    """Counts operators that wait for the device: copies between devices, and results sized by values."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        result = func(*args, **(kwargs or {}))
-        tensors = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, torch.Tensor)]
-        if name in ("_to_copy", "copy_") and any(tensor.device != result.device for tensor in tensors):
-            self.seen["copy between devices"] += 1
-        if name == "index" and any(part is not None and part.dtype == torch.bool for part in args[1]):
-            self.seen["index by marks"] += 1
-        if name in SIZED_BY_VALUES:
-            self.seen[name] += 1
-        return result
 
 
 def documents_on(device, lengths=(100, 37, 8)):
@@ -109,29 +66,69 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+def layer_alone(architecture="llama", **lemo):
+    """A layer, its run over one batch, and its input."""
+    stock = stock_model(num_hidden_layers=1, architecture=architecture)
+    backbone = sparse_backbone(lemo_model(stock, {}, keep_ratio=0.4, **lemo))
+    layer, tokens = backbone.layers[0], random_tokens(50, 1)[None]
+    documents = find_documents(1, 50, 8, torch.device("cpu"), input_ids=tokens)
+    hidden = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(3))
+    rotary = rotary_of(backbone, hidden)
+    _ = SparseBatch(documents, backbone.config.lemo, 1, 3)  # as the backbone does before its first layer
+
+    def run(hidden):
+        return layer.sparse_forward(hidden, rotary, SparseBatch(documents, backbone.config.lemo, 1, 3))
+
+    return layer, run, hidden
+
+
+def run_once(layer, call, hidden):
+    """Output, gradients, and the bytes that are saved for these beside the layer's weights."""
+    leaf, seen = hidden.clone().requires_grad_(), {}
+
+    def note(part):
+        seen[part.untyped_storage().data_ptr()] = part
+        return part
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda part: part):
+        output = call(leaf)
+    weights = {weight.untyped_storage().data_ptr() for weight in layer.parameters()}
+    trained = [weight for weight in layer.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(output.square().sum(), [leaf, *trained])
+    return [output, *gradients], sum(part.untyped_storage().nbytes() for place, part in seen.items() if place not in weights)
+
+
+def run_compiled(layer, run, hidden, backend):
+    """The layer in one graph: results must be those of the uncompiled layer. What it saves, and what that does, in bytes."""
+    results, saved = run_once(layer, torch.compile(run, backend=backend, fullgraph=True), hidden)
+    wanted, saved_uncompiled = run_once(layer, run, hidden)
+    assert len(results) > 9, "the adapters train"
+    for mine, theirs in zip(results, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    return saved, saved_uncompiled
+
+
 # Dynamo instantiates an autograd.Function while it traces; torch warns of that, to itself.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("form", ["sparse", "exact"])
 @pytest.mark.parametrize("selection", ["ratio", "sampled"])
 def test_a_layer_compiles_without_a_graph_break(form, selection, fresh_dynamo):
     """Prediction, selection, movement, attention and MLP in one graph, with the gradients of the uncompiled layer."""
-    stock = stock_model(num_hidden_layers=1)
-    backbone = sparse_backbone(lemo_model(stock, {}, selection=selection, keep_ratio=0.4, attention_forward=form))
-    layer, tokens = backbone.layers[0], random_tokens(50, 1)[None]
-    documents = find_documents(1, 50, 8, torch.device("cpu"), input_ids=tokens)
-    hidden = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(3))
-    rotary = backbone.rotary_emb(hidden, torch.arange(50)[None])
-    _ = SparseBatch(documents, backbone.config.lemo, 1, 3)  # as the backbone does before its first layer
+    run_compiled(*layer_alone(selection=selection, attention_forward=form), "eager")
 
-    def run(hidden):
-        return layer.sparse_forward(hidden, rotary, SparseBatch(documents, backbone.config.lemo, 1, 3))
 
-    weights = [weight for weight in layer.parameters() if weight.requires_grad]
-    results = []
-    for call in (run, torch.compile(run, backend="eager", fullgraph=True)):
-        leaf = hidden.clone().requires_grad_()
-        output = call(leaf)
-        results.append([output, *torch.autograd.grad(output.square().sum(), [leaf, *weights])])
-    assert len(results[0]) > 10, "the adapters train"
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {"attention_forward": "exact"}),
+        # Signed means; OPT has no rotary positions, and nothing asks the device about that.
+        ("opt", {"attention_forward": "sparse", "nearby_tokens": 7, "block_reduction": "mean"}),
+    ],
+    ids=["exact", "sparse"],
+)
+def test_kept_row_checkpointing_compiles_without_a_graph_break(architecture, settings, fresh_dynamo):
+    """And the graph saves no more, but that of one layer alone it may save the whole input."""
+    layer, run, hidden = layer_alone(architecture, selection="ratio", checkpoint="kept_rows", **settings)
+    saved, saved_uncompiled = run_compiled(layer, run, hidden, "aot_eager")
+    assert saved <= saved_uncompiled + hidden.nbytes

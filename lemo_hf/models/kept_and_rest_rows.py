@@ -1,6 +1,6 @@
 """One layer's run over its kept rows, under autograd, and its rest rows, without; sparse_decoder.py has the formulas."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,9 @@ class KeptAndRestRows:
         query, key, value = (head.to(torch.get_autocast_dtype(device)) for head in heads)
         return query, key, value
 
-    def take(self, residual: Tensor) -> TakenRows:
-        """The kept rows of `residual` `(all_rows, hidden)`."""
-        return take(residual, self.selection, self.layer.plain_norms[0])
+    def take(self, residual: Tensor, *, and_norm: bool = True) -> TakenRows:
+        """The kept rows of `residual` `(all_rows, hidden)`, normalised too where that is one pass and wanted."""
+        return take(residual, self.selection, self.layer.plain_norms[0] if and_norm else None)
 
     def forward(self, residual: Tensor, taken: TakenRows) -> Tensor:
         """The layer on all real rows of `residual` `(all_rows, hidden)`, its kept rows taken already."""
@@ -152,6 +152,31 @@ class KeptAndRestRows:
             return self._with_fewer_rows(kept + update, for_backward)
         middle, normed = add_and_norm(kept, update, self.layer.mlp_norm, self.layer.plain_norms[1])
         return middle, self.layer.feed_forward(normed)
+
+    @property
+    def can_attend_ahead(self) -> bool:
+        """Whether `attend_ahead` finds what `kept_forward` would: not where an adapter's dropout draws anew at each run."""
+        layer: Any = self.layer
+        draws = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.modules())
+        return not draws or not (self.exact or self._rest_heads)
+
+    def attend_ahead(self, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Runs, without autograd, what of attention reads rest rows, from the kept rows `(kept, hidden)`.
+
+        Afterwards `kept_forward` is a function of its arguments alone, without effects, and can be run again as it is.
+
+        Returns:
+            In the exact form what `kept_forward` takes as `finished`.
+        """
+        if not (self.exact or self._rest_heads):
+            return None
+        with torch.no_grad():
+            # Of a copy: a compiler that sees the same steps twice saves their results instead of taking them again.
+            query, key, value = self._heads(self.layer.attention_norm(kept.clone()), self.selection.kept_rows)
+            if self.exact:
+                return self._attend_all(query, key, value)
+            self._attend_rest(key, value)
+        return None
 
     def _attend_kept(
         self, query: Tensor, key: Tensor, value: Tensor, scope: AttentionScope, finished: tuple[Tensor, Tensor] | None

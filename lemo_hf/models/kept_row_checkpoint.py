@@ -2,6 +2,10 @@
 
 Stored per layer: the kept residual rows, and in the exact form their attention output and log-sum-exp. Neither the dense
 forward nor a rest row is ever run again, so backward costs one more pass over the kept rows only.
+
+`torch.compile` gets the same by torch's own checkpointing around the part that is run again: it can trace neither a gradient within
+a backward nor random states. What reads rest rows runs before that part, on queries and keys of its own; where an adapter's
+dropout would make these others than those that are run again, the graph breaks instead.
 """
 
 from collections.abc import Iterator
@@ -11,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from .row_movement import TakenRows, replace_rows
+from .row_movement import TakenRows, merge, replace_rows
 from .token_elimination import Selection, gather_rows
 
 
@@ -23,11 +28,21 @@ class SplitLayer(Protocol):
     exact: bool
     finished: tuple[Tensor, Tensor] | None
 
-    def take(self, residual: Tensor) -> TakenRows:
+    def take(self, residual: Tensor, *, and_norm: bool = True) -> TakenRows:
         """The kept rows of the residual stream."""
 
     def forward(self, residual: Tensor, taken: TakenRows) -> Tensor:
         """The layer on all real rows."""
+
+    @property
+    def can_attend_ahead(self) -> bool:
+        """Whether attention may run twice."""
+
+    def attend_ahead(self, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What of attention reads rest rows."""
+
+    def rest_forward(self, residual: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The layer on rest rows."""
 
     def kept_forward(
         self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None, *, for_backward: bool = False
@@ -81,7 +96,17 @@ def checkpoint_kept_rows(residual: Tensor, split: SplitLayer, weights: list[Tens
         weights: Its trainable weights. They are inputs, so their gradients leave through autograd: a layer whose input needs
             no gradient still trains, and hooks on the weights (gradient reduction) fire once.
     """
+    if torch.compiler.is_compiling() and split.can_attend_ahead:
+        return _traced(residual, split)
     return _KeptRowCheckpoint.apply(residual, split, *weights)
+
+
+def _traced(residual: Tensor, split: SplitLayer) -> Tensor:
+    # The first norm belongs to what is run again: computed with the taking its result would be saved.
+    taken = split.take(residual, and_norm=False)
+    finished = split.attend_ahead(taken.kept)
+    kept, update = checkpoint(split.kept_forward, taken.kept, finished, use_reentrant=False)
+    return merge(taken, kept, update, *split.rest_forward(residual), split.selection)
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

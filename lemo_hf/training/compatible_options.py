@@ -106,8 +106,13 @@ def _compiled_selection(options: Options) -> str | None:
 
 
 def _compiled_kept_rows(options: Options) -> str | None:
-    again = options.lemo.enabled and options.lemo.checkpoint == "kept_rows"
-    return "torch_compile=True, checkpoint='kept_rows'" if options.is_compiled and again else None
+    lemo = options.lemo
+    again = lemo.enabled and lemo.checkpoint == "kept_rows" and (lemo.attention_forward == "exact" or lemo.nearby_tokens)
+    if not options.is_compiled or not again:
+        return None
+    modules = sparse_backbone(options.model).layers.modules()
+    share = max((module.p for module in modules if isinstance(module, nn.Dropout)), default=0.0)
+    return f"torch_compile=True, checkpoint='kept_rows', dropout {share:g}" if share else None
 
 
 def _compiled_checkpointing(options: Options) -> str | None:
@@ -206,9 +211,9 @@ PAIRS = (
     ),
     Pair(
         "torch_compile=True",
-        'checkpoint="kept_rows"',
-        "the graph breaks in every layer",
-        "leave one of them out",
+        '`checkpoint="kept_rows"` with dropout in adapters (exact form, or `nearby_tokens`)',
+        "what is dropped must be the same in both runs, which breaks the graph in every layer",
+        "set lora_dropout=0.0, or leave one of them out",
         _compiled_kept_rows,
         is_refused=False,
     ),

@@ -70,6 +70,12 @@ def test_loss_gradients_and_choice_agree(architecture, form, checkpoint):
     assert_alike(both(model, documents()))
 
 
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+def test_dropped_tokens_that_see_those_before_them_agree(checkpoint):
+    settings = {"attention_forward": "sparse", "nearby_tokens": 7, "checkpoint": checkpoint, "selection": "ratio"}
+    assert_alike(both(tiny(**settings), documents("packed_seq_idx")))
+
+
 @pytest.mark.parametrize("layout", ["right", "packed_seq_idx"])
 def test_other_layouts_agree(layout):
     assert_alike(both(tiny(selection="ratio"), documents(layout)))
@@ -164,8 +170,9 @@ def test_weights_that_change_are_asked_about_again():
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-def test_a_layer_with_kernels_compiles_without_a_graph_break():
-    backbone = sparse_backbone(tiny(selection="ratio"))
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+def test_a_layer_with_kernels_compiles_without_a_graph_break(checkpoint):
+    backbone = sparse_backbone(tiny(selection="ratio", checkpoint=checkpoint))
     layer, tokens = backbone.layers[0], random_tokens(20, 1)[None].to(DEVICE)
     documents_here = find_documents(1, 20, 8, DEVICE, input_ids=tokens)
     hidden = random(1, 20, 32)

@@ -1,4 +1,4 @@
-"""Estimates at the sizes of the paper's figures, for benchmarks/paper_figures.py: no GPU, exact counts on fake tensors, times of a roofline.
+"""Estimates at the sizes of the paper's memory figures, for benchmarks/paper_figures.py: no GPU, exact counts on fake tensors.
 
     python benchmarks/paper_estimates.py        # minutes; writes benchmarks/results/paper_estimates--any.json
 
@@ -8,23 +8,19 @@ tokens is 78,689 MiB where the logs say 78,701.
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_cases import CASES, Setting
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import logging as transformers_logging
 
 from lemo_hf.models.pattern_predictor import PatternPredictor
 from lemo_hf.profiling.bench.counts import counted_step
 from lemo_hf.profiling.bench.methods import choose_methods
-from lemo_hf.profiling.estimate.cards import ASSUMED, find_card
 from lemo_hf.profiling.estimate.estimator import Estimator
 from lemo_hf.profiling.estimate.fake_model import fake_model
-from lemo_hf.profiling.estimate.operator_cost import operator_cost
 from lemo_hf.profiling.estimate.step_model import StepSettings, build_model, forward_loss
 from lemo_hf.profiling.estimate.step_trace import EveryTokenHasALabel
 from lemo_hf.profiling.live_bytes import LiveBytes
@@ -41,13 +37,6 @@ SIZES = {
     "OPT-2.7B": (4096, 8192),
     "OPT-1.3B": (2048, 4096, 8192, 16384, 32768),
 }
-# Times are for the paper's card, but for the link between several: an A800 computes and moves as an A100.
-CARD = "A100-80GB"
-# Longer steps, which run layers again in backward.
-LONG_METHODS = "checkpointing,lemo-exact-rows,lemo-sparse-rows,lemo-sparse-nearby-rows"
-LONG_SIZES = {"Llama-2-7B": (16384, 65536), "Llama-3-8B": (16384, 65536)}
-# Kernels that move rows, and kept shares; bytes are in proportion to rows, so how many does not matter.
-MOVEMENT, MOVED_SHARES, MOVED_ROWS = ("gather_norm", "scatter_add", "take_and_merge"), (0.3, 0.5, 0.7), 1024
 # The loss's peak: one model and length, logits whole and by segments.
 LOSS = ("Llama-3-8B", 8192, (1024, 8192))
 POINTS = 400
@@ -57,56 +46,12 @@ def estimates() -> list[dict[str, Any]]:
     """Rows of bytes and FLOPs by model, length and method."""
     rows = []
     for model, lengths in SIZES.items():
-        estimator = Estimator(model, card=find_card(CARD))
+        estimator = Estimator(model)
         for seq_len in lengths:
             for chosen in choose_methods(METHODS):
                 found = counted_step(estimator, chosen.settings(seq_len, "bfloat16"))
                 rows.append({"model": model, "seq_len": seq_len, "method": chosen.name, "words": chosen.words, **found})
                 print(f"{model} {seq_len} {chosen.name}: {found['estimated_bytes'] / 2**20:.0f} MiB", flush=True)
-    return rows
-
-
-def long_steps() -> list[dict[str, Any]]:
-    """Rows of peaks and times of long steps."""
-    rows = []
-    for model, lengths in LONG_SIZES.items():
-        estimator = Estimator(model, card=find_card(CARD))
-        for seq_len in lengths:
-            for chosen in choose_methods(LONG_METHODS):
-                found = estimator.estimate(chosen.settings(seq_len, "bfloat16"))
-                row = {"model": model, "seq_len": seq_len, "method": chosen.name, "words": chosen.words}
-                row |= {"estimated_bytes": found.live_bytes, "flops": sum(found.flops.values())}
-                row |= {"estimated_seconds": found.seconds, "estimated_seconds_at_least": found.seconds_at_least}
-                rows.append(row)
-                print(f"{model} {seq_len} {chosen.name}: {found.seconds:.1f} s", flush=True)
-    return rows
-
-
-class _Traffic(TorchDispatchMode):
-    """Sums what operators read and write, one by one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        cost = operator_cost(func, args, kwargs or {}, result)
-        self.bytes += cost.traffic if cost is not None else 0
-        return result
-
-
-def movement() -> list[dict[str, Any]]:
-    """Bytes that a movement kernel must move, and those of the plain operators in its place, at the width of Llama-3-8B."""
-    rows = []
-    for name in MOVEMENT:
-        for keep in MOVED_SHARES:
-            torch.manual_seed(0)
-            case = CASES[name](Setting(MOVED_ROWS, keep, torch.device("cpu"), torch.bfloat16))
-            with _Traffic() as naive:
-                case.naive()
-            rows.append({"kernel": name, "keep": keep, "rows": MOVED_ROWS, "bytes": case.bytes, "naive_bytes": naive.bytes})
-            print(f"{name} {keep}: {naive.bytes / case.bytes:.2f} times the bytes", flush=True)
     return rows
 
 
@@ -166,8 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     document: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", **provenance(), "machine": "any", "gpu": None}
-    document |= {"card": CARD, "efficiency": asdict(ASSUMED), "movement": movement(), "loss_timeline": loss_timeline()}
-    document |= {"predictor_parameters": predictor_parameters(), "long_steps": long_steps(), "rows": estimates()}
+    document |= {"loss_timeline": loss_timeline(), "predictor_parameters": predictor_parameters(), "rows": estimates()}
     args.out.write_text(json.dumps(document, indent=1) + "\n")
     print(f"wrote {args.out}")
 

@@ -1,5 +1,6 @@
 """Parts of benchmarks/gpu_suite.py that compare with what something must be: attention at real sizes, training in bfloat16."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,41 @@ def require(right: bool, what: str) -> None:
     """Ends a part whose result is not what it must be."""
     if not right:
         raise AssertionError(what)
+
+
+# As the `probe` of each function's module takes them: Llama-3-8B's sizes.
+KERNELS: tuple[tuple[str, tuple[int | str, ...]], ...] = (
+    ("take_rows", (4096,)),
+    ("gather_norm", (4096, "plain")),
+    ("apply_rotary", (32, 8, 128)),
+    ("gated_activation", (14336, "silu")),
+    ("attend", (128, "all")),
+    ("attend", (128, "window")),
+    ("attend_nearby", (128,)),
+    ("informativeness_by_document", (128, 64)),
+    ("cross_entropy_in_place", (128256,)),
+    ("block_features", (4096, 64, "plain", 32, 32, 32, 32, 32)),
+)
+
+
+def run_kernels(scale: Scale) -> dict[str, Any]:
+    """Every kernel once, in bfloat16: seconds until it has compiled and run, or why it cannot."""
+    import lemo_kernels
+
+    rows: list[dict[str, Any]] = []
+    for name, sizes in KERNELS:
+        began = time.perf_counter()
+        row: dict[str, Any] = {"kernel": name, "sizes": sizes}
+        try:
+            # In the interpreter products of bfloat16 are wrong, but they run.
+            lemo_kernels.probe(name, scale.device, torch.float32 if scale.tiny else torch.bfloat16, *sizes)
+        except torch.AcceleratorError:
+            raise  # nothing runs in this process any more
+        except Exception as failure:  # whatever the compiler raises: the others still have something to say
+            row["failure"] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:1000]}"
+        rows.append(row | {"seconds": time.perf_counter() - began})
+    require(not any("failure" in row for row in rows), str([row for row in rows if "failure" in row]))
+    return {"rows": rows}
 
 
 def dense_attention(inputs: list[Tensor], scale: float, window: int | None, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,21 +3,26 @@
     python benchmarks/gpu_suite.py --out results/            # again and again, until it says that all is there
 
 Every part is one JSON file in `--out` and is skipped when that file is there; a part that fails, or is killed, leaves
-`<part>.failed.json` and is tried again, after those that were not tried yet. Parts begin only while enough of `--seconds` is left,
-and while the device answers: a kernel's fault ends its process, so the rest waits for the next call. Exit code 0: all there and
-right; 1: a part failed; 3: parts are left to do. Parts, in order, by the beginning of their names for `--part`:
+`<part>.failed.json` with the reason and is tried again, after those that were not tried yet. What the package warned of meanwhile
+(a kernel that cannot run, and its reference does) stands in the file as `warnings`. Parts begin only while enough of `--seconds` is
+left, and while the device answers: a kernel's fault ends its process, so the rest waits for the next call. Exit code 0: all there
+and right; 1: a part failed; 3: parts are left to do. It runs from a checkout, whether the package is installed or not.
 
-    tests_*               the kernels' own tests on this device, bfloat16 included
-    attention_*           flash operators and Triton kernels against dense float32 attention at real sizes, windows, offsets
-                          beyond 2^31 elements, the same bits twice
-    patterns              attention patterns among kept rows, flex attention's block masks among them, against masks written out
+Parts by the beginning of their names, for `--part`. The order is that of a short lease: first that everything runs in bfloat16 and
+is right, then the rows that all else is judged by, then the kernels' times, then the rest.
+
+    runs                  every kernel compiles and runs at Llama-3-8B's sizes in bfloat16; one row each, with the reason of a failure
     training_<type>       every architecture in bfloat16, both forms, both checkpointings, packed: first loss and gradients
                           against float32 on the CPU, then a few steps
+    attention_*           flash operators and Triton kernels against dense float32 attention at real sizes, windows, offsets
+                          beyond 2^31 elements, the same bits twice
     headline_<tokens>_*   Llama-3-8B's shape with random weights: the methods of `lemo bench`, ours beside stock LoRA, checkpointing,
                           Liger and offload where they are installed, and others' methods; peak bytes, tokens per second, phases
+    times_*               benchmarks/kernel_times.py, one kernel at a time
+    tests_*               the kernels' own tests on this device, bfloat16 included
+    patterns              attention patterns among kept rows, flex attention's block masks among them, against masks written out
     offload_equality      gradients with offload to the bit, before anything is timed
     offload_<tokens>_*    kept shares that fall with depth: no offload, sensitive, uniform at its peak; peak bytes, time, stalls
-    times_*               benchmarks/kernel_times.py, one kernel at a time
     quality_*             the quality bench's large base, trained in several parts, and its arms at 8192 tokens (docs/quality.md); base and
                           results stay in outputs/quality_gpu
 
@@ -25,7 +30,9 @@ right; 1: a part failed; 3: parts are left to do. Parts, in order, by the beginn
 """
 
 import argparse
+import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -38,6 +45,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# Both packages as they stand here.
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "torch-ext"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # arms of different sizes follow one another
 
 import torch
@@ -46,9 +56,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 import gpu_offload
 import kernel_times
-from gpu_checks import Scale, attention_offsets, require, run_attention, run_patterns, run_training
+from gpu_checks import Scale, attention_offsets, require, run_attention, run_kernels, run_patterns, run_training
 from kernel_cases import CASES
 
+from lemo_hf.models import kernel_switch
 from lemo_hf.profiling.bench.methods import ChosenMethod, choose_methods
 from lemo_hf.profiling.bench.run import KIND, new_row, take_result
 from lemo_hf.profiling.bench.step import measure_step
@@ -60,7 +71,12 @@ ROOT = Path(__file__).parents[1]
 QUALITY = ROOT / "outputs" / "quality_gpu"
 QUALITY_BASE_PARTS = 3
 MODEL = "Llama-3-8B"
-# Methods of `lemo bench`: at every length, at 8K, where nothing has to be run again, and at 64K, where much has.
+# Methods of `lemo bench` that come first: stock LoRA and ours, each as it is best at the length.
+FIRST = {
+    8192: ("stock-bf16", "lemo-exact", "lemo-sparse", "checkpointing"),
+    65536: ("checkpointing", "lemo-exact-rows", "lemo-sparse-rows", "liger-checkpointing"),
+}
+# At every length, at 8K, where nothing has to be run again, and at 64K, where much has.
 HEADLINE = (
     "stock", "stock-bf16", "checkpointing", "liger-checkpointing", "longlora", "random-ltd", "tokentune",
     "lemo-exact", "lemo-sparse", "lemo-exact-rows", "lemo-sparse-rows", "lemo-sparse-groups-rows", "lemo-sparse-blocks-rows",
@@ -79,10 +95,24 @@ class Part:
     run: Callable[[], dict[str, Any]]
 
 
+def run_here(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, with the packages as they stand here."""
+    paths = filter(None, [*sys.path[:2], os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
 def run_tests(path: Path, tiny: bool) -> dict[str, Any]:
-    """One file's tests, the slow ones too, by pytest in a process of its own."""
+    """One file's tests, the slow ones too, by pytest in a process of its own.
+
+    It is the device that is asked here: what upstream releases warn of fails no test, as it does elsewhere.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-rf", "-m", "", str(path), *(("-k", "bits") if tiny else ())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
+        command += ["-W", f"ignore::{kind}"]
+    if not tiny and importlib.util.find_spec("xdist"):
+        command += ["-n", "6"]  # most of the time is compilation
+    done = run_here(command, timeout=400)
     require(done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:])
     return {"summary": done.stdout.strip().splitlines()[-1]}
 
@@ -92,7 +122,8 @@ def arms(tokens: int, tiny: bool) -> dict[str, ChosenMethod]:
     names = HEADLINE + (LONG if tokens > 16384 else SHORT)
     chosen = choose_methods(",".join(names))
     device = torch.device("cpu" if tiny else "cuda")
-    return {one.name.replace("@", "_"): one for one in chosen if one.obstacle(device, "llama") is None}
+    possible = {one.name.replace("@", "_"): one for one in chosen if one.obstacle(device, "llama") is None}
+    return {name: one for name, one in possible.items() if not tiny or name in TINY}
 
 
 def headline_config(scale: Scale) -> Any:
@@ -117,7 +148,7 @@ def run_headline(scale: Scale, chosen: ChosenMethod, tokens: int, steps: int) ->
 def run_quality(module: str, *options: str) -> dict[str, Any]:
     """A command of the quality bench, which keeps what it has done in `QUALITY` and goes on from there."""
     command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.quality.{module}", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560)
+    done = run_here(command, timeout=560)
     require(done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:])
     results = sorted(QUALITY.glob("arms/*/*.json"), key=lambda path: path.stat().st_mtime) if module == "extension" else []
     return {"output": done.stdout[-2000:], "results": {path.name: json.loads(path.read_text()) for path in results[-1:]}}
@@ -156,28 +187,59 @@ def run_times(scale: Scale, name: str) -> dict[str, Any]:
     return {"copy_bytes_per_second": bandwidth, "rows": rows}
 
 
+def headline_parts(scale: Scale, first: bool) -> Iterator[Part]:
+    """The headline's rows, those that come first or the others."""
+    for tokens, steps, seconds in ((64, 1, 60),) if scale.tiny else ((8192, 3, 100), (65536, 1, 200)):
+        for name, arm in arms(tokens, scale.tiny).items():
+            early = scale.tiny or (arm.method.name in FIRST[tokens] and arm.keep in (None, 0.5))
+            if early == first:
+                yield Part(f"headline_{tokens}_{name}", seconds, partial(run_headline, scale, arm, tokens, steps))
+
+
 def parts(scale: Scale) -> Iterator[Part]:
     """All parts in order; the seconds are bounds for an H200, compilation included."""
-    for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")):
-        if not scale.tiny or path.stem == "test_loss_kernel":
-            yield Part(path.stem.replace("test_", "tests_", 1), 240, partial(run_tests, path, scale.tiny))
-    for head_dim in (16,) if scale.tiny else (64, 128, 256):
-        yield Part(f"attention_{head_dim}", 150, partial(run_attention, scale, head_dim))
-    yield Part("attention_offsets", 60, partial(attention_offsets, scale))
-    yield Part("patterns", 240, partial(run_patterns, scale))
-    for model_type in ("mistral",) if scale.tiny else ARCHITECTURES:
-        yield Part(f"training_{model_type}", 120, partial(run_training, scale, model_type))
-    for tokens, steps, seconds in ((64, 1, 60),) if scale.tiny else ((8192, 3, 100), (65536, 1, 260)):
-        chosen = arms(tokens, scale.tiny)
-        for name in TINY if scale.tiny else chosen:
-            yield Part(f"headline_{tokens}_{name}", seconds, partial(run_headline, scale, chosen[name], tokens, steps))
-    yield Part("offload_equality", 60, partial(gpu_offload.run_equality, scale))
-    for mode in gpu_offload.MODES:
-        yield Part(f"offload_{tokens}_{mode}", 300, partial(run_offload, scale, mode, tokens, 1))
+    types = ["mistral"] if scale.tiny else sorted(ARCHITECTURES, key=lambda model_type: model_type != "llama")
+    training = [Part(f"training_{model_type}", 120, partial(run_training, scale, model_type)) for model_type in types]
+    sizes = (16,) if scale.tiny else (128, 64, 256)
+    attention = [Part(f"attention_{size}", 150, partial(run_attention, scale, size)) for size in sizes]
+    yield Part("runs", 150, partial(run_kernels, scale))
+    yield from (training[0], attention[0])
+    yield from headline_parts(scale, first=True)
     for name in ("scatter_add",) if scale.tiny else CASES:
         yield Part(f"times_{name}", 170, partial(run_times, scale, name))
+    yield from headline_parts(scale, first=False)
+    yield from (*training[1:], *attention[1:])
+    yield Part("attention_offsets", 60, partial(attention_offsets, scale))
+    yield Part("patterns", 240, partial(run_patterns, scale))
+    for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")):
+        # That kernels compile without a GPU is no question here.
+        if path.stem == "test_loss_kernel" if scale.tiny else path.stem != "test_compiles_for_gpu":
+            yield Part(path.stem.replace("test_", "tests_", 1), 240, partial(run_tests, path, scale.tiny))
+    yield Part("offload_equality", 60, partial(gpu_offload.run_equality, scale))
+    for mode in gpu_offload.MODES:
+        tokens = 64 if scale.tiny else 65536
+        yield Part(f"offload_{tokens}_{mode}", 300, partial(run_offload, scale, mode, tokens, 1))
     if not scale.tiny:
         yield from quality_parts()
+
+
+class Warned(logging.Handler):
+    """What the package warns of within its block, one line each."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> "Warned":
+        kernel_switch._say_once.cache_clear()  # each part says it for itself
+        logging.getLogger("lemo_hf").addHandler(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        logging.getLogger("lemo_hf").removeHandler(self)
 
 
 def answers(scale: Scale) -> bool:
@@ -221,12 +283,14 @@ def main(arguments: list[str] | None = None) -> int:
         versions = {"torch_cuda": torch.version.cuda, "triton": kernel_times.triton_version()}
         document: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", **provenance(), **versions, "part": part.name}
         write(failure, document | {"failure": "it did not come to an end: killed, or the process died"})
-        try:
-            document |= part.run()
-        except Exception as error:  # whatever it is: the other parts still have something to say
-            document["failure"] = "".join(traceback.format_exception(error))[-8000:]
-            failed.append(part.name)
-            path, works = failure, answers(scale)
+        with Warned() as warned:
+            try:
+                document |= part.run()
+            except Exception as error:  # whatever it is: the other parts still have something to say
+                document["failure"] = "".join(traceback.format_exception(error))[-8000:]
+                failed.append(part.name)
+                path, works = failure, answers(scale)
+        document["warnings"] = warned.lines
         document["seconds"] = time.monotonic() - start
         write(path, document)
         if path != failure:

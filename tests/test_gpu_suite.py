@@ -4,13 +4,17 @@ import json
 import subprocess
 from dataclasses import replace
 
+import gpu_checks
 import gpu_suite
 import kernel_cases
 import kernel_times
+import lemo_kernels
 import pytest
 import torch
+from gpu_checks import Scale
 from gpu_suite import Part
 
+from lemo_hf.models import kernel_switch
 from lemo_hf.profiling.bench.table import merged
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="small sizes need the interpreter, which a GPU switches off")
@@ -21,11 +25,12 @@ def test_every_kind_of_part_runs_and_is_not_run_again(tmp_path, monkeypatch):
         "--tiny",
         "--out",
         str(tmp_path),
-        *(word for part in ("att", "pattern", "train", "head", "times") for word in ("--part", part)),
+        *(word for part in ("runs", "att", "pattern", "train", "head", "times") for word in ("--part", part)),
     ]
     assert gpu_suite.main(command) == 0
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert all({"date", "commit", "versions", "machine", "seconds"} <= result.keys() for result in results.values())
+    assert all(row["seconds"] > 0 for row in results["runs"]["rows"])
     assert [row["backend"] for row in results["attention_16"]["rows"]] == ["triton"] * 4
     patterns = results["patterns"]["rows"]
     assert {row["pattern"] for row in patterns} == {"shifted_groups", "block_sparse"}
@@ -43,6 +48,48 @@ def test_every_kind_of_part_runs_and_is_not_run_again(tmp_path, monkeypatch):
     fails = lambda: pytest.fail("it was there")  # noqa: E731
     monkeypatch.setattr(gpu_suite, "parts", lambda scale: (replace(part, run=fails) for part in all_parts(scale)))
     assert gpu_suite.main(command) == 0
+
+
+def test_a_short_lease_gets_what_matters_most_first():
+    found = list(gpu_suite.parts(Scale(False)))
+    names = [part.name for part in found]
+    assert len(set(names)) == len(names)
+    assert names[:3] == ["runs", "training_llama", "attention_128"]
+    first = names[3 : names.index("times_gather_norm")]
+    assert first[:2] == ["headline_8192_stock-bf16", "headline_8192_checkpointing"]
+    assert {"headline_8192_lemo-exact_0.5", "headline_65536_lemo-sparse-rows_0.5", "headline_65536_checkpointing"} <= set(first)
+    kinds = [name.split("_")[0] for name in names[3 + len(first) :]]
+    order = ["times", "headline", "training", "attention", "patterns", "tests", "offload", "quality"]
+    assert list(dict.fromkeys(kinds)) == order
+    assert sum(part.seconds for part in found[: 3 + len(first)]) < 30 * 60
+    assert "tests_compiles_for_gpu" not in names
+
+
+def test_a_kernel_that_fails_names_its_reason_and_the_others_run(monkeypatch):
+    probed = []
+
+    def probe(name, *_):
+        probed.append(name)
+        if name == "apply_rotary":
+            raise RuntimeError("out of resource:\n shared memory")
+
+    monkeypatch.setattr(lemo_kernels, "probe", probe)
+    with pytest.raises(AssertionError, match=r"apply_rotary.*RuntimeError: out of resource: shared memory"):
+        gpu_checks.run_kernels(Scale(True))
+    assert probed == [name for name, _ in gpu_checks.KERNELS]
+    assert {module for name, module in lemo_kernels._HOMES.items() if name in probed} == set(lemo_kernels._HOMES.values())
+
+
+def test_what_the_package_warns_of_stands_in_each_part_s_file(tmp_path, monkeypatch):
+    def falls_back():
+        kernel_switch._say_once("take_rows", "no such luck")
+        return {}
+
+    monkeypatch.setattr(gpu_suite, "parts", lambda scale: iter([Part(name, 5, falls_back) for name in ("one", "two")]))
+    assert gpu_suite.main(["--tiny", "--out", str(tmp_path)]) == 0
+    for name in ("one", "two"):
+        (line,) = json.loads((tmp_path / f"{name}.json").read_text())["warnings"]
+        assert line == "The kernel take_rows cannot run, its PyTorch reference does: no such luck"
 
 
 def test_a_part_that_fails_is_kept_apart_and_tried_again(tmp_path, monkeypatch):

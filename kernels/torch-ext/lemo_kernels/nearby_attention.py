@@ -46,7 +46,8 @@ def attend_nearby(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, place
     Args:
         query: `(rest, heads, head_dim)`, positions applied, `head_dim` up to 256.
         key, value: Those of all rows, `(all_rows, key_value_heads, head_dim)`.
-        rows: Row of each query among the keys, `(rest,)` int64, increasing.
+        rows: Row of each query among the keys, `(rest,)` int64, increasing. On a GPU, where they are not read before the launch, wrong
+            numbers give wrong keys, never other memory.
         places: Place of each of these rows in its document, from 0, `(rest,)` int64.
         scale: Factor on the dot products.
         width: Keys that a query sees, its own included, where its document has as many before it.

@@ -1,0 +1,71 @@
+"""Gradient noise of forms: the estimates are those of distributions that are known."""
+
+import math
+
+import pytest
+import torch
+from tiny_texts import TOKENS, token_rows
+
+from benchmarks.quality.arms import Arm, exact
+from benchmarks.quality.noise_scale import row_gradients, step_cost, steps_needed, warmed_up, with_errors
+from benchmarks.quality.setting import Setting
+from lemo_hf.errors import LemoError
+
+ROWS, WEIGHTS = 64, 400
+
+
+def drawn(mean, spread, seed):
+    """Rows of gradients: a mean and noise of `spread` in every weight."""
+    return mean + spread * torch.randn(ROWS, WEIGHTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_noise_and_bias_are_those_of_the_distribution():
+    along = torch.ones(WEIGHTS, dtype=torch.float64)
+    across = torch.cat([along[: WEIGHTS // 2], -along[WEIGHTS // 2 :]])
+    dense = drawn(along, 2.0, 0)
+    bias, noise = step_cost(dense, dense)
+    assert bias == pytest.approx(0, abs=1e-9)
+    assert noise == pytest.approx(4.0, rel=0.1)
+    # Half as long, with half as much across: neither the length nor the sign of what lies across matters.
+    for sign in (1, -1):
+        found = with_errors(drawn(0.5 * along + sign * 0.25 * across, 2.0, 1), dense)
+        assert found["bias"] == pytest.approx(0.25, abs=0.1)
+        assert found["noise"] == pytest.approx(16.0, rel=0.15)
+        assert 0 < found["bias_error"] < 0.2
+        assert 0 < found["noise_error"] < 4
+
+
+def test_errors_are_those_of_repeated_draws():
+    along = torch.ones(WEIGHTS, dtype=torch.float64)
+    several = [with_errors(drawn(along, 4.0, 2 * seed), drawn(along, 4.0, 2 * seed + 1)) for seed in range(40)]
+    for name in ("bias", "noise"):
+        seen = torch.tensor([found[name] for found in several]).std().item()
+        told = sum(found[f"{name}_error"] for found in several) / len(several)
+        # Leaving out one row at a time tells too much of what depends on squares, never too little.
+        assert 0.8 * seen < told < 1.7 * seen, name
+
+
+def test_steps_that_a_form_needs_follow_the_rows_of_a_step():
+    stock, form = {"bias": 0.0, "noise": 8.0}, {"bias": 0.1, "noise": 16.0}
+    assert steps_needed(form, stock, 1) == pytest.approx(17.1 / 9)
+    assert steps_needed(form, stock, 8) == pytest.approx(3.1 / 2)
+    assert steps_needed(form, stock, math.inf) == pytest.approx(1.1)
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(LemoError, match="3 rows; give 4 or more"):
+        with_errors(torch.ones(3, 5), torch.ones(3, 5))
+
+
+def test_gradients_of_rows_are_of_the_adapter_and_of_their_own_draws(base):
+    setting, rows = Setting(base, TOKENS), list(token_rows(3, 0))
+    adapter = warmed_up(setting, rows[2:])
+    same_row = [rows[0], rows[0]]
+    stock = row_gradients(Arm("stock", "core"), setting, adapter, same_row)
+    everything = row_gradients(Arm("all", "core", exact(1.0)), setting, adapter, same_row)
+    half = row_gradients(Arm("half", "core", exact(0.5, block_size=16)), setting, adapter, same_row)
+    assert torch.equal(stock[0], stock[1])
+    assert not torch.equal(half[0], half[1]), "each row has a draw of its own"
+    assert torch.allclose(everything, stock, rtol=1e-3, atol=1e-5 * stock.abs().max().item())
+    names = (stock[0] != 0).float().mean().item()
+    assert names > 0.9, "after a step all of the adapter's weights have a gradient"

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .host import DTYPES, on_device, operator, require, unit_stride
+from .host import on_device, operator, require, require_device, require_heads, unit_stride
 from .interval_attention import interval_attention, interval_attention_backward
-
-MAX_HEAD_DIM = 256
 
 
 def _intervals(
@@ -144,30 +142,10 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None, positions: Tensor | None) -> None:
-    require(query.dim() == 3, "queries must be (rows, heads, head_dim)", f"shape {tuple(query.shape)}", "flatten the batch first")
-    rows, heads, head_dim = query.shape
-    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (key, value))
-    fits = key.shape == value.shape and key.dim() == 3 and (key.shape[0], key.shape[2]) == (rows, head_dim)
-    require(
-        fits,
-        f"keys and values must be ({rows}, key_value_heads, {head_dim}), as the queries are",
-        shapes,
-        "pass one row of each per token",
-    )
-    require(
-        heads % key.shape[1] == 0, f"{heads} query heads must be a multiple of the key heads", key.shape[1], "repeat the keys"
-    )
-    dtypes = {query.dtype, key.dtype, value.dtype}
-    supported = len(dtypes) == 1 and query.dtype in DTYPES
-    require(supported, "query, key and value must be of one dtype, float32, float16 or bfloat16", dtypes, "cast them")
-    devices = {query.device, key.device, value.device, query.device if positions is None else positions.device}
-    require(len(devices) == 1, "query, key, value and positions must be on one device", devices, "move them there")
-    require(
-        head_dim <= MAX_HEAD_DIM,
-        f"attention kernels serve head sizes up to {MAX_HEAD_DIM}",
-        head_dim,
-        "use the PyTorch reference",
-    )
+    rows = query.shape[0]
+    require_heads(query, {"keys": key, "values": value}, rows)
+    if positions is not None:
+        require_device("positions", positions, query)
     fits = sum(lengths) == rows and min(lengths, default=0) >= 0
     require(fits, f"document lengths must add up to the {rows} rows", lengths, "pass the lengths of these rows")
     require(window is None or window > 0, "a window counts the row itself", f"window={window}", "pass at least 1, or None")

@@ -24,6 +24,8 @@ except ImportError:
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Wider heads do not fit the tiles of attention and block scores.
+MAX_HEAD_DIM = 256
 
 
 class KernelInputError(ValueError):
@@ -92,6 +94,26 @@ def require_rows(
 def require_device(name: str, tensor: Tensor, like: Tensor) -> None:
     """Checks that a tensor lies where `like` does."""
     require(tensor.device == like.device, f"{name} must be on {like.device}", tensor.device, "move it there")
+
+
+def require_heads(query: Tensor, others: dict[str, Tensor], rows: int) -> None:
+    """Checks queries `(any, heads, head_dim)` and what they are held against, `(rows, key_value_heads, head_dim)` each, by name."""
+    require(query.dim() == 3, "queries must be (rows, heads, head_dim)", f"shape {tuple(query.shape)}", "flatten the batch first")
+    _, heads, head_dim = query.shape
+    names, key = " and ".join(others), next(iter(others.values()))
+    shapes = ", ".join(str(tuple(part.shape)) for part in others.values())
+    fits = key.dim() == 3 and (key.shape[0], key.shape[2]) == (rows, head_dim) and key.shape[1] > 0
+    fits = fits and all(part.shape == key.shape for part in others.values())
+    fact = f"{names} must be ({rows}, key_value_heads, {head_dim}), as the queries are"
+    require(fits, fact, shapes, "pass one row of each per token")
+    fact = f"{heads} query heads must be a multiple of the key heads"
+    require(heads % key.shape[1] == 0, fact, key.shape[1], "repeat the keys")
+    dtypes = {query.dtype, *(part.dtype for part in others.values())}
+    supported = len(dtypes) == 1 and query.dtype in DTYPES
+    require(supported, f"queries, {names} must be of one dtype, float32, float16 or bfloat16", dtypes, "cast them")
+    for name, part in others.items():
+        require_device(name, part, query)
+    require(head_dim <= MAX_HEAD_DIM, f"kernels serve head sizes up to {MAX_HEAD_DIM}", head_dim, "use the PyTorch reference")
 
 
 def require_vector(name: str, tensor: Tensor, length: int, like: Tensor) -> None:

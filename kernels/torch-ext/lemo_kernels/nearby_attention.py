@@ -17,8 +17,7 @@ key is copied; the reference gathers block_size + width keys and values for each
 import torch
 from torch import Tensor
 
-from .document_attention import MAX_HEAD_DIM
-from .host import DTYPES, operator, require, require_device, require_index, unit_stride
+from .host import operator, require, require_heads, require_index, unit_stride
 from .interval_attention import interval_attention
 
 
@@ -58,23 +57,8 @@ def attend_nearby(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, place
     Raises:
         KernelInputError: If shapes, dtypes, devices, the width or (on the CPU) row numbers do not fit.
     """
-    require(query.dim() == 3, "queries must be (rows, heads, head_dim)", f"shape {tuple(query.shape)}", "flatten the batch first")
-    rest, heads, head_dim = query.shape
-    fits = key.shape == value.shape and key.dim() == 3 and key.shape[2] == head_dim and heads % max(1, key.shape[1]) == 0
-    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (key, value))
-    fact = f"keys and values must be (all_rows, a divisor of {heads}, {head_dim})"
-    require(fits and key.shape[1] > 0, fact, shapes, "pass one row of each per token")
-    dtypes = {query.dtype, key.dtype, value.dtype}
-    supported = len(dtypes) == 1 and query.dtype in DTYPES
-    require(supported, "query, key and value must be of one dtype, float32, float16 or bfloat16", dtypes, "cast them")
-    for name, tensor in (("keys", key), ("values", value)):
-        require_device(name, tensor, query)
-    require(
-        head_dim <= MAX_HEAD_DIM,
-        f"attention kernels serve head sizes up to {MAX_HEAD_DIM}",
-        head_dim,
-        "use the PyTorch reference",
-    )
+    rest = query.shape[0]
+    require_heads(query, {"keys": key, "values": value}, key.shape[0])
     require_index("rows", rows, key.shape[0], query)
     require_index("places", places, key.shape[0], query)
     same = rows.shape == places.shape == (rest,)

@@ -22,9 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .host import DTYPES, launch_on, on_device, operator, require, unit_stride
-
-MAX_HEAD_DIM = 256
+from .host import launch_on, on_device, operator, require, require_heads, unit_stride
 
 
 @triton.jit
@@ -168,27 +166,8 @@ def _(scores: Tensor, counts: list[int]) -> Tensor:
 
 
 def _check(query: Tensor, key: Tensor, lengths: list[int], block_size: int, window: int | None) -> None:
-    require(
-        query.dim() == 3, "queries must be (tokens, heads, head_dim)", f"shape {tuple(query.shape)}", "flatten the batch first"
-    )
-    tokens, heads, head_dim = query.shape
-    fits = key.dim() == 3 and (key.shape[0], key.shape[2]) == (tokens, head_dim)
-    require(
-        fits,
-        f"keys must be ({tokens}, key_value_heads, {head_dim}), as the queries are",
-        tuple(key.shape),
-        "pass a key per token",
-    )
-    require(
-        heads % key.shape[1] == 0, f"{heads} query heads must be a multiple of the key heads", key.shape[1], "repeat the keys"
-    )
-    supported = query.dtype == key.dtype and query.dtype in DTYPES
-    dtypes = f"{query.dtype} and {key.dtype}"
-    require(supported, "query and key must be of one dtype, float32, float16 or bfloat16", dtypes, "cast them")
-    require(query.device == key.device, f"keys must be on {query.device}", key.device, "move them there")
-    require(
-        head_dim <= MAX_HEAD_DIM, f"block scores serve head sizes up to {MAX_HEAD_DIM}", head_dim, "use the PyTorch reference"
-    )
+    tokens = query.shape[0]
+    require_heads(query, {"keys": key}, tokens)
     fits = sum(lengths) == tokens and min(lengths, default=0) >= 0
     require(fits, f"document lengths must add up to the {tokens} tokens", lengths, "pass the lengths of these rows")
     require(block_size > 0, "a block has at least one token", f"block_size={block_size}", "pass the model's block size")

@@ -8,7 +8,6 @@ from references.one_layer import layer_under_test, run_layer, slowly
 from references.tiny_models import (
     ARCHITECTURES,
     assert_same_gradients,
-    batches_of,
     checkpoint_stock_layers,
     lemo_model,
     loss_and_gradients,
@@ -147,19 +146,6 @@ def test_kept_row_checkpointing_runs_dropped_rows_once():
     loss_and_gradients(model, place([random_tokens(96, 3)], "right").batch)
     forward = [("q_proj", 72), ("q_proj", 24), ("o_proj", 24), ("o_proj", 72)]
     assert rows == [*forward, ("q_proj", 24), ("o_proj", 24)]
-
-
-def test_beside_a_pattern_kept_rows_are_what_they_were():
-    batch, outputs, kept = place([random_tokens(96, 3)], "right").batch, [], []
-    for nearby in (0, 16):
-        settings = {"attention_forward": "sparse", "attention_pattern": "shifted_groups", "nearby_tokens": nearby}
-        model = lemo_model(stock_model(num_hidden_layers=1), **settings)
-        sparse_backbone(model).layers[0].register_forward_hook(lambda m, args, output: outputs.append(output.detach()[0]))
-        with batches_of(model) as batches:
-            model(**batch)
-        kept.append(batches[0].selections[0])
-    assert torch.equal(outputs[0][kept[0].kept_rows], outputs[1][kept[1].kept_rows])
-    assert not torch.isclose(outputs[0][kept[0].rest_rows], outputs[1][kept[1].rest_rows]).all(1).any()
 
 
 def test_autocast_runs():

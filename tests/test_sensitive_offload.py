@@ -134,8 +134,19 @@ def test_a_wider_window_changes_no_bit_and_holds_what_its_accounting_says(window
             handles = [layer.register_forward_hook(copies.look) for layer in model.layers]
         with SensitiveOffload(model, OffloadSettings(smallest=1, link=LINK), copies=copies) as offload:
             offload.budgets, offload.window, copies.offload, copies.most = budgets, window, offload, 0
+            begin, begun = offload._begin_backward, []
+
+            def noted(run, kept, begin=begin, begun=begun):
+                begin(run, kept)
+                there = [all(storage._back is not None for storage in one.living()) for one in run.downwards(6)]
+                begun.append((run.layer, there.index(False) if False in there else len(there)))
+
+            offload._begin_backward = noted
             for _ in range(2):
                 assert_same_bits(step(), wanted)
+            # As a layer begins its backward, its own bytes and those of as many layers below are on their way.
+            if budgets[0] == math.inf:
+                assert begun == [(layer, min(layer, window) + 1) for layer in range(5, -1, -1)] * 2
         report = offload.report()
         assert (offload.host_bytes, offload.device_bytes, report.window) == (0, 0, window)
         assert sum(report.moved_bytes) > 0

@@ -157,6 +157,11 @@ def test_a_budget_for_a_step_that_is_not_estimated_is_refused(tmp_path):
         trainer.train()
     with pytest.raises(LemoError, match=r"layers are checkpointed"):
         budgeted(tmp_path, "1GiB", activation_checkpointing=True).train()
+    offloaded = tiny_trainer(tmp_path, {**SAMPLED, "memory_budget": "1GiB", "offload": "sensitive"}, max_steps=1)
+    with pytest.raises(
+        LemoError, match=r"cannot be kept, what stays on the device with offload='sensitive' follows .* measure; leave"
+    ):
+        offloaded.train()
     by_layer = tiny_trainer(tmp_path, {**SAMPLED, "memory_budget": "1GiB", "keep_ratio": [0.5, 0.4]}, max_steps=1)
     with pytest.raises(LemoError, match="keep_ratio lists 2; leave one out"):
         by_layer.train()

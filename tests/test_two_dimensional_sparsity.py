@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from references.attention_patterns import groups_by_hand, rows_by_hand
 from references.decoder_layer import hidden_pairs
 from references.one_layer import saved_tensors
 from torch.nn.attention.flex_attention import flex_attention
@@ -60,25 +61,6 @@ def compare(got, wanted, inputs, **tolerance):
         torch.testing.assert_close(mine, reference, **tolerance)
 
 
-def same_document(lengths):
-    number = torch.cat([torch.full((length,), place) for place, length in enumerate(lengths)])
-    return number[:, None] == number
-
-
-def groups_by_hand(lengths, size, heads, shifted_heads):
-    """`(heads, rows, rows)`: group numbers of every row by their definition, one row at a time."""
-    numbers = torch.zeros(heads, sum(lengths), dtype=torch.long)
-    for head in range(heads):
-        row = 0
-        for length in lengths:
-            group = size if size is not None else max(2, -(-length // 4))
-            for within in range(length):
-                numbers[head, row] = (within + (group - group // 2 if head in shifted_heads else 0)) // group
-                row += 1
-    later = torch.ones(sum(lengths), sum(lengths), dtype=torch.bool).triu(1)
-    return (numbers[:, :, None] == numbers[:, None]) & same_document(lengths) & ~later
-
-
 LENGTHS = [[32], [30], [17, 1, 31, 8], [5, 5, 5], [3]]
 
 
@@ -113,7 +95,7 @@ def test_a_window_counts_original_distance_within_a_pattern(window):
     got = attend_in_pattern(*inputs, scope, ShiftedGroups(6))
     compare(got, slowly(*inputs, groups_by_hand(selection.kept_lengths, 6, 4, {2, 3}) & near), inputs)
     pairs = choose_pairs(scores, selection, documents, 0.5, window)
-    compare(attend_in_pattern(*inputs, scope, pairs), slowly(*inputs, rows_by_hand(selection, pairs) & near), inputs)
+    compare(attend_in_pattern(*inputs, scope, pairs), slowly(*inputs, rows_by_hand(pairs) & near), inputs)
 
 
 def pairs_by_hand(documents, selection, scores, share):
@@ -131,16 +113,6 @@ def pairs_by_hand(documents, selection, scores, share):
     return marks
 
 
-def rows_by_hand(selection, pairs):
-    """The pairs by rows, `(kept, kept)`, causal."""
-    block, first = [], 0
-    for length in selection.kept_lengths:
-        block += [first + place // BLOCK for place in range(length)]
-        first += -(-length // BLOCK)
-    block = torch.tensor(block)
-    return pairs.marks[block][:, block] & ~torch.ones(len(block), len(block), dtype=torch.bool).triu(1)
-
-
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.4, 1.0])
 @pytest.mark.parametrize("lengths", [[64], [61], [40, 3, 50, 17], [4, 4]], ids=str)
 def test_block_pairs_are_the_best_ones_and_attention_sees_just_these(lengths, share):
@@ -150,7 +122,7 @@ def test_block_pairs_are_the_best_ones_and_attention_sees_just_these(lengths, sh
     assert pairs.marks.sum(1).tolist() == [count for of_document in pairs.counts for count in of_document]
     inputs = heads_of(sum(selection.kept_lengths))
     got = attend_in_pattern(*inputs, AttentionScope(selection.kept_lengths, SCALE), pairs)
-    compare(got, slowly(*inputs, rows_by_hand(selection, pairs)), inputs)
+    compare(got, slowly(*inputs, rows_by_hand(pairs)), inputs)
 
 
 def test_tied_scores_go_to_the_earlier_block():

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -149,7 +149,18 @@ def _backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-class _BlockPairKeptRowGradient(torch.autograd.Function):
+class PatternBackward(Protocol):
+    """What is needed to run attention in a pattern backward, tensors apart."""
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, marks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of queries, keys and values."""
+
+
+class PatternKeptRowGradient(torch.autograd.Function):
+    """Attention of kept rows in a pattern, whose result is known: the whole output is saved once, which the output projection saves too."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -158,20 +169,34 @@ class _BlockPairKeptRowGradient(torch.autograd.Function):
         value: Tensor,
         output: Tensor,
         lse: Tensor,
-        marks: Tensor,
-        scope: AttentionScope,
-        pairs: BlockPairs,
+        marks: Tensor | None,
+        pattern: PatternBackward,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, output, lse, marks)
-        ctx.scope, ctx.grid = scope, (pairs.counts, pairs.lengths, pairs.block_size)
+        ctx.pattern = pattern
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse, marks = ctx.saved_tensors
-        pairs = BlockPairs(marks, *ctx.grid)
-        return *_backward(grad.contiguous(), query, key, value, output, lse, ctx.scope, pairs), *(None,) * 5
+        return *ctx.pattern.backward(grad, *ctx.saved_tensors), *(None,) * 4
+
+
+@dataclass(frozen=True)
+class _PairsBackward:
+    """Block pairs without their marks, which autograd saves."""
+
+    scope: AttentionScope
+    counts: list[list[int]]
+    lengths: list[int]
+    block_size: int
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, marks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert marks is not None, "pairs are saved with their marks"
+        pairs = BlockPairs(marks, self.counts, self.lengths, self.block_size)
+        return _backward(grad.contiguous(), query, key, value, output, lse, self.scope, pairs)
 
 
 def among_block_pairs(query: Tensor, key: Tensor, value: Tensor, scope: AttentionScope, pairs: BlockPairs) -> Tensor:
@@ -186,7 +211,8 @@ def among_block_pairs(query: Tensor, key: Tensor, value: Tensor, scope: Attentio
     if query.device.type != "cpu":
         return with_flex_attention(query, key, value, scope, pairs)
     output, lse = attend_block_pairs(query, key, value, scope, pairs)
-    return _BlockPairKeptRowGradient.apply(query, key, value, output, lse, pairs.marks, scope, pairs)
+    backward = _PairsBackward(scope, pairs.counts, pairs.lengths, pairs.block_size)
+    return PatternKeptRowGradient.apply(query, key, value, output, lse, pairs.marks, backward)
 
 
 _MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

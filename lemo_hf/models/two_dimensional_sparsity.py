@@ -22,13 +22,11 @@ Training only, in the sparse form: the exact form's forward pass is the dense on
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .block_pair_attention import BlockPairs, among_block_pairs
+from .block_pair_attention import BlockPairs, PatternKeptRowGradient, among_block_pairs
 from .document_attention import AttentionScope, attend, attend_backward
 from .documents import Documents
 from .lemo_config import LemoConfig, LemoConfigError
@@ -183,7 +181,7 @@ def attend_in_pattern(query: Tensor, key: Tensor, value: Tensor, scope: Attentio
         split = zip(halves.of_queries(query), halves.of_keys(key), halves.of_keys(value), scopes, strict=True)
         outputs, sums = zip(*(attend(*half) for half in split), strict=True)
         output, lse = halves.joined_queries(*outputs), halves.joined_queries(*sums)
-    return _ShiftedKeptRowGradient.apply(query, key, value, output, lse, halves, scopes)
+    return PatternKeptRowGradient.apply(query, key, value, output, lse, None, _HalvesBackward(halves, scopes))
 
 
 @dataclass(frozen=True)
@@ -221,32 +219,20 @@ class _Halves:
         return torch.cat((first, second), 1) if self.key_heads % 2 == 0 else first + second
 
 
-class _ShiftedKeptRowGradient(torch.autograd.Function):
-    """One function for both halves: the whole output is saved once, which the output projection saves too."""
+@dataclass(frozen=True)
+class _HalvesBackward:
+    """Both halves' groups."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        halves: _Halves,
-        scopes: tuple[AttentionScope, AttentionScope],
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.halves, ctx.scopes = halves, scopes
-        return output.view_as(output)
+    halves: _Halves
+    scopes: tuple[AttentionScope, ...]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        halves: _Halves = ctx.halves
-        query, key, value, output, lse = ctx.saved_tensors
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, marks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        halves = self.halves
         rows = [halves.of_queries(part) for part in (grad, query)]
         seen = [halves.of_keys(part) for part in (key, value)]
         finished = [halves.of_queries(part) for part in (output, lse)]
-        grads = [attend_backward(*half) for half in zip(*rows, *seen, *finished, ctx.scopes, strict=True)]
+        grads = [attend_backward(*half) for half in zip(*rows, *seen, *finished, self.scopes, strict=True)]
         queries, keys, values = zip(*grads, strict=True)
-        return halves.joined_queries(*queries), halves.joined_keys(*keys), halves.joined_keys(*values), *(None,) * 4
+        return halves.joined_queries(*queries), halves.joined_keys(*keys), halves.joined_keys(*values)

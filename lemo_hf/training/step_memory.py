@@ -127,9 +127,10 @@ def step_settings(run: "LemoRun", args: TrainingArguments) -> StepSettings:
 
 
 def _settings_on_device(run: "LemoRun", args: TrainingArguments) -> StepSettings:
-    # What an offload leaves on the device depends on bandwidth and times that nobody knows before the first steps.
     if run.lemo.offload != "none":
-        raise LemoError(f"this step is not one that the estimator knows: offload={run.lemo.offload!r}")
+        raise LemoError(
+            f"what stays on the device with offload={run.lemo.offload!r} follows bandwidth and times that the first steps measure"
+        )
     return step_settings(run, args)
 
 

@@ -50,7 +50,14 @@ def feed_forward(layer, rows: Tensor) -> Tensor:
 
 
 def lemo_layer(
-    layer, hidden: Tensor, rotary: tuple[Tensor, ...], kept: Tensor, form: str, window: int | None = None, nearby: int = 0
+    layer,
+    hidden: Tensor,
+    rotary: tuple[Tensor, ...],
+    kept: Tensor,
+    form: str,
+    window: int | None = None,
+    nearby: int = 0,
+    sees: Tensor | None = None,
 ) -> Tensor:
     """The layer's output `(tokens, hidden)` for one document; dropout is left out.
 
@@ -62,13 +69,15 @@ def lemo_layer(
         form: "sparse" or "exact".
         window: Places that a token sees, itself included.
         nearby: Places that a token not kept sees in the sparse form, itself included.
+        sees: Which kept tokens a kept token sees in the sparse form, `(heads or 1, kept, kept)` bool; all earlier ones without.
     """
     attention, scale = layer.self_attn, layer.self_attn.head_dim**-0.5
     norm = layer.self_attn_layer_norm if hasattr(layer, "self_attn_layer_norm") else layer.input_layernorm
     places = torch.arange(len(hidden))
     if form == "sparse":
         query, key, value = heads_of(attention, normalise(norm, hidden[kept]), tuple(part[kept] for part in rotary))
-        scores = (query @ key.mT * scale).masked_fill(hidden_pairs(places[kept], window), -torch.inf)
+        unseen = hidden_pairs(places[kept], window)
+        scores = (query @ key.mT * scale).masked_fill(unseen if sees is None else unseen | ~sees, -torch.inf)
         mixed = scores.softmax(-1) @ value
         update = torch.zeros_like(hidden).index_put((kept,), project_output(attention, mixed.transpose(0, 1).flatten(1)))
         if nearby:

@@ -58,16 +58,22 @@ def slowly(
     form: str,
     window: int | None,
     nearby: int = 0,
+    sees: Tensor | None = None,
 ) -> Tensor:
-    """The layer document by document with the slow reference; rows of no document pass unchanged."""
+    """The layer document by document with the slow reference; rows of no document pass unchanged.
+
+    `sees` is which kept rows a kept row sees, `(heads or 1, kept, kept)` of the whole batch, as a pattern has it.
+    """
     flat = hidden.flatten(0, 1)
     rotary = tuple(part.expand(hidden.shape[0], -1, -1).flatten(0, 1) for part in rotary)
     kept = torch.zeros(flat.shape[0], dtype=torch.bool)
     kept[batch.selections[layer.layer_idx].kept_rows] = True
-    output = flat
+    output, first = flat, 0
     for start, length in zip(batch.documents.starts, batch.documents.lengths, strict=True):
         span = torch.arange(start, start + length)
-        result = lemo_layer(layer, flat[span], tuple(part[span] for part in rotary), kept[span], form, window, nearby)
+        of_document = slice(first, first := first + int(kept[span].sum()))
+        pairs = None if sees is None else sees[:, of_document, of_document]
+        result = lemo_layer(layer, flat[span], tuple(part[span] for part in rotary), kept[span], form, window, nearby, pairs)
         output = output.index_copy(0, span, result)
     return output.view_as(hidden)
 

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from committed result files. `--check` only says whether they are current.
+"""Writes the tables of README.md and docs/benchmarks.md from committed result files. `--check` only says whether they are current.
 
 python benchmarks/update_readme.py [--check]
 """
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from lemo_hf.profiling.bench.table import bench_table, phase_table, source_line
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -70,21 +72,35 @@ def layer_arithmetic(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# Table name in README.md -> (pattern of its result file, what renders it).
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "quickstart": ("quickstart--*.json", quickstart),
-    "layer_arithmetic": ("layer_arithmetic--*.json", layer_arithmetic),
+def bench(result: dict[str, Any]) -> str:
+    """What `lemo bench` found as Markdown: methods side by side, phases if steps were timed, and where it comes from."""
+    parts = [bench_table(result["rows"])]
+    if phases := phase_table(result["rows"]):
+        parts.append(f"Seconds by phase of a step that is slowed by timing every operator:\n\n{phases}")
+    return "\n\n".join([*parts, source_line(result)])
+
+
+# Page -> table name in it -> (pattern of its result file, what renders it).
+TABLES: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], str]]]] = {
+    "README.md": {
+        "quickstart": ("quickstart--*.json", quickstart),
+        "layer_arithmetic": ("layer_arithmetic--*.json", layer_arithmetic),
+    },
+    "docs/benchmarks.md": {
+        "bench_small": ("bench_small--*.json", bench),
+        "bench_counts": ("bench_counts_llama3_8b--*.json", bench),
+    },
 }
 
 
-def updated(text: str) -> str:
-    """README text with every table rendered anew.
+def updated(text: str, page: str = "README.md") -> str:
+    """A page's text with every table rendered anew.
 
     Raises:
         FileNotFoundError: If a table has no result file.
-        ValueError: If it has several, or README.md has no place for it.
+        ValueError: If it has several, or the page has no place for it.
     """
-    for name, (pattern, render) in TABLES.items():
+    for name, (pattern, render) in TABLES[page].items():
         files = sorted(RESULTS.glob(pattern))
         if not files:
             raise FileNotFoundError(f"table {name} has no result; {RESULTS / pattern}; run its benchmark with --out")
@@ -94,20 +110,24 @@ def updated(text: str) -> str:
         table = render(json.loads(files[0].read_text()))
         text, found = marked.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
         if found != 1:
-            raise ValueError(f"README.md has {found} places for table {name}; it needs 1; add <!-- table:{name} --> markers")
+            raise ValueError(f"{page} has {found} places for table {name}; it needs 1; add <!-- table:{name} --> markers")
     return text
 
 
 def main() -> int:
-    """Updates README.md, or with `--check` compares."""
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = updated(before)
-    if "--check" in sys.argv[1:]:
-        print("README tables: current" if before == after else "README tables: stale; run benchmarks/update_readme.py")
-        return int(before != after)
-    readme.write_text(after)
-    print("README tables: written")
+    """Updates the pages, or with `--check` compares."""
+    check, stale = "--check" in sys.argv[1:], []
+    for page in TABLES:
+        before = (ROOT / page).read_text()
+        after = updated(before, page)
+        if before != after:
+            stale.append(page)
+            if not check:
+                (ROOT / page).write_text(after)
+    if check:
+        print(f"stale: {', '.join(stale)}; run benchmarks/update_readme.py" if stale else "tables: current")
+        return int(bool(stale))
+    print(f"tables: written to {', '.join(stale) or 'no page, all were current'}")
     return 0
 
 

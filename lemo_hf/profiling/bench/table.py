@@ -9,16 +9,8 @@ from ...errors import LemoError
 from ...models.lemo_config import LemoConfig
 
 NOT_MEASURED = "perplexity not measured for this configuration"
-_COLUMNS = (
-    "method",
-    "adapters",
-    "peak memory",
-    "saved for backward",
-    "TFLOP",
-    "s a step [fastest, slowest]",
-    "tokens/s",
-    "dense perplexity",
-)
+_COLUMNS = ("method", "adapters", "peak memory", "saved for backward", "TFLOP", "dense perplexity")
+_TIMES = ("s a step [fastest, slowest]", "tokens/s")
 
 
 def with_perplexity(row: Mapping[str, Any], result: Mapping[str, Any], source: str) -> dict[str, Any] | None:
@@ -113,13 +105,27 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 references.setdefault(row["adapters"], row)
         notes = list(dict.fromkeys(row["perplexity"]["source"] for row in chosen if row.get("perplexity")))
         lines = [f"{model}, {seq_len} tokens; in parentheses against {_in_words(chosen, references)}", ""]
-        lines += ["| " + " | ".join(_COLUMNS) + " |", "| --- | --- " + "| ---: " * (len(_COLUMNS) - 2) + "|"]
+        timed = any(row.get("summary") for row in chosen)
+        columns = [*_COLUMNS[:-1], *(_TIMES if timed else ()), _COLUMNS[-1]]
+        lines += ["| " + " | ".join(columns) + " |", "| --- | --- " + "| ---: " * (len(columns) - 2) + "|"]
         both = len({is_estimated(row) for row in chosen if peak_bytes(row)}) > 1
+        unit = (
+            30
+            if max((size for row in chosen for size in (peak_bytes(row), row.get("saved_bytes")) if size), default=0)
+            >= 10 * 2**30
+            else 20
+        )
         for row in chosen:
-            cells = [row["words"], row["adapters"], *_costs(row, references.get(row["adapters"], {}), both)]
+            cells = [row["words"], row["adapters"], *_costs(row, references.get(row["adapters"], {}), unit, both)]
+            cells += _times(row, references.get(row["adapters"], {})) if timed else []
             lines.append("| " + " | ".join([*cells, _perplexity(row, notes)]) + " |")
         said = [f"[{number}] {note}." for number, note in enumerate(notes, 1)]
-        said += [f"Not measured: {NOT_MEASURED}."] if any(not row.get("perplexity") for row in chosen) else []
+        said += (
+            ["Not measured: no training run of exactly this configuration."]
+            if any(not row.get("perplexity") for row in chosen)
+            else []
+        )
+        said += [] if timed else ["No step was run, so nothing here says how fast one is."]
         tables.append("\n".join([*lines, "", " ".join(said)]))
     return "\n\n".join(tables)
 
@@ -139,27 +145,42 @@ def _perplexity(row: Mapping[str, Any], notes: Sequence[str]) -> str:
     return "not measured" if not found else f"{found['dense']:.3f} [{notes.index(found['source']) + 1}]"
 
 
-def _costs(row: Mapping[str, Any], first: Mapping[str, Any], both: bool) -> list[str]:
-    """Memory, FLOPs and time; `both`: the table has measured and estimated peaks, so each estimate says so."""
-    if "out_of_memory" in row or "failed" in row:
-        return ["out of memory" if "out_of_memory" in row else "failed", "-", "-", "-", "-"]
+def _fell_out(row: Mapping[str, Any]) -> bool:
+    return "out_of_memory" in row or "failed" in row
+
+
+def _costs(row: Mapping[str, Any], first: Mapping[str, Any], unit: int, both: bool) -> list[str]:
+    """Memory and FLOPs.
+
+    Args:
+        row: Of the table.
+        first: What it is held against.
+        unit: Power of two of the table's unit of memory.
+        both: Whether the table has measured and estimated peaks, so that each estimate must say so.
+    """
+    if _fell_out(row):
+        return ["out of memory" if "out_of_memory" in row else "failed", "-", "-"]
     cells = []
     for value, base, of_peak in (
         (peak_bytes(row), peak_bytes(first), True),
         (row.get("saved_bytes"), first.get("saved_bytes"), False),
     ):
-        shown = "-" if value is None else f"{value / 2**20:.0f} MiB" if value < 10 * 2**30 else f"{value / 2**30:.1f} GiB"
+        shown = "-" if value is None else f"{value / 2**30:.1f} GiB" if unit == 30 else f"{value / 2**20:.0f} MiB"
         shown += " est." if of_peak and both and is_estimated(row) else ""
         cells.append(shown + (f" ({value / base:.2f})" if value and base else ""))
     flops, base_flops = row.get("flops"), first.get("flops")
     cells.append("-" if not flops else f"{flops / 1e12:.3g}" + (f" ({flops / base_flops:.2f})" if base_flops else ""))
+    return cells
+
+
+def _times(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
     timed, base_timed = row.get("summary"), first.get("summary")
-    if not timed:
-        return [*cells, "-", "-"]
+    if not timed or _fell_out(row):
+        return ["-", "-"]
     times = f"{timed['median_seconds']:.3g} [{timed['fastest_seconds']:.3g}, {timed['slowest_seconds']:.3g}]"
     if base_timed:
         times += f" ({base_timed['median_seconds'] / timed['median_seconds']:.2f}x)"
-    return [*cells, times, f"{timed['tokens_per_second']:.0f}"]
+    return [times, f"{timed['tokens_per_second']:.0f}"]
 
 
 def phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -175,7 +196,7 @@ def phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| method, tokens | " + " | ".join(heads) + " |", "| --- " + "| ---: " * len(phases) + "|"]
     for row in timed:
         spent = row["summary"]["phases"]
-        lines.append(f"| {row['words']}, {row['seq_len']} | " + " | ".join(f"{spent[phase]:.3g}" for phase in phases) + " |")
+        lines.append(f"| {row['words']}, {row['seq_len']} | " + " | ".join(f"{spent[phase]:.3f}" for phase in phases) + " |")
     return "\n".join(lines)
 
 

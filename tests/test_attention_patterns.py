@@ -303,9 +303,12 @@ def test_committed_counts_are_the_ones_that_the_formulas_give():
     def step(per_layer):
         return 2 * tokens * (per_layer + head)
 
-    def lemo(share):
+    # Of dropped tokens that see 128: their projections and, by blocks of 64, 192 keys, forward only.
+    local = (1 - kept) * (attention + 2 * hidden * (64 + 128))
+
+    def lemo(share, nearby=0.0):
         among = share * kept**2 * scores
-        sparse = mlp + kept * attention + among + 2 * kept * (attention + mlp) + 3.5 * among
+        sparse = mlp + kept * attention + among + 2 * kept * (attention + mlp) + 3.5 * among + nearby
         return step(31 * sparse + 3 * (attention + mlp) + 4.5 * scores)
 
     # Stock checkpointing does not run the last matrix of a layer again: nothing saves its result.
@@ -317,5 +320,8 @@ def test_committed_counts_are_the_ones_that_the_formulas_give():
         "lemo-sparse-rows": lemo(1.0),
         "lemo-sparse-groups-rows": lemo(groups),
         "lemo-sparse-blocks-rows": lemo(pairs),
+        "lemo-sparse-nearby-rows": lemo(1.0, local),
+        "lemo-sparse-nearby-groups-rows": lemo(groups, local),
+        "lemo-sparse-nearby-blocks-rows": lemo(pairs, local),
     }.items():
         assert found[name] == pytest.approx(wanted, rel=2e-3), name  # adapters, and predictors where there are any

@@ -3,8 +3,8 @@
     python benchmarks/paper_figures.py [--check]
 
 The paper's figures are benchmarks/paper_results.json. Ours are GPU measurements of `lemo bench` where committed results hold them;
-where they do not, memory is what the estimator says (benchmarks/paper_estimates.py), named so in every picture, and what only a GPU
-can tell is not drawn but listed as unmeasured. `--check` only says whether the page is what the committed results say.
+where they do not, each bar is what the estimator says (benchmarks/paper_estimates.py), named so in every picture, and what would
+measure it is listed as unmeasured. `--check` only says whether the page is what the committed results say.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 import paper_plots
 import sparsity_page
 import sparsity_plots
+import speed_figures
 from matplotlib.figure import Figure
 from paper_data import ROOT, Results, read_results
 from paper_tables import ATTENTION, MEMORY_ALONE, MLP, mlp_in_words, savings, table_1, table_8
@@ -73,31 +74,16 @@ def memory_by_length(results: Results) -> Figure:
         for theirs, ours in SAME_METHOD.items():
             logged = {row["seq_len"]: row for row in results.paper["memory"] if (row["model"], row["method"]) == (model, theirs)}
             marks[results.words[ours]] = [_mark(logged.get(seq_len)) for seq_len in lengths]
-        panels.append(paper_plots.Panel(model, lengths, bars, marks, real))
-    return paper_plots.grouped_bars(panels, "peak memory, GiB", 81920 / 1024, "A800: 80 GiB", results.gpu)
+        panels.append(paper_plots.Panel(model, lengths, bars, marks, real, (81920 / 1024, "A800: 80 GiB")))
+    rows = [[panel for panel in panels if (len(panel.groups) > 2) == many] for many in (False, True)]
+    said = paper_plots.Words("peak memory, GiB", results.gpu, marks="the paper's logs")
+    return paper_plots.grouped_bars([row for row in rows if row], said)
 
 
 def _mark(row: Mapping[str, Any] | None) -> float | str | None:
     if row is None:
         return None
     return "OOM" if row["out_of_memory"] else row["peak_allocated_mib"] / 1024
-
-
-def step_time(results: Results) -> Figure | None:
-    """Seconds of a step by length: ours on a GPU, the paper's on its own."""
-    ours: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for row in results.measured:
-        if row.get("summary"):
-            ours.setdefault((row["model"], row["words"]), []).append((row["seq_len"], row["summary"]["median_seconds"]))
-    models = list(dict.fromkeys(model for model, _ in ours))
-    if not models:
-        return None
-    theirs: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for row in results.paper["step_time"]:
-        if row["model"] in models and row["step_ms"]:
-            words = f"paper, {row['gpu']}: {row['method']}{', checkpointing' if row['checkpointing'] else ''}"
-            theirs.setdefault((row["model"], words), []).append((row["seq_len"], row["step_ms"] / 1e3))
-    return paper_plots.times_by_length(models, ours, theirs, results.gpu)
 
 
 def memory_breakdown(results: Results) -> Figure:
@@ -132,18 +118,6 @@ def saved_by_layer(results: Results) -> Figure:
     return paper_plots.lines_by_layer(panels, "MiB saved for backward, 8192 tokens")
 
 
-def movement_kernels(results: Results) -> Figure | None:
-    """Speed-up of the movement kernels over index, zeros, scatter and add."""
-    rows = [row for row in results.kernels if row["right"] and row["kernel"] in ("gather_norm", "scatter_add", "take_and_merge")]
-    if not rows:
-        return None
-    shown: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        name = f"{row['kernel']}, {row['keep']:g} kept"
-        shown.setdefault(name, []).append((row["rows"], row["speed_up"]["naive"]))
-    return paper_plots.speed_ups(shown, results.paper["paper"]["kernel_speedup_permutation_free"], results.gpu)
-
-
 def loss_peak(results: Results) -> Figure:
     """Bytes alive over a step with whole logits and with the loss by segments."""
     lines = {
@@ -154,10 +128,6 @@ def loss_peak(results: Results) -> Figure:
     }
     one = results.estimates["loss_timeline"][0]
     return paper_plots.timeline(lines, f"{one['model']}, {one['seq_len']} tokens, LeMo exact, 0.5 kept: estimated, no GPU run")
-
-
-def nothing(results: Results) -> None:
-    """Nothing of ours can be drawn."""
 
 
 def of_models(draw: Callable[[dict[str, Any], Any], Figure]) -> Callable[[Results], Figure | None]:
@@ -207,7 +177,7 @@ FIGURES = (
           "above it on the other models, those of LongLoRA 14 to 19 %; those of LeMo lie 7 % below to 2 % above it on Llama and 11 to "
           "32 % above it on OPT, for reasons not known: compare bars with bars and diamonds with diamonds. OPT-350M normalises after its sublayers and is left out. "
           f"{MEMORY_ALONE}", f"Peaks on a GPU: {SUITE} --part headline`."),
-    Shown(13, "step_time", "step time", step_time, "Median seconds of a step; the paper's on its own cards.",
+    Shown(13, "step_time", "step time", speed_figures.step_time, speed_figures.step_time_words,
           f"Seconds of a step on a GPU: {SUITE} --part headline`."),
     Shown(14, "memory_breakdown", "memory by part of the model", memory_breakdown,
           f"The paper's average savings stand in the table below. {MEMORY_ALONE}",
@@ -216,16 +186,24 @@ FIGURES = (
           "The artifact's profile keeps most blocks in early layers; ours keep the same share everywhere (sparse: the first layer "
           f"dense). {MEMORY_ALONE}"),
     *SPARSITY[3:],
-    Shown(18, "movement_kernels", "movement kernels", movement_kernels, "Against index, zeros, scatter and add.",
+    Shown(18, "movement_kernels", "movement kernels", speed_figures.movement_kernels,
+          "Estimated as the bytes that plain operators move, one by one, over those that the kernel must: what both take if the memory's bandwidth is "
+          "all that counts. Launches, which plain operators have three to seven of, come on top for short inputs.",
           f"Kernel times on a GPU: {SUITE} --part times`; the paper reports 10 to 50 times."),
     Shown(19, "loss_peak", "the loss's peak over time", loss_peak,
           f"The paper saves 15 % of the peak by segments. {MEMORY_ALONE}"),
-    Shown(20, "extensions", "extensions", nothing, "",
+    Shown(20, "extensions", "extensions", speed_figures.extensions, speed_figures.extensions_words,
           "Times on a GPU of two-dimensional sparsity (paper: up to 2.04 times): `lemo bench --model Llama-3-8B --seq-len 65536 --methods "
-          "lemo-sparse-rows,lemo-sparse-groups-rows,lemo-sparse-blocks-rows`; of offload by kept share (paper: 1.22 times on average): "
-          f"{SUITE} --part offload`."),
-    Shown(21, "scaling", "scaling over GPUs", nothing, "", "Several GPUs: no such run."),
+          "checkpointing,lemo-sparse-rows,lemo-sparse-groups-rows,lemo-sparse-blocks-rows`; of offload by kept share (paper: 1.22 times on "
+          f"average): {SUITE} --part offload`."),
+    Shown(21, "scaling", "scaling over GPUs", speed_figures.scaling, speed_figures.scaling_words, "Several GPUs: no such run."),
 )  # fmt: skip
+
+
+def _source(times: Mapping[str, Any] | None) -> str:
+    if times is None:
+        return "none"
+    return f"for an {times['card']}, {times['date']}, commit {times['commit']}; repeat: `python benchmarks/paper_times.py --part short`, and `long`"
 
 
 def page(results: Results, drawn: Sequence[int]) -> str:
@@ -242,8 +220,9 @@ def page(results: Results, drawn: Sequence[int]) -> str:
         f"`benchmarks/paper_results.json`. {results.paper['source']} Ours: the same adapters (PEFT's default, float32), bf16 base, no autocast, "
         + (f"measured on {results.gpu} where a picture says so, else " if results.measured else "no GPU was at hand: ")
         + f"estimated from shapes ({made['date']}, commit {made['commit']}, torch {made['versions']['torch']}, transformers "
-        f"{made['versions']['transformers']}; repeat: `python benchmarks/paper_estimates.py`). [memory.md](memory.md) says what an "
-        "estimate is worth.",
+        f"{made['versions']['transformers']}; repeat: `python benchmarks/paper_estimates.py`; times: "
+        + _source(results.times)
+        + "). [memory.md](memory.md) says what an estimate is worth.",
     ]
     for shown in FIGURES:
         if shown.number in drawn:

@@ -18,7 +18,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Light enough for a dark hatch and a black mark to show, in grey print too.
 FILLS = ("#B9B9B9", "#56B4E9", "#E69F00", "#7FD6BC", "#F2C4DC", "#D9D9D9", "#F4E27A")
 _LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-Points = Mapping[tuple[str, str], Sequence[tuple[int, float]]]
 
 
 @contextmanager
@@ -31,72 +30,107 @@ def readable() -> Any:
 
 @dataclass(frozen=True)
 class Panel:
-    """One model's bars.
+    """Bars in groups: one model's by length, say.
 
     Args:
-        title: The model.
-        lengths: Groups of bars, in tokens.
-        bars: By method one height a length, or `None`.
-        marks: By method the paper's height, "OOM", or `None`.
-        measured: By method and length whether the bar is measured; else it is estimated.
+        title: What the panel is of.
+        groups: Groups of bars: lengths in tokens, or names.
+        bars: By series one height a group, or `None`.
+        marks: By series the paper's height, "OOM", or `None`.
+        measured: By series and group whether the bar is measured; else it is estimated.
+        line: A level and what it is.
+        band: Two levels and what lies between.
     """
 
     title: str
-    lengths: Sequence[int]
+    groups: Sequence[int | str]
     bars: Mapping[str, Sequence[float | None]]
     marks: Mapping[str, Sequence[float | str | None]]
     measured: Mapping[str, Sequence[bool]]
+    line: tuple[float, str] | None = None
+    band: tuple[float, float, str] | None = None
 
     @property
     def kinds(self) -> set[bool]:
         """Whether bars that stand are measured: one kind, or both."""
         return {real for name, heights in self.bars.items() for height, real in zip(heights, self.measured[name]) if height}
 
+    @property
+    def top(self) -> float:
+        """The highest of what is drawn."""
+        heights = [height for heights in self.bars.values() for height in heights if height]
+        marks = [mark for marks in self.marks.values() for mark in marks if isinstance(mark, float | int)]
+        return max(*heights, *marks, self.line[0] if self.line else 0, self.band[1] if self.band else 0)
 
-def tokens(length: int) -> str:
-    """A length for an axis."""
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
+@dataclass(frozen=True)
+class Words:
+    """What is said around bars.
 
-def grouped_bars(panels: Sequence[Panel], label: str, limit: float, limit_label: str, gpu: str) -> Figure:
-    """Bars by length and method, panels side by side: as wide as their groups, two rows.
-
-    Where some bars are measured and some estimated, a letter at the foot of each says which: "m" or "e".
+    Args:
+        label: Of the vertical axis.
+        gpu: Where what is measured was.
+        estimated: How the rest came about.
+        marks: What diamonds are; "" without any.
     """
+
+    label: str
+    gpu: str
+    estimated: str = "estimated, no GPU run"
+    marks: str = ""
+
+    def title(self, kinds: set[bool]) -> str:
+        """What bars and diamonds are; where both kinds of bars stand, a letter at the foot of each says which it is."""
+        source = f"measured on {self.gpu}" if kinds == {True} else self.estimated if kinds == {False} else (
+            f"m measured on {self.gpu}, e {self.estimated}"
+        )  # fmt: skip
+        return f"bars: ours, {source}" + (f"; diamonds: {self.marks}" if self.marks else "")
+
+
+def tokens(length: int | str) -> str:
+    """A group for an axis: a name, or a length."""
+    return length if isinstance(length, str) else f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
+def grouped_bars(rows: Sequence[Sequence[Panel]], words: Words, height: float = 6.4) -> Figure:
+    """Bars in groups, rows of panels that share an axis; a legend below each row, or one for all if all have the same series."""
+    panels = [panel for row in rows for panel in row]
     kinds = set().union(*(panel.kinds for panel in panels))
-    source = f"measured on {gpu}" if kinds == {True} else "estimated, no GPU run" if kinds == {False} else (
-        f"m measured on {gpu}, e estimated, no GPU run"
-    )  # fmt: skip
+    alike = len({tuple(panel.bars) for panel in panels}) == 1
     with readable():
-        figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
-        many = [panel for panel in panels if len(panel.lengths) > 2]
-        few = [panel for panel in panels if len(panel.lengths) <= 2]
-        rows = [row for row in (few, many) if row]
-        top = max(height for panel in panels for heights in panel.bars.values() for height in heights if height)
-        axes = []
-        for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-            for place, (axis, panel) in enumerate(
-                zip(part.subplots(1, len(row), squeeze=False, sharey=True)[0], row, strict=True)
-            ):
-                axes.append(axis)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+        for part, row in zip(parts, rows, strict=True):
+            axes = part.subplots(1, len(row), squeeze=False, sharey=True)[0]
+            for place, (axis, panel) in enumerate(zip(axes, row, strict=True)):
                 _bars(axis, panel, lettered=len(kinds) > 1)
-                axis.axhline(limit, color="0.3", linestyle=":", linewidth=1)
-                axis.set(ylim=(0, max(top, limit) * 1.12), title=panel.title)
+                axis.set(ylim=(0, max(one.top for one in row) * 1.12), title=panel.title)
+                if panel.band:
+                    axis.axhspan(*panel.band[:2], color="0.9", zorder=0)
+                level = panel.line or (panel.band and panel.band[1:])
+                if panel.line:
+                    axis.axhline(panel.line[0], color="0.3", linestyle=":", linewidth=1)
                 if place == 0:
-                    axis.set_ylabel(label)
-                    axis.annotate(limit_label, (0.01, limit), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                                  textcoords="offset points", fontsize=8)  # fmt: skip
-        figure.suptitle(f"bars: ours, {source}; diamonds: the paper's logs", fontsize=9)
-        handles, labels = axes[0].get_legend_handles_labels()
-        handles.append(Line2D([], [], color="black", marker="D", linestyle="none", markerfacecolor="white"))
-        figure.legend(handles, [*labels, "paper's logs of that method"], loc="outside lower center", ncols=2, frameon=False)
+                    axis.set_ylabel(words.label)
+                    if level:
+                        below = panel.band is not None
+                        axis.annotate(level[1], (0.01, level[0]), xycoords=("axes fraction", "data"), xytext=(0, -2 if below else 2),
+                                      textcoords="offset points", va="top" if below else "bottom", fontsize=8, bbox=_LABEL)  # fmt: skip
+            if part is parts[-1] or not alike:
+                handles, labels = axes[0].get_legend_handles_labels()
+                if words.marks:
+                    handles.append(Line2D([], [], color="black", marker="D", linestyle="none", markerfacecolor="white"))
+                    labels = [*labels, f"that method: {words.marks}"]
+                over = figure if alike else part
+                over.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        figure.suptitle(words.title(kinds), fontsize=9)
     return figure
 
 
 def _bars(axis: Axes, panel: Panel, lettered: bool) -> None:
     width = 0.84 / len(panel.bars)
     for index, (name, heights) in enumerate(panel.bars.items()):
-        at = [group + (index - (len(panel.bars) - 1) / 2) * width for group in range(len(panel.lengths))]
+        at = [group + (index - (len(panel.bars) - 1) / 2) * width for group in range(len(panel.groups))]
         style: dict[str, Any] = {"color": FILLS[index], "hatch": HATCHES[index], "edgecolor": "black", "linewidth": 0.6}
         axis.bar(at, [height or 0 for height in heights], width, label=name, **style)
         for place, height, real in zip(at, heights, panel.measured[name], strict=True):
@@ -108,37 +142,37 @@ def _bars(axis: Axes, panel: Panel, lettered: bool) -> None:
             if isinstance(mark, float | int):
                 axis.plot(place, mark, marker="D", color="black", markerfacecolor="white", markersize=4.5, linestyle="none")
             elif mark:
-                top = axis.get_ylim()[1]
                 axis.annotate(f"paper: {mark}", (place, 0), xytext=(0, 15 if lettered else 4), textcoords="offset points", rotation=90,
                               ha="center", va="bottom", fontsize=8, bbox=_LABEL)  # fmt: skip
-                axis.set_ylim(top=top)
-    axis.set_xticks(range(len(panel.lengths)), [tokens(length) for length in panel.lengths])
-    axis.set_xlabel("tokens")
+    axis.set_xticks(range(len(panel.groups)), [tokens(group) for group in panel.groups])
+    if any(isinstance(group, int) for group in panel.groups):
+        axis.set_xlabel("tokens")
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
 
 
-def times_by_length(models: Sequence[str], ours: Points, theirs: Points, gpu: str) -> Figure:
-    """Seconds by length, one panel a model, both axes logarithmic; the paper's thin and grey."""
+def rising_lines(lines: Mapping[str, Sequence[float]], at: Sequence[int], labels: tuple[str, str], title: str) -> Figure:
+    """Amounts by a count, both axes in powers of two."""
     with readable():
-        figure = Figure(figsize=(WIDTH, 3.6 * len(models)), layout="constrained")
-        for place, model in enumerate(models):
-            axis = figure.add_subplot(len(models), 1, place + 1)
-            for group, style in ((theirs, {"color": "0.45", "linewidth": 1.0}), (ours, {"linewidth": 1.6})):
-                lines = [(words, sorted(points)) for (of, words), points in group.items() if of == model]
-                for index, (words, points) in enumerate(lines):
-                    color = {} if group is theirs else {"color": SERIES[index % len(SERIES)]}
-                    marker, line = MARKERS[index % len(MARKERS)], LINES[index % len(LINES)]
-                    axis.plot(*zip(*points, strict=True), marker=marker, linestyle=line, label=words, **style, **color)
-            lengths = sorted(
-                {length for lines in (ours, theirs) for (of, _), points in lines.items() if of == model for length, _ in points}
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for index, (name, values) in enumerate(lines.items()):
+            style: dict[str, Any] = {"color": SERIES[index], "linestyle": LINES[index % len(LINES)], "marker": MARKERS[index]}
+            axis.plot(at, values, label=name, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xticks(at, [str(count) for count in at])
+        ticks = [
+            2**power
+            for power in range(
+                int(min(map(min, lines.values()))).bit_length() - 1, int(max(map(max, lines.values()))).bit_length() + 1
             )
-            axis.set(xscale="log", yscale="log", ylabel="seconds of a step", title=f"{model}: ours on {gpu}")
-            axis.set_xticks(lengths, [tokens(length) for length in lengths])
-            axis.minorticks_off()
-            axis.set_xlabel("tokens")
-            axis.grid(alpha=0.3)
-            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        ]
+        axis.set_yticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.set(xlabel=labels[0], ylabel=labels[1], title=title)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper left", frameon=False)
     return figure
 
 
@@ -181,27 +215,6 @@ def lines_by_layer(panels: Mapping[str, Mapping[str, Sequence[float]]], label: s
         axes[0].set_ylabel(label)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def speed_ups(shown: Mapping[str, Sequence[tuple[int, float]]], paper: Sequence[float], gpu: str) -> Figure:
-    """Speed-ups by rows, with the paper's range."""
-    with readable():
-        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-        axis = figure.subplots()
-        axis.axhspan(*paper, color="0.88", label=f"paper: {paper[0]} to {paper[1]} times")
-        for index, (name, points) in enumerate(shown.items()):
-            style: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "linestyle": LINES[index % len(LINES)]}
-            axis.plot(*zip(*sorted(points), strict=True), marker=MARKERS[index % len(MARKERS)], label=name, **style)
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="rows",
-            ylabel="times faster than\nindex, zeros, scatter, add",
-            title=f"ours on {gpu}",
-        )
-        axis.grid(alpha=0.3)
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 

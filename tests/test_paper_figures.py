@@ -10,6 +10,7 @@ from matplotlib.text import Text
 from paper_data import RESULTS, Results, read_results
 from paper_figures import FIGURES, page
 from paper_tables import mlp_in_words
+from speed_figures import LINK, all_reduce_seconds
 
 from lemo_hf.errors import LemoError
 from lemo_hf.profiling.bench.table import NOT_MEASURED
@@ -19,28 +20,28 @@ from lemo_hf.profiling.bench.table import NOT_MEASURED
 def committed():
     """The committed results, without what a GPU may have added."""
     found = read_results()
-    return Results(found.paper, found.estimates)
+    return Results(found.paper, found.estimates, patterns=found.patterns, offload=found.offload, times=found.times)
 
 
 def texts(figure):
     return [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
 
 
-def test_without_a_gpu_only_memory_is_drawn_and_the_rest_is_listed(committed):
+def test_without_a_gpu_estimates_are_drawn_and_what_would_measure_them_is_listed(committed):
     figures = {shown.number: shown.draw(committed) for shown in FIGURES}
-    assert [number for number, figure in figures.items() if figure is not None] == [12, 14, 15, 19]
-    for number in (12, 14, 19):
-        assert any("estimated" in text.get_text() for text in texts(figures[number])), number
-    for number in (12, 14, 15, 19):
+    numbers = [12, 13, 14, 15, 18, 19, 20, 21]
+    assert [number for number, figure in figures.items() if figure is not None] == numbers
+    for number in numbers:
+        assert number == 15 or any("estimated" in text.get_text() for text in texts(figures[number])), number
+        assert not any("measured on" in text.get_text() for text in texts(figures[number])), number
         assert min(text.get_fontsize() for text in texts(figures[number])) >= 8, number
         assert figures[number].get_figwidth() <= 7.3, "8 points are 8 points on a page of that width"
-    written = page(committed, [12, 14, 15, 19])
+    written = page(committed, numbers)
     assert "no GPU was at hand" in written
     unmeasured = written.partition("## Unmeasured")[2]
     for number in (12, 13, 14, 18, 20, 21):
         assert f"Figure {number}," in unmeasured
-    assert "images/paper/step_time.png" not in written
-    assert written.count(NOT_MEASURED) == 5, "memory never stands alone: four figures and table 1"
+    assert written.count(NOT_MEASURED) == 8, "memory and time never stand alone: seven figures and table 1"
 
 
 def test_bars_and_lines_are_told_apart_without_colour(committed):
@@ -69,25 +70,83 @@ def gpu_result(**changes):
     return {"kind": "lemo bench", "commit": "abc", "machine": {"gpu": "Some GPU"}, "rows": [row]} | changes
 
 
-def test_what_a_gpu_has_measured_replaces_estimates_and_adds_figures(tmp_path):
-    shutil.copy(RESULTS / "paper_estimates--any.json", tmp_path)
+def committed_estimates(folder):
+    """The committed results that no GPU made, in a folder of their own."""
+    for name in ("paper_estimates", "paper_times_short", "paper_times_long", "sensitive_offload", "pattern_counts_llama3_8b"):
+        shutil.copy(RESULTS / f"{name}--any.json", folder)
+
+
+def bars_of(figure):
+    """Letters at the feet of bars, and the bars' heights, by axis."""
+    found = []
+    for axis in figure.axes:
+        for container in axis.containers:
+            for bar in container:
+                middle = bar.get_x() + bar.get_width() / 2
+                letters = [t.get_text() for t in axis.texts if t.get_text() in ("m", "e") and t.xy[0] == pytest.approx(middle)]
+                if bar.get_height():
+                    found.append((round(bar.get_height(), 6), "".join(letters)))
+    return found
+
+
+def test_what_a_gpu_has_measured_replaces_estimates_bar_by_bar(tmp_path):
+    committed_estimates(tmp_path)
     (tmp_path / "headline_8192_stock.json").write_text(json.dumps(gpu_result()))
     kernels = [
         {"kernel": "scatter_add", "right": True, "keep": 0.5, "rows": rows, "speed_up": {"naive": 12.0}} for rows in (1024, 4096)
     ]
+    kernels.append({"kernel": "gather_norm", "right": False, "keep": 0.5, "rows": 1024})
     (tmp_path / "times_scatter_add.json").write_text(json.dumps(gpu_result(kind="", part="times_scatter_add", rows=kernels)))
     results = read_results(tmp_path)
     assert results.memory("Llama-3-8B", 8192, "stock") == (30 * 2**30, True)
+    assert results.seconds("Llama-3-8B", 8192, "stock") == (1.5, True)
     drawn = {shown.number: shown.draw(results) for shown in FIGURES if shown.number in (13, 18)}
-    assert any("Some GPU" in text.get_text() for text in texts(drawn[13]))
-    labels = [text.get_text() for text in texts(drawn[13])]
-    assert "paper, A800: lora, checkpointing" in labels
+    for number, height in ((13, 1.5), (18, 12.0)):
+        bars = bars_of(drawn[number])
+        assert [bar for bar in bars if bar[1] == "m"] == [(height, "m")]
+        assert {letter for _, letter in bars} == {"m", "e"}
+        assert any("m measured on Some GPU, e estimated" in text.get_text() for text in texts(drawn[number]))
     assert any("10 to 50 times" in text.get_text() for text in texts(drawn[18]))
     assert all(text.get_fontsize() >= 8 for figure in drawn.values() for text in texts(figure))
-    assert "measured on Some GPU" in page(results, [13])
+    assert "measured on Some GPU" in page(results, [12])
     (tmp_path / "headline_8192_other.json").write_text(json.dumps(gpu_result(commit="def")))
     with pytest.raises(LemoError, match="different commits"):
         read_results(tmp_path)
+    (tmp_path / "headline_8192_other.json").write_text(json.dumps(gpu_result(machine={"gpu": "Another GPU"})))
+    with pytest.raises(LemoError, match="different GPUs on one page"):
+        read_results(tmp_path)
+
+
+def test_extensions_are_measured_where_both_sides_are(tmp_path):
+    committed_estimates(tmp_path)
+
+    def row(method, seconds, seq_len=65536, words="", lemo=None):
+        changes = {"model": "Llama-3-8B", "seq_len": seq_len, "method": method, "words": words, "settings": {"lemo": lemo}}
+        return changes | {"summary": {"median_seconds": seconds, "peak_allocated_bytes": 2**30}}
+
+    rows = [row("checkpointing", 9.0), row("lemo-sparse-groups-rows@0.5", 3.0)]
+    rows += [row("lemo-exact@0.5", 7.0, words="LeMo exact, 0.9 to 0.1 kept, sensitive offload", lemo={"keep_ratio": [0.9, 0.1]})]
+    rows += [row("lemo-exact@0.5", 7.7, words="LeMo exact, 0.9 to 0.1 kept, uniform offload", lemo={"keep_ratio": [0.9, 0.1]})]
+    (tmp_path / "gpu.json").write_text(json.dumps(gpu_result(rows=rows)))
+    results = read_results(tmp_path)
+    figure = next(shown for shown in FIGURES if shown.number == 20).draw(results)
+    assert [height for height, letter in bars_of(figure) if letter == "m"] == [3.0, pytest.approx(1.1)]
+    assert results.seconds("Llama-3-8B", 65536, "lemo-exact@0.5") is None, "unlike shares are another configuration"
+
+
+def test_a_ring_hands_nearly_every_byte_on_twice():
+    assert all_reduce_seconds(100, 1) == 0
+    assert all_reduce_seconds(100, 8) * LINK[1] == pytest.approx(175)
+
+
+def test_plain_operators_move_what_their_passes_say(committed):
+    rows = {(row["kernel"], row["keep"]): row for row in committed.times["movement"]}
+    row = 4096 * 2
+    # Zeros are written; index_copy reads them and the kept half and writes; the sum reads two streams and writes one.
+    found = rows["scatter_add", 0.5]
+    assert found["naive_bytes"] / row / found["rows"] == pytest.approx(1 + 2.5 + 3, rel=0.01)
+    assert found["bytes"] / row / found["rows"] == pytest.approx(1.5)
+    assert all(one["naive_bytes"] > 3 * one["bytes"] for one in rows.values())
 
 
 def test_one_measured_bar_does_not_make_the_others_measured(tmp_path, committed):
@@ -96,7 +155,7 @@ def test_one_measured_bar_does_not_make_the_others_measured(tmp_path, committed)
         return drawn, [text.get_text() for text in texts(drawn)]
 
     assert not {"m", "e"} & set(words(committed)[1]), "all bars are of one kind: the title says it"
-    shutil.copy(RESULTS / "paper_estimates--any.json", tmp_path)
+    committed_estimates(tmp_path)
     (tmp_path / "headline_8192_stock.json").write_text(json.dumps(gpu_result()))
     figure, said = words(read_results(tmp_path))
     bars = [bar for axis in figure.axes for container in axis.containers for bar in container if bar.get_height()]

@@ -56,7 +56,8 @@ class ShiftedGroups:
         groups = []
         for length in lengths:
             size = self.group_size or max(2, -(-length // _GROUPS))
-            first = min(length, size // 2 if shifted else size)
+            # A document that fills no group is one, for the shifted heads too.
+            first = length if length <= size else size // 2 if shifted else size
             whole, rest = divmod(length - first, size)
             groups += [first, *[size] * whole, *[rest] * (rest > 0)]
         return groups

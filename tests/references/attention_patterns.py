@@ -20,7 +20,8 @@ def groups_by_hand(lengths: list[int], size: int | None, heads: int, shifted_hea
         for length in lengths:
             group = size if size is not None else max(2, -(-length // 4))
             for within in range(length):
-                numbers[head, row] = (within + (group - group // 2 if head in shifted_heads else 0)) // group
+                shift = group - group // 2 if head in shifted_heads else 0
+                numbers[head, row] = 0 if length <= group else (within + shift) // group
                 row += 1
     later = torch.ones(sum(lengths), sum(lengths), dtype=torch.bool).triu(1)
     return (numbers[:, :, None] == numbers[:, None]) & same_document(lengths) & ~later

@@ -30,6 +30,13 @@ def test_saved_bytes_stay_below_their_share_of_stock(measured, arm, dtype, bound
     assert measured[dtype][arm]["saved_bytes"] / measured[dtype]["stock"]["saved_bytes"] <= bound
 
 
+def test_autocast_with_float32_adapters_saves_no_second_copy_of_any_input(measured):
+    exact = layer_arithmetic.arms(0.5)["exact"]
+    found = layer_arithmetic.measure(1, 4096, exact, torch.float32, autocast=True)["saved_bytes"]
+    # What is left above 16-bit adapters is autocast's copies of the adapters themselves.
+    assert found <= 1.01 * measured[torch.bfloat16]["exact"]["saved_bytes"]
+
+
 @pytest.mark.parametrize(("arm", "bound"), [("exact", 0.74), ("sparse", 0.67)])
 def test_flops_stay_below_their_share_of_stock(measured, arm, bound):
     figures = measured[torch.bfloat16]

@@ -54,7 +54,9 @@ class LemoOPTDecoderLayer(SparseDecoderLayer, OPTDecoderLayer):
         return query, key, value
 
     def project_output(self, attended: Tensor) -> Tensor:
-        return F.dropout(self.self_attn.out_proj(attended.flatten(1)), self.dropout, self.training)
+        with shared_adapter_input(self.self_attn.out_proj):
+            projected = self.self_attn.out_proj(attended.flatten(1))
+        return F.dropout(projected, self.dropout, self.training)
 
     def feed_forward(self, rows: Tensor) -> Tensor:
         with shared_adapter_input(self.fc1, self.fc2):

@@ -53,7 +53,8 @@ class RotaryDecoderLayer(SparseDecoderLayer):
         return query, key, value
 
     def project_output(self, attended: Tensor) -> Tensor:
-        return self.self_attn.o_proj(attended.flatten(1))
+        with shared_adapter_input(self.self_attn.o_proj):
+            return self.self_attn.o_proj(attended.flatten(1))
 
     def feed_forward(self, rows: Tensor) -> Tensor:
         return gated_feed_forward(self.mlp, rows)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.choices import CHOICES
 from benchmarks.quality.extension import EQUAL_STEPS, EQUAL_TIME
+from benchmarks.quality.noise_scale import steps_needed
 from benchmarks.quality.retrieval import TASKS as RETRIEVAL_TASKS
 from lemo_hf.errors import LemoError
 
@@ -284,6 +286,38 @@ def settings_table(results: Results) -> str:
     return table(head, sorted(rows, key=lambda row: (row[1], row[0] != "stock", row[3], row[2]))) if rows else NONE
 
 
+def batch_table(results: Results, noise: Mapping[str, Any] | None) -> str:
+    """Rows of a step: steps that a form needs by its gradient's noise, and what runs showed."""
+    rows = []
+    for _, setting in main_settings(results) if noise else ():
+        of = setting["setting"]
+        measured = noise["texts"].get(of["text"], {})
+        for name, arm in setting["arms"].items():
+            if name not in measured or name == "stock" or EQUAL_TIME not in arm["points"]:
+                continue
+            steps, time = (arm["points"][point]["versus_stock"].get("perplexity") for point in (EQUAL_STEPS, EQUAL_TIME))
+            needed = steps_needed(measured[name], measured["stock"], of["accumulation"])
+            about = [of["text"], str(of["accumulation"]), str(of["steps"]), name, str(len(arm["seeds"]))]
+            rows.append(
+                [*about, f"{needed:.2f}", f"{1 / arm['cost']['mean_time_ratio']:.2f}", difference(steps), difference(time)]
+            )
+    if not rows:
+        return NONE
+    head = (
+        *(
+            "text",
+            "rows of a step",
+            "stock's steps",
+            "arm",
+            "seeds",
+            "steps it needs for one, expected",
+            "it takes in the time of one",
+        ),
+        *("against stock, equal steps", "equal time"),
+    )
+    return table(head, sorted(rows, key=lambda row: (row[0], int(row[1]), int(row[2]), row[3])))
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "quality_goals": goals_table,
     "quality_positions": positions_table,
@@ -295,13 +329,36 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 
 
-def updated_page(text: str, results: Results) -> str:
+def noise_table(_: Results, noise: Mapping[str, Any] | None) -> str:
+    """Bias and noise of the forms' gradients, by text."""
+    rows = []
+    for text, forms in noise["texts"].items() if noise else ():
+        for name, form in forms.items():
+            own = "0" if name == "stock" else f"{form['bias']:.2f} ± {form['bias_error']:.2f}"
+            needed = [f"{steps_needed(form, forms['stock'], count):.2f}" for count in (1, 4, 16, 64)]
+            rows.append([text, name, own, f"{form['noise']:.1f} ± {form['noise_error']:.1f}", *needed])
+    if not rows:
+        return NONE
+    head = ("text", "arm", "bias", "noise, rows", *(f"steps for one of stock's, {count} rows" for count in (1, 4, 16, 64)))
+    about = noise["config"] if noise else {}
+    source = f"{about['rows']} rows of {about['tokens']} tokens, base {about['base']}, {about['dtype']}; {noise['date'] if noise else ''}."
+    return f"{table(head, rows)}\n\n{source}"
+
+
+def updated_page(text: str, results: Results, noise: Mapping[str, Any] | None = None) -> str:
     """The page with every table rendered anew.
+
+    Args:
+        text: The page.
+        results: Committed results of the extension.
+        noise: That of `noise_scale.py`.
 
     Raises:
         LemoError: If a table has no place in it, or several.
     """
-    for name, render in TABLES.items():
+    of_noise = {"quality_noise": noise_table, "quality_batch": batch_table}
+    renderers = TABLES | {name: partial(render, noise=noise) for name, render in of_noise.items()}
+    for name, render in renderers.items():
         marked = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.DOTALL)
         rendered = render(results)
         text, found = marked.subn(lambda match, rendered=rendered: f"{match[1]}{rendered}\n{match[2]}", text)

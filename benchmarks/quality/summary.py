@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.quality.comparing import answer_difference, perplexity_difference, spread
 from benchmarks.quality.extension import EQUAL_STEPS, EQUAL_TIME
 from benchmarks.quality.measures import STRETCHES, far_context, repository_perplexity, retrieval_scores, text_perplexity
+from benchmarks.quality.noise_scale import RESULT as NOISE_RESULT
 from benchmarks.quality.plots import draw_plots
 from benchmarks.quality.report import updated_page
 from lemo_hf.errors import LemoError
@@ -156,8 +157,9 @@ def main(given: list[str] | None = None) -> int:
             place.write_text(json.dumps(result, indent=1) + "\n")
             print(f"{place}: {sum(len(setting['arms']) for setting in result['settings'].values())} arms")
         committed = [json.loads(path.read_text()) for path in sorted(args.results.glob("quality_extension--*.json"))]
+        noise = args.results / NOISE_RESULT.name
         before = args.page.read_text()
-        after = updated_page(before, committed)
+        after = updated_page(before, committed, json.loads(noise.read_text()) if noise.is_file() else None)
         if args.check:
             print(f"{args.page.name}: {'current' if before == after else 'stale; run benchmarks.quality.summary'}")
             return int(before != after)

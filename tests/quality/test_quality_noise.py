@@ -6,7 +6,10 @@ import pytest
 import torch
 from tiny_texts import TOKENS, token_rows
 
+from benchmarks.quality import report
 from benchmarks.quality.arms import Arm, exact
+from benchmarks.quality.comparing import Difference
+from benchmarks.quality.extension import EQUAL_STEPS, EQUAL_TIME
 from benchmarks.quality.noise_scale import row_gradients, step_cost, steps_needed, warmed_up, with_errors
 from benchmarks.quality.setting import Setting
 from lemo_hf.errors import LemoError
@@ -69,3 +72,35 @@ def test_gradients_of_rows_are_of_the_adapter_and_of_their_own_draws(base):
     assert torch.allclose(everything, stock, rtol=1e-3, atol=1e-5 * stock.abs().max().item())
     names = (stock[0] != 0).float().mean().item()
     assert names > 0.9, "after a step all of the adapter's weights have a gradient"
+
+
+NOISE = {
+    "date": "2026-11-22",
+    "config": {"rows": 16, "tokens": 4096, "base": "base", "dtype": "float32"},
+    "texts": {
+        "headers": {
+            "stock": {"bias": 0.0, "bias_error": 0.0, "noise": 8.0, "noise_error": 1.0},
+            "exact-0.5": {"bias": 0.1, "bias_error": 0.2, "noise": 16.0, "noise_error": 2.0},
+        }
+    },
+}
+
+
+def setting_of(text, rows):
+    point = {"versus_stock": {"perplexity": Difference(-1.0, -2.0, -0.5, 0.1, (-1.0, -1.0)).to_dict()}}
+    arm = {"seeds": [0, 1], "points": {EQUAL_STEPS: point, EQUAL_TIME: point}, "cost": {"mean_time_ratio": 0.5}}
+    return {
+        "setting": {"steps": 9, "tokens": 8, "text": text, "accumulation": rows},
+        "arms": {"exact-0.5": arm, "stock": arm, "exact-0.1": arm},
+    }
+
+
+def test_tables_set_what_the_noise_foretells_beside_what_runs_showed():
+    results = [{"settings": {"a": setting_of("headers", 8), "b": setting_of("python", 8), "c": setting_of("headers", 1)}}]
+    lines = report.batch_table(results, NOISE).splitlines()
+    assert [line.split(" | ")[1:7] for line in lines[2:]] == [
+        ["1", "9", "exact-0.5", "2", "1.90", "2.00"],
+        ["8", "9", "exact-0.5", "2", "1.55", "2.00"],
+    ]
+    assert "| headers | exact-0.5 | 0.10 ± 0.20 | 16.0 ± 2.0 | 1.90 | " in report.noise_table(results, NOISE)
+    assert report.batch_table(results, None) == report.noise_table(results, None) == report.NONE

@@ -20,6 +20,8 @@ from lemo_hf.errors import LemoError
 Results = Sequence[Mapping[str, Any]]
 NONE = "Not measured yet."
 CORE = ("stock", "exact-0.5", "exact-0.3")
+# Rows of a step that the table of gradient noise is for.
+STEP_ROWS = (1, 4, 16, 64)
 # What the bench is for: arm, point, measure, unit, the largest difference to stock that is a success; `None`: a loss is no tie.
 GOALS = (
     ("exact-0.5", EQUAL_STEPS, "perplexity", "%", 1.0),
@@ -289,20 +291,18 @@ def settings_table(results: Results) -> str:
 def batch_table(results: Results, noise: Mapping[str, Any] | None) -> str:
     """Rows of a step: steps that a form needs by its gradient's noise, and what runs showed."""
     rows = []
-    for _, setting in main_settings(results) if noise else ():
+    for _, setting in main_settings(results) if noise is not None else ():
         of = setting["setting"]
-        measured = noise["texts"].get(of["text"], {})
+        forms = noise["texts"].get(of["text"], {})
         for name, arm in setting["arms"].items():
-            if name not in measured or name == "stock" or EQUAL_TIME not in arm["points"]:
+            if name not in forms or EQUAL_TIME not in arm["points"]:
                 continue
             steps, time = (arm["points"][point]["versus_stock"].get("perplexity") for point in (EQUAL_STEPS, EQUAL_TIME))
-            needed = steps_needed(measured[name], measured["stock"], of["accumulation"])
+            needed = steps_needed(forms[name], forms["stock"], of["accumulation"])
             about = [of["text"], str(of["accumulation"]), str(of["steps"]), name, str(len(arm["seeds"]))]
             rows.append(
                 [*about, f"{needed:.2f}", f"{1 / arm['cost']['mean_time_ratio']:.2f}", difference(steps), difference(time)]
             )
-    if not rows:
-        return NONE
     head = (
         *(
             "text",
@@ -315,7 +315,24 @@ def batch_table(results: Results, noise: Mapping[str, Any] | None) -> str:
         ),
         *("against stock, equal steps", "equal time"),
     )
-    return table(head, sorted(rows, key=lambda row: (row[0], int(row[1]), int(row[2]), row[3])))
+    return table(head, sorted(rows, key=lambda row: (row[0], int(row[1]), int(row[2]), row[3]))) if rows else NONE
+
+
+def noise_table(_: Results, noise: Mapping[str, Any] | None) -> str:
+    """Bias and noise of the forms' gradients, by text."""
+    if noise is None:
+        return NONE
+    rows = []
+    for text, forms in noise["texts"].items():
+        for name, form in forms.items():
+            own = "0" if name == "stock" else f"{form['bias']:.2f} ± {form['bias_error']:.2f}"
+            needed = [f"{steps_needed(form, forms['stock'], count):.2f}" for count in STEP_ROWS]
+            rows.append([text, name, own, f"{form['noise']:.1f} ± {form['noise_error']:.1f}", *needed])
+    head = ("text", "arm", "bias", "noise, rows", *(f"steps for one of stock's, rows a step: {count}" for count in STEP_ROWS))
+    of = noise["config"]
+    return (
+        f"{table(head, rows)}\n\n{of['rows']} rows of {of['tokens']} tokens, base {of['base']}, {of['dtype']}; {noise['date']}."
+    )
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -329,20 +346,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 
 
-def noise_table(_: Results, noise: Mapping[str, Any] | None) -> str:
-    """Bias and noise of the forms' gradients, by text."""
-    rows = []
-    for text, forms in noise["texts"].items() if noise else ():
-        for name, form in forms.items():
-            own = "0" if name == "stock" else f"{form['bias']:.2f} ± {form['bias_error']:.2f}"
-            needed = [f"{steps_needed(form, forms['stock'], count):.2f}" for count in (1, 4, 16, 64)]
-            rows.append([text, name, own, f"{form['noise']:.1f} ± {form['noise_error']:.1f}", *needed])
-    if not rows:
-        return NONE
-    head = ("text", "arm", "bias", "noise, rows", *(f"steps for one of stock's, {count} rows" for count in (1, 4, 16, 64)))
-    about = noise["config"] if noise else {}
-    source = f"{about['rows']} rows of {about['tokens']} tokens, base {about['base']}, {about['dtype']}; {noise['date'] if noise else ''}."
-    return f"{table(head, rows)}\n\n{source}"
+# Those that read the result of `noise_scale.py` too.
+NOISE_TABLES = {"quality_noise": noise_table, "quality_batch": batch_table}
 
 
 def updated_page(text: str, results: Results, noise: Mapping[str, Any] | None = None) -> str:
@@ -356,8 +361,7 @@ def updated_page(text: str, results: Results, noise: Mapping[str, Any] | None = 
     Raises:
         LemoError: If a table has no place in it, or several.
     """
-    of_noise = {"quality_noise": noise_table, "quality_batch": batch_table}
-    renderers = TABLES | {name: partial(render, noise=noise) for name, render in of_noise.items()}
+    renderers = TABLES | {name: partial(render, noise=noise) for name, render in NOISE_TABLES.items()}
     for name, render in renderers.items():
         marked = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.DOTALL)
         rendered = render(results)

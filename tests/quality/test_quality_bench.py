@@ -192,7 +192,9 @@ def test_predictors_are_fitted_where_they_are_read(base, tmp_path):
 def written(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     page = folder / "quality.md"
-    page.write_text("".join(f"# {name}\n<!-- table:{name} -->\n<!-- /table:{name} -->\n" for name in report.TABLES))
+    page.write_text(
+        "".join(f"# {name}\n<!-- table:{name} -->\n<!-- /table:{name} -->\n" for name in (*report.TABLES, *report.NOISE_TABLES))
+    )
     command = ["--runs", str(finished), "--results", str(folder), "--page", str(page), "--images", str(folder / "images")]
     assert summary.main(command) == 0
     assert summary.main([*command, "--check"]) == 0

@@ -89,9 +89,10 @@ NOISE = {
 def setting_of(text, rows):
     point = {"versus_stock": {"perplexity": Difference(-1.0, -2.0, -0.5, 0.1, (-1.0, -1.0)).to_dict()}}
     arm = {"seeds": [0, 1], "points": {EQUAL_STEPS: point, EQUAL_TIME: point}, "cost": {"mean_time_ratio": 0.5}}
+    stock = {"seeds": [0, 1], "points": {EQUAL_STEPS: point}, "cost": None}
     return {
         "setting": {"steps": 9, "tokens": 8, "text": text, "accumulation": rows},
-        "arms": {"exact-0.5": arm, "stock": arm, "exact-0.1": arm},
+        "arms": {"exact-0.5": arm, "stock": stock, "exact-0.1": arm},
     }
 
 

@@ -354,6 +354,7 @@ def test_committed_result_is_what_is_estimated_now():
     # A change of the models that moves memory by more makes the page stale: run benchmarks/memory_estimate.py again.
     assert estimate.live_bytes == pytest.approx(row["live_bytes"], rel=0.02)
     assert sum(estimate.flops.values()) == pytest.approx(row["flops"], rel=0.02)
+    assert estimate.seconds == pytest.approx(row["seconds"], rel=0.02)
 
 
 def test_gpu_peaks_are_compared_where_a_result_holds_them(tmp_path):

@@ -3,15 +3,18 @@
     nice python -m benchmarks.quality.noise_scale --base outputs/quality/base_small
 
 A step of B rows moves along a gradient whose noise falls with B. With G the expected dense gradient, G_r and S_r mean and covariance of
-a form's gradients of single rows, and the form's gradient scaled until it gains as much per step along G, a step's cost is
+a form's gradients of single rows, and the form's gradient scaled until it gains as much per step along G, its mean square is
 
     1 + bias + noise / B,      bias = |G_r|^2 |G|^2 / <G_r, G>^2 - 1,      noise = tr(S_r) |G|^2 / <G_r, G>^2   (in rows)
 
-in shares of a step without noise; for stock bias is 0 and noise the gradient noise scale of McCandlish et al. (arXiv 1812.06162, section 2).
-So the form needs (1 + bias + noise / B) / (1 + stock's noise / B) times stock's steps, and wins at equal time where that is less than
-stock's step takes of its own. To first order, for small steps: a guide, which the extension's runs are held against. Products are
-taken after division by the root of the root mean square of stock's gradients, as Adam weighs them. Everything is estimated without
-bias from pairs of different rows; errors are those of leaving out one row at a time.
+times that of G; for stock bias is 0 and noise the gradient noise scale of McCandlish et al. (arXiv 1812.06162, section 2). What a step of
+the best length gains falls with it: so a form needs (1 + bias + noise / B) / (1 + stock's noise / B) of stock's steps, and wins at equal
+time where that is less than stock's step takes of its own. This supposes that each takes steps of its own best length, and a curvature that
+is alike in all weights once products are taken after division by the root of the root mean square of stock's gradients, as Adam
+weighs them. Runs share one rate, and noise grows as they go on: a guide to which side wins, not a forecast of by how much.
+
+Products of different rows are estimated without bias; their ratios are not, and are unsure where <G_r, G> is small. Errors are those of leaving
+out one row at a time, the weights of the products found anew each time.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ RESULT = Path(__file__).parents[1] / "results" / "quality_noise--any.json"
 FORMS = ("exact-0.5", "exact-0.3")
 WARM_UP_STEPS, WARM_UP_RATE = 8, 3e-3
 LEAST_ROWS = 4
+# Rows of a step that are asked about.
+STEP_ROWS = (1, 4, 16, 64)
 
 
 def mean_products(first: Tensor, second: Tensor) -> tuple[float, float]:
@@ -69,8 +74,24 @@ def step_cost(mine: Tensor, dense: Tensor) -> tuple[float, float]:
     return own * scale - 1, (own_square - own) * scale
 
 
-def with_errors(mine: Tensor, dense: Tensor) -> dict[str, float]:
-    """`step_cost` and its standard errors by leaving out one row at a time.
+def steps_needed(form: Sequence[float], stock: Sequence[float], rows: float) -> float:
+    """Steps of `rows` rows that a form needs for one of stock's, from `step_cost` of both."""
+    return (1 + form[0] + form[1] / rows) / (1 + stock[1] / rows)
+
+
+def figures(mine: Tensor, dense: Tensor) -> list[float]:
+    """`step_cost` of a form, and `steps_needed` for every number of rows in `STEP_ROWS`, products weighed by stock's gradients."""
+    weigh = dense.square().mean(0).sqrt().sqrt().clamp_min(1e-12)
+    mine, dense = mine / weigh, dense / weigh
+    form, stock = step_cost(mine, dense), step_cost(dense, dense)
+    return [*form, *(steps_needed(form, stock, rows) for rows in STEP_ROWS)]
+
+
+def with_errors(mine: Tensor, dense: Tensor) -> dict[str, Any]:
+    """A form's `bias`, `noise` and, by rows of a step, `steps` for one of stock's, each as (value, standard error).
+
+    Args:
+        mine, dense: The form's gradients and stock's, of the same rows, `(rows, weights)`.
 
     Raises:
         LemoError: If there are too few rows to leave one out.
@@ -78,15 +99,11 @@ def with_errors(mine: Tensor, dense: Tensor) -> dict[str, float]:
     rows = len(dense)
     if rows < LEAST_ROWS:
         raise LemoError(f"noise is told from rows that differ; {rows} rows; give {LEAST_ROWS} or more")
-    bias, noise = step_cost(mine, dense)
-    without = torch.tensor([step_cost(mine[kept], dense[kept]) for kept in (torch.arange(rows) != row for row in range(rows))])
+    found = figures(mine, dense)
+    without = torch.tensor([figures(mine[kept], dense[kept]) for kept in (torch.arange(rows) != row for row in range(rows))])
     errors = ((without - without.mean(0)).square().sum(0) * (rows - 1) / rows).sqrt().tolist()
-    return {"bias": bias, "bias_error": errors[0], "noise": noise, "noise_error": errors[1]}
-
-
-def steps_needed(form: dict[str, float], stock: dict[str, float], rows: float) -> float:
-    """Steps of `rows` rows that a form needs for one of stock's."""
-    return (1 + form["bias"] + form["noise"] / rows) / (1 + stock["noise"] / rows)
+    bias, noise, *steps = zip(found, errors, strict=True)
+    return {"bias": bias, "noise": noise, "steps": dict(zip(map(str, STEP_ROWS), steps, strict=True))}
 
 
 def row_gradients(arm: Arm, setting: Setting, adapter: dict[str, Tensor] | None, rows: Sequence[Tensor]) -> Tensor:
@@ -121,8 +138,8 @@ def warmed_up(setting: Setting, rows: Sequence[Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def measure(setting: Setting, count: int) -> dict[str, dict[str, float]]:
-    """`bias` and `noise` of stock and of every form of `FORMS`.
+def measure(setting: Setting, count: int) -> dict[str, dict[str, Any]]:
+    """`with_errors` of stock and of every form of `FORMS`.
 
     Args:
         setting: Base, length and text.
@@ -136,10 +153,9 @@ def measure(setting: Setting, count: int) -> dict[str, dict[str, float]]:
     adapter = warmed_up(setting, rows[count:])
     arms = all_arms()
     dense = row_gradients(arms["stock"], setting, adapter, rows[:count])
-    weigh = dense.square().mean(0).sqrt().sqrt().clamp_min(1e-12)
-    found = {"stock": with_errors(dense / weigh, dense / weigh)}
+    found = {"stock": with_errors(dense, dense)}
     for name in FORMS:
-        found[name] = with_errors(row_gradients(arms[name], setting, adapter, rows[:count]) / weigh, dense / weigh)
+        found[name] = with_errors(row_gradients(arms[name], setting, adapter, rows[:count]), dense)
         print(f"{setting.text} {name}: {found[name]}", flush=True)
     return found
 

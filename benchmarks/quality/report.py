@@ -13,15 +13,13 @@ from typing import Any
 
 from benchmarks.quality.choices import CHOICES
 from benchmarks.quality.extension import EQUAL_STEPS, EQUAL_TIME
-from benchmarks.quality.noise_scale import steps_needed
+from benchmarks.quality.noise_scale import STEP_ROWS
 from benchmarks.quality.retrieval import TASKS as RETRIEVAL_TASKS
 from lemo_hf.errors import LemoError
 
 Results = Sequence[Mapping[str, Any]]
 NONE = "Not measured yet."
 CORE = ("stock", "exact-0.5", "exact-0.3")
-# Rows of a step that the table of gradient noise is for.
-STEP_ROWS = (1, 4, 16, 64)
 # What the bench is for: arm, point, measure, unit, the largest difference to stock that is a success; `None`: a loss is no tie.
 GOALS = (
     ("exact-0.5", EQUAL_STEPS, "perplexity", "%", 1.0),
@@ -288,6 +286,11 @@ def settings_table(results: Results) -> str:
     return table(head, sorted(rows, key=lambda row: (row[1], row[0] != "stock", row[3], row[2]))) if rows else NONE
 
 
+def with_error(found: Sequence[float], digits: int = 2) -> str:
+    """A value and its standard error."""
+    return f"{found[0]:.{digits}f} ± {found[1]:.{digits}f}"
+
+
 def batch_table(results: Results, noise: Mapping[str, Any] | None) -> str:
     """Rows of a step: steps that a form needs by its gradient's noise, and what runs showed."""
     rows = []
@@ -325,10 +328,10 @@ def noise_table(_: Results, noise: Mapping[str, Any] | None) -> str:
     rows = []
     for text, forms in noise["texts"].items():
         for name, form in forms.items():
-            own = "0" if name == "stock" else f"{form['bias']:.2f} ± {form['bias_error']:.2f}"
-            needed = [f"{steps_needed(form, forms['stock'], count):.2f}" for count in STEP_ROWS]
-            rows.append([text, name, own, f"{form['noise']:.1f} ± {form['noise_error']:.1f}", *needed])
-    head = ("text", "arm", "bias", "noise, rows", *(f"steps for one of stock's, rows a step: {count}" for count in STEP_ROWS))
+            own = ["0"] if name == "stock" else [with_error(form["bias"])]
+            needed = ["1" if name == "stock" else with_error(each) for each in form["steps"].values()]
+            rows.append([text, name, *own, with_error(form["noise"], 1), *needed])
+    head = ("text", "arm", "bias", "noise, rows", *(f"steps needed for one of stock's, B = {count}" for count in STEP_ROWS))
     of = noise["config"]
     return (
         f"{table(head, rows)}\n\n{of['rows']} rows of {of['tokens']} tokens, base {of['base']}, {of['dtype']}; {noise['date']}."

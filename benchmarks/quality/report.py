@@ -298,14 +298,13 @@ def batch_table(results: Results, noise: Mapping[str, Any] | None) -> str:
         of = setting["setting"]
         forms = noise["texts"].get(of["text"], {})
         for name, arm in setting["arms"].items():
-            if name not in forms or EQUAL_TIME not in arm["points"]:
+            needed = forms.get(name, {}).get("steps", {}).get(str(of["accumulation"]))
+            if needed is None or EQUAL_TIME not in arm["points"]:
                 continue
             steps, time = (arm["points"][point]["versus_stock"].get("perplexity") for point in (EQUAL_STEPS, EQUAL_TIME))
-            needed = steps_needed(forms[name], forms["stock"], of["accumulation"])
             about = [of["text"], str(of["accumulation"]), str(of["steps"]), name, str(len(arm["seeds"]))]
-            rows.append(
-                [*about, f"{needed:.2f}", f"{1 / arm['cost']['mean_time_ratio']:.2f}", difference(steps), difference(time)]
-            )
+            affordable = f"{1 / arm['cost']['mean_time_ratio']:.2f}"
+            rows.append([*about, with_error(needed), affordable, difference(steps), difference(time)])
     head = (
         *(
             "text",
@@ -313,8 +312,8 @@ def batch_table(results: Results, noise: Mapping[str, Any] | None) -> str:
             "stock's steps",
             "arm",
             "seeds",
-            "steps it needs for one, expected",
-            "it takes in the time of one",
+            "steps needed for one of stock's",
+            "steps in the time of one",
         ),
         *("against stock, equal steps", "equal time"),
     )

@@ -194,7 +194,7 @@ def test_a_group_that_no_document_fills_is_named():
     assert group_beyond(config, [90, 130], 2) is None
     said = group_beyond(config, [40, 90], 2)
     assert said == (
-        "group_size is larger than the document: of 2 looked at a layer keeps 42 tokens at most, of one with 90; "
+        "no document fills a group: of 2 looked at a layer keeps 42 tokens at most, of one with 90; "
         "got group_size=60; set it to 11, or leave it out for a quarter of each document"
     )
     # 17 blocks keep 9, and 18 too, of which the last holds one token.

@@ -83,6 +83,18 @@ def test_pairs_that_turn_need_positions():
         model(torch.randn(8, 6), documents)
 
 
+def test_pairs_made_in_inference_mode_are_asked_about_each_time():
+    with torch.inference_mode():  # such tensors do not say whether they have changed
+        model = PooledPredictor(6, 8)
+        model.reset_parameters()
+    documents = documents_of([8], 4)
+    assert len(model.informativeness(torch.randn(8, 6), documents)[0]) == 2
+    with torch.inference_mode():
+        model.rotary[0][1] = 0
+    with pytest.raises(LemoConfigError, match="turns 1 pairs of features"):
+        model(torch.randn(8, 6), documents)
+
+
 def test_pairs_are_asked_about_once_until_they_change():
     """On a GPU every question waits for it."""
     model = PooledPredictor(6, 8)

@@ -201,3 +201,10 @@ def test_under_autocast():
             mine = segmented_causal_lm_loss(hidden, labels, head, 8)
             stock = ForCausalLMLoss(head(hidden), labels, VOCABULARY)
         assert_equal(with_gradients(mine, hidden, head), with_gradients(stock, hidden, head), tolerance=2e-2)
+
+
+@pytest.mark.parametrize("softcap", [0.0, -3.0, float("nan")])
+def test_a_softcap_that_bounds_nothing_is_refused(softcap):
+    rows, labels = torch.zeros(1, 4, 8), torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="softcap bounds the logits and must be above 0"):
+        segmented_causal_lm_loss(rows, labels, torch.nn.Linear(8, 5), 2, softcap=softcap)

@@ -87,3 +87,17 @@ def test_a_group_is_refused_if_none_of_many_documents_fills_it(caplog):
     look(250, lambda samples: {name: tokens[:, :56] for name, tokens in default_data_collator(samples).items()})
     assert "of 5 looked at a layer keeps 32 tokens at most, of one with 56" in caplog.text
     assert "documents that fill no group attend to all that they keep" in caplog.text
+
+
+def test_packed_documents_of_a_few_samples_are_not_taken_for_all(caplog):
+    """Five samples give twenty documents here, as many as there are samples: of the other fifteen nothing is known."""
+    fields = {"attention_forward": "sparse", "attention_pattern": "shifted_groups", "block_size": 8, "keep_ratio": 0.5}
+
+    def packed(samples):
+        batch = default_data_collator(samples)
+        return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1])[None] % 16}
+
+    documents = PhaseDocuments(Lengths([64] * 20), packed, seed=0, probes=1, profile=4)
+    with caplog.at_level("WARNING", logger="lemo_hf"):
+        require_blocks(documents, LemoConfig(**fields, group_size=40), 2)
+    assert "of 20 looked at a layer keeps 16 tokens at most, of one with 16" in caplog.text

@@ -55,7 +55,7 @@ class PooledPredictor(nn.Module):
         self.key = _PooledFeatures(hidden_size, features)
         self.rotary = RotaryPairs(features // 2)
         self.distance = DistanceProfile()
-        self._turns_nothing: tuple[int, int] | None = None  # which state of the pairs is known to turn none
+        self._turns_nothing: tuple[int, int | None] | None = None  # which state of the pairs is known to turn none
 
     @property
     def sizes(self) -> list[int]:
@@ -98,15 +98,16 @@ class PooledPredictor(nn.Module):
 
     def _refuse_turned_pairs(self) -> None:
         # The device is asked once, not at every forward: in ratio mode nothing in a layer waits for it. While torch.compile
-        # traces nothing can be asked.
+        # traces nothing can be asked, and tensors made in inference mode do not say whether they have changed.
         pairs = self.rotary[0]
-        if torch.compiler.is_compiling() or self._turns_nothing == (id(pairs), pairs._version):
+        version = None if pairs.is_inference() else pairs._version
+        if torch.compiler.is_compiling() or (version is not None and self._turns_nothing == (id(pairs), version)):
             return
         if turned := int((pairs >= 0).sum()):
             raise LemoConfigError(
                 f"the predictor turns {turned} pairs of features by rotary positions; got none; pass those of the model"
             )
-        self._turns_nothing = id(pairs), pairs._version
+        self._turns_nothing = id(pairs), version
 
     def informativeness(self, hidden_states: Tensor, documents: Documents, rotary: tuple[Tensor, ...] = ()) -> list[Tensor]:
         """Predicted I of each document's blocks, `(blocks_of_document,)` each; arguments as in `forward`."""

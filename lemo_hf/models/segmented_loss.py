@@ -127,7 +127,12 @@ def segmented_causal_lm_loss(
 
     Returns:
         The loss, a float32 scalar; NaN if there is no label and no `num_items_in_batch`, as in `transformers`.
+
+    Raises:
+        ValueError: Without labels, or if `softcap` is not above 0.
     """
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap bounds the logits and must be above 0; got {softcap}; pass None for none")
     if next_labels is None:
         if labels is None:
             raise ValueError("the segmented loss needs labels; got neither labels nor next_labels; pass one of them")

@@ -98,7 +98,7 @@ def group_beyond(config: LemoConfig, lengths: list[int], num_layers: int) -> str
     if config.group_size is None or not most or config.group_size <= most:
         return None
     return (
-        f"group_size is larger than the document: of {len(lengths)} looked at a layer keeps {most} tokens at most, of one with {tokens}; "
+        f"no document fills a group: of {len(lengths)} looked at a layer keeps {most} tokens at most, of one with {tokens}; "
         f"got group_size={config.group_size}; set it to {max(2, -(-most // _GROUPS))}, or leave it out for a quarter of each document"
     )
 

@@ -17,7 +17,8 @@ class LayerHooks:
     A module calls its hooks after an `Exception` in its forward, and not after KeyboardInterrupt or SystemExit. So these may be found on
     the stack later, under hooks that were pushed since, or be gone with the end of a context outside that took them for its own:
     `leave` takes them off wherever they are, or what that context left in their stead. Hooks that were pushed in between go on
-    calling them: they let tensors pass by then.
+    calling them: they let tensors pass by then. Of several contexts around one step the innermost alone is known here: an interrupt that ends
+    them all leaves the hooks of the outermost on the stack, as PyTorch itself does.
     """
 
     def __init__(self) -> None:

@@ -196,10 +196,10 @@ def require_blocks(documents: PhaseDocuments, lemo: LemoConfig, num_layers: int)
         LemoConfigError: If none of many, or of all, fills a group of the attention pattern.
     """
     chosen = [layer for layer in range(num_layers) if not lemo.is_dense(layer, num_layers)]
-    lengths = _lengths(documents, lemo, num_layers)
+    lengths, samples = _lengths(documents, lemo, num_layers)
     longest = max(lengths, default=0)
     if (beyond := group_beyond(lemo, lengths, num_layers)) is not None:
-        if len(lengths) >= documents.count(_MOST_LOOKED_AT):
+        if samples >= _MOST_LOOKED_AT or documents.count(samples + 1) == samples:
             raise LemoConfigError(beyond)
         logger.warning("%s; documents that fill no group attend to all that they keep", beyond)
     if not longest or not chosen:
@@ -231,8 +231,8 @@ def require_blocks(documents: PhaseDocuments, lemo: LemoConfig, num_layers: int)
         )
 
 
-def _lengths(documents: PhaseDocuments, lemo: LemoConfig, num_layers: int) -> list[int]:
-    """Tokens of documents, several per sample where samples are packed: of many samples, if they give it without being collated.
+def _lengths(documents: PhaseDocuments, lemo: LemoConfig, num_layers: int) -> tuple[list[int], int]:
+    """Tokens of documents, several per sample where samples are packed, and of how many samples: many, if they say it uncollated.
 
     What a sample's `input_ids` say is believed if it is what the collator made of those that the phases read: it may cut or pack.
     """
@@ -243,7 +243,7 @@ def _lengths(documents: PhaseDocuments, lemo: LemoConfig, num_layers: int) -> li
 
     def enough(tokens: int) -> bool:
         kept = kept_for_groups(lemo, tokens, num_layers)
-        return tokens >= lemo.block_size and (kept is None or lemo.group_size is None or kept >= lemo.group_size)
+        return tokens >= lemo.block_size and (kept is None or kept >= (lemo.group_size or 0))
 
     stated = documents.stated_lengths(len(batches), enough)
-    return stated if stated[: len(drawn)] == drawn else drawn
+    return (stated, len(stated)) if stated[: len(drawn)] == drawn else (drawn, len(batches))

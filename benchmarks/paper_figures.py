@@ -187,14 +187,14 @@ FIGURES = (
           f"dense). {MEMORY_ALONE}"),
     *SPARSITY[3:],
     Shown(18, "movement_kernels", "movement kernels", speed_figures.movement_kernels,
-          "Estimated as the bytes that plain operators move, one by one, over those that the kernel must: what both take if the memory's bandwidth is "
-          "all that counts. Launches, which plain operators have three to seven of, come on top for short inputs.",
+          speed_figures.movement_words,
           f"Kernel times on a GPU: {SUITE} --part times`; the paper reports 10 to 50 times."),
     Shown(19, "loss_peak", "the loss's peak over time", loss_peak,
           f"The paper saves 15 % of the peak by segments. {MEMORY_ALONE}"),
     Shown(20, "extensions", "extensions", speed_figures.extensions, speed_figures.extensions_words,
           "Times on a GPU of two-dimensional sparsity (paper: up to 2.04 times): `lemo bench --model Llama-3-8B --seq-len 65536 --methods "
-          "checkpointing,lemo-sparse-rows,lemo-sparse-groups-rows,lemo-sparse-blocks-rows`; of offload by kept share (paper: 1.22 times on "
+          "checkpointing,lemo-sparse-rows,lemo-sparse-groups-rows,lemo-sparse-blocks-rows,lemo-sparse-nearby-rows,lemo-sparse-nearby-groups-rows,"
+          "lemo-sparse-nearby-blocks-rows`; of offload by kept share (paper: 1.22 times on "
           f"average): {SUITE} --part offload`."),
     Shown(21, "scaling", "scaling over GPUs", speed_figures.scaling, speed_figures.scaling_words, "Several GPUs: no such run."),
 )  # fmt: skip

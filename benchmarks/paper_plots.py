@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from matplotlib import rc_context
@@ -40,6 +40,9 @@ class Panel:
         measured: By series and group whether the bar is measured; else it is estimated.
         line: A level and what it is.
         band: Two levels and what lies between.
+        labels: Of the vertical axis where bars are estimated (`False`) and measured (`True`); empty takes the figure's. A panel that is cut out of its
+            figure must still say which it shows.
+        styles: By series a place among colours and hatches; none takes its place among series.
     """
 
     title: str
@@ -49,6 +52,8 @@ class Panel:
     measured: Mapping[str, Sequence[bool]]
     line: tuple[float, str] | None = None
     band: tuple[float, float, str] | None = None
+    labels: Mapping[bool, str] = field(default_factory=dict)
+    styles: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def kinds(self) -> set[bool]:
@@ -111,7 +116,7 @@ def grouped_bars(rows: Sequence[Sequence[Panel]], words: Words, height: float = 
                 if panel.line:
                     axis.axhline(panel.line[0], color="0.3", linestyle=":", linewidth=1)
                 if place == 0:
-                    axis.set_ylabel(words.label)
+                    axis.set_ylabel(_axis_label(row, words))
                     if level:
                         below = panel.band is not None
                         axis.annotate(level[1], (0.01, level[0]), xycoords=("axes fraction", "data"), xytext=(0, -2 if below else 2),
@@ -127,12 +132,24 @@ def grouped_bars(rows: Sequence[Sequence[Panel]], words: Words, height: float = 
     return figure
 
 
+def _axis_label(row: Sequence[Panel], words: Words) -> str:
+    """What the axis that a row shares counts, by what kinds of bars stand on it."""
+    labels, kinds = row[0].labels, set().union(*(panel.kinds for panel in row))
+    if not labels:
+        return words.label
+    return labels[kinds == {True}] if len(kinds) == 1 else f"m {labels[True]},\ne {labels[False]}"
+
+
 def _bars(axis: Axes, panel: Panel, lettered: bool) -> None:
     width = 0.84 / len(panel.bars)
     for index, (name, heights) in enumerate(panel.bars.items()):
         at = [group + (index - (len(panel.bars) - 1) / 2) * width for group in range(len(panel.groups))]
-        style: dict[str, Any] = {"color": FILLS[index], "hatch": HATCHES[index], "edgecolor": "black", "linewidth": 0.6}
-        axis.bar(at, [height or 0 for height in heights], width, label=name, **style)
+        look = panel.styles.get(name, index)
+        style: dict[str, Any] = {"color": FILLS[look], "hatch": HATCHES[look], "edgecolor": "black", "linewidth": 0.6}
+        # A series of marks alone: a filled diamond is its own entry of the legend.
+        only_marks = not any(heights)
+        if not only_marks:
+            axis.bar(at, [height or 0 for height in heights], width, label=name, **style)
         for place, height, real in zip(at, heights, panel.measured[name], strict=True):
             if lettered and height:
                 # At the bar's foot, where no mark stands.
@@ -140,7 +157,8 @@ def _bars(axis: Axes, panel: Panel, lettered: bool) -> None:
                               fontsize=8, weight="bold" if real else "normal", bbox=_LABEL)  # fmt: skip
         for place, mark in zip(at, panel.marks.get(name, ()), strict=False):
             if isinstance(mark, float | int):
-                axis.plot(place, mark, marker="D", color="black", markerfacecolor="white", markersize=4.5, linestyle="none")
+                axis.plot(place, mark, marker="D", color="black", markerfacecolor="black" if only_marks else "white", markersize=4.5,
+                          linestyle="none", label=name if only_marks and name not in axis.get_legend_handles_labels()[1] else None)  # fmt: skip
             elif mark:
                 axis.annotate(f"paper: {mark}", (place, 0), xytext=(0, 15 if lettered else 4), textcoords="offset points", rotation=90,
                               ha="center", va="bottom", fontsize=8, bbox=_LABEL)  # fmt: skip

@@ -132,7 +132,11 @@ def step_time_words(results: Results) -> str:
         f"{name} {_range([ours for ours, _ in found])} times estimated, {_range([theirs for _, theirs in found])} logged"
         for name, found in gains.items()
     )
-    return text + f". {_checkpointed_gains(results)} The paper's logs at 4096 tokens are of another card (A40) and not drawn. " + TIME_ALONE
+    return (
+        text
+        + f". {_checkpointed_gains(results)} The paper's logs at 4096 tokens are of another card (A40) and not drawn. "
+        + TIME_ALONE
+    )
 
 
 def _checkpointed_gains(results: Results) -> str:

@@ -100,5 +100,10 @@ def test_the_same_step_under_both(monkeypatch):
     assert 0 < sum(saved[layer] for layer in range(2)) - ours.copied_bytes < 0.05 * ours.copied_bytes
     assert part.copied_bytes == pytest.approx(100_000, abs=2)
     # The table of docs/memory_features.md.
-    assert (theirs.copied_bytes, theirs.storage_bytes, theirs.copied_and_held_bytes, theirs.indices) == (316_336, 315_184, 86_784, 4)
+    assert (theirs.copied_bytes, theirs.storage_bytes, theirs.copied_and_held_bytes, theirs.indices) == (
+        316_336,
+        315_184,
+        86_784,
+        4,
+    )
     assert ours.copied_bytes == 262_464

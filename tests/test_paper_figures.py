@@ -61,7 +61,9 @@ def test_a_method_has_one_colour_and_what_has_no_bar_no_patch(committed):
     assert len(above) == 5
     assert len(set(above.values())) == 5
     for name, colour in below.items():
-        (same,) = (one for words, one in above.items() if words.split(",")[0] == name.split(",")[0].removesuffix(" + checkpointing"))
+        (same,) = (
+            one for words, one in above.items() if words.split(",")[0] == name.split(",")[0].removesuffix(" + checkpointing")
+        )
         assert colour == same, name
     handles, names = figure.axes[1].get_legend_handles_labels()
     (only,) = (handle for handle, name in zip(handles, names, strict=True) if name not in below)

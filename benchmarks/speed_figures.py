@@ -259,9 +259,8 @@ def extensions_words(results: Results) -> str:
     """What each side of the figure is against."""
     said = (
         "Above: against stock LoRA with checkpointing, by FLOPs alone, as if every FLOP took the same time; over what the paper's factor is, is not "
-        "on record. Groups and blocks are patterns among kept tokens. On the small model they cost 2 to 5 % of perplexity over the sparse form without "
-        "them, one seed each, where the goal is 0.5 %: 2.2 and 2.5 % without nearby tokens ([experiments](experiments/attention_patterns.md)), 4.0 and 5.2 % with "
-        "them ([experiments](experiments/quality_bench.md)); at this size and length it is unknown. "
+        "on record. Groups and blocks are patterns among kept tokens. On small models they cost 2 to 7 % of perplexity over the sparse form without "
+        "them, where the goal is 0.5 % ([without nearby tokens](experiments/attention_patterns.md), [with them](experiments/quality_bench.md)); at this size and length it is unknown. "
     )
     return said + (
         "Below: LeMo exact, 64K tokens, sensitive against uniform offload at the same peak, by kept shares of the layers and by link, simulated from "

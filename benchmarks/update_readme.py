@@ -89,6 +89,7 @@ TABLES: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], str]]]] = {
     "docs/benchmarks.md": {
         "bench_small": ("bench_small--*.json", bench),
         "bench_counts": ("bench_counts_llama3_8b--*.json", bench),
+        "bench_long": ("bench_long_llama3_8b--*.json", bench),
     },
 }
 

@@ -98,10 +98,13 @@ class PooledPredictor(nn.Module):
 
     def _refuse_turned_pairs(self) -> None:
         # The device is asked once, not at every forward: in ratio mode nothing in a layer waits for it. While torch.compile
-        # traces nothing can be asked, and tensors made in inference mode do not say whether they have changed.
+        # traces nothing can be asked.
+        if torch.compiler.is_compiling():
+            return
         pairs = self.rotary[0]
+        # Tensors made in inference mode do not say whether they have changed.
         version = None if pairs.is_inference() else pairs._version
-        if torch.compiler.is_compiling() or (version is not None and self._turns_nothing == (id(pairs), version)):
+        if version is not None and self._turns_nothing == (id(pairs), version):
             return
         if turned := int((pairs >= 0).sum()):
             raise LemoConfigError(

@@ -15,7 +15,7 @@ dense gradient of other windows, which is as near as one comes to the gradient o
 
 `half of the labels` is the dense gradient of a loss on half of the blocks: the noise of having half of the tokens, without
 any error of the restriction. `reweighted` scales what enters a branch at a drawn row by one over the chance to be kept, so that
-every path through k branches counts fully on average instead of r ** k; `keys as they are` does without `centred_keys`. The same
+every path through k branches counts fully on average instead of r ** k; `kept keys alone` leaves out what dropped keys add to the gradient of kept queries. The same
 blocks are drawn for variants of one kind. Memory 2 GB; about 15 minutes of one core.
 """
 
@@ -69,10 +69,10 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("drawn by layer, keys as they are", {"draws": "by_layer"}, keys_as_they_are=True),
+    Variant("drawn by layer, kept keys alone", {"draws": "by_layer"}, keys_as_they_are=True),
     Variant("drawn by layer", {"draws": "by_layer"}),
     Variant("drawn by layer, reweighted", {"draws": "by_layer"}, reweighted=True),
-    Variant("shared draws, keys as they are", keys_as_they_are=True),
+    Variant("shared draws, kept keys alone", keys_as_they_are=True),
     Variant("shared draws"),
     Variant("shared draws, blocks of 16", {"block_size": 16}),
     Variant("shared draws, blocks of 256", {"block_size": 256}),
@@ -116,14 +116,14 @@ def branches_reweighted(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def keys_left_as_they_are() -> Iterator[None]:
-    """Runs the exact form's backward pass on the keys themselves."""
-    centred = kept_and_rest_rows.centred_keys
-    kept_and_rest_rows.centred_keys = lambda query, key, lse, scope: (key, lse)
+def kept_keys_alone() -> Iterator[None]:
+    """Runs the exact form's backward pass without what dropped keys add to the gradient of kept queries."""
+    whole = kept_and_rest_rows.with_rest_keys
+    kept_and_rest_rows.with_rest_keys = lambda attended, *rest: attended
     try:
         yield
     finally:
-        kept_and_rest_rows.centred_keys = centred
+        kept_and_rest_rows.with_rest_keys = whole
 
 
 def gradient(model: Any, tokens: Tensor, labels: Tensor | None = None) -> Gradient:
@@ -218,7 +218,7 @@ def measure(adapter: Gradient, windows: list[Tensor], other_windows: list[Tensor
                 if variant.reweighted:
                     changes.enter_context(branches_reweighted(model))
                 if variant.keys_as_they_are:
-                    changes.enter_context(keys_left_as_they_are())
+                    changes.enter_context(kept_keys_alone())
                 gradients.append(gradient(model, tokens))
         found[variant.name] = quality(gradients, dense, task)
     return found

@@ -240,7 +240,7 @@ def estimate(
     method: Annotated[
         str, typer.Option(help="stock, checkpointing, liger, liger+checkpointing or lemo; all of them side by side: all.")
     ] = "lemo",
-    form: Annotated[Literal["exact", "sparse"], typer.Option(help="LeMo's attention form.")] = "exact",
+    form: Annotated[Literal["exact", "kept_keys", "sparse"], typer.Option(help="LeMo's attention form.")] = "exact",
     keep: Annotated[str, typer.Option(help="LeMo's kept share of blocks, or auto: the largest that fits.")] = "0.5",
     checkpoint: Annotated[Literal["none", "kept_rows"], typer.Option(help="LeMo's checkpointing.")] = "none",
     selection: Annotated[Literal["sampled", "ratio"], typer.Option(help="LeMo's selection.")] = "sampled",

@@ -150,7 +150,10 @@ def test_pairs_follow_the_predictor():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"attention_pattern": "block_sparse"}, "exact form's forward pass is dense; got attention_pattern='block_sparse' with"),
+        (
+            {"attention_pattern": "block_sparse"},
+            "in the other forms dropped tokens attend too; got attention_pattern='block_sparse' with",
+        ),
         ({"attention_pattern": ["full", "shifted_groups"]}, "set attention_forward='sparse', or attention_pattern='full'"),
         ({"attention_pattern": "sparse"}, "attention_pattern must be one of full, shifted_groups, block_sparse"),
         ({"attention_pattern": []}, "or one per layer"),

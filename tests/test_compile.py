@@ -18,6 +18,7 @@ BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 
 
 def ratio_model(form, architecture="llama", **lemo):
+    lemo |= {"nearby_tokens": 7} if form == "kept_keys" else {}
     stock = stock_model(architecture=architecture, num_hidden_layers=1)
     return lemo_model(stock, {}, selection="ratio", keep_ratio=0.4, attention_forward=form, **lemo)
 
@@ -34,7 +35,7 @@ def fresh_dynamo():
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 def test_a_compiled_model_trains_as_an_uncompiled_one_and_compiles_once(form, architecture, fresh_dynamo):
     compare_compiled(lambda: ratio_model(form, architecture))
 
@@ -48,7 +49,7 @@ def test_patterns_compile_too(pattern, fresh_dynamo):
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 def test_kept_row_checkpointing_compiles_too(form, fresh_dynamo):
     compare_compiled(lambda: ratio_model(form, checkpoint="kept_rows"))
 
@@ -69,7 +70,14 @@ def compare_compiled(make):
     assert counters["frames"]["ok"] == frames, "a step of the same shape must not compile anew"
 
 
-@pytest.mark.parametrize("settings", [{"attention_forward": "exact"}, {"attention_forward": "sparse", "nearby_tokens": 7}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention_forward": "exact"},
+        {"attention_forward": "kept_keys", "nearby_tokens": 7},
+        {"attention_forward": "sparse", "nearby_tokens": 7},
+    ],
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_what_kept_row_checkpointing_does_in_a_graph_has_the_same_gradients(settings, dropout, monkeypatch):
     """Run as it is, without the compiler. An adapter's dropout must be the same in attention's forward and backward."""

@@ -1,11 +1,8 @@
-from itertools import accumulate
-
 import pytest
 import torch
 from references.decoder_layer import hidden_pairs
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lemo_hf.models.document_attention import AttentionScope, attend, centred_keys, with_kept_row_gradient
+from lemo_hf.models.document_attention import AttentionScope, attend, with_kept_row_gradient
 from lemo_hf.models.lemo_config import LemoConfigError
 
 SCALE = 0.41
@@ -21,8 +18,7 @@ def scope_of(lengths, window=None, kept=None):
     places = torch.cat([torch.arange(length) for length in lengths])
     if kept is not None:
         places, lengths = places[kept], [int(part.sum()) for part in kept.split(lengths)]
-    bounds = torch.tensor([0, *accumulate(lengths)])
-    return AttentionScope(lengths, SCALE, window, None if window is None else places, bounds)
+    return AttentionScope(lengths, SCALE, window, None if window is None else places)
 
 
 def by_formula(query, key, value, scope):
@@ -177,143 +173,3 @@ def test_other_devices_are_refused_in_one_line():
     with pytest.raises(LemoConfigError, match=r"a reference for the CPU only; got torch\.float64 on meta") as error:
         attend(query, key, value, scope_of([4]))
     assert "\n" not in str(error.value)
-
-
-def restricted_gradients(inputs, kept, lengths, window, centred):
-    """Gradients of kept rows' queries, keys and values after the dense forward, as the exact form takes them."""
-    output, lse = attend(*inputs, scope_of(lengths, window))
-    leaves = [part[kept].clone().requires_grad_() for part in inputs]
-    scope = scope_of(lengths, window, kept)
-    key, lse = centred_keys(leaves[0], leaves[1], lse[kept], scope) if centred else (leaves[1], lse[kept])
-    attached = with_kept_row_gradient(leaves[0], key, leaves[2], output[kept], lse, scope)
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(6), dtype=output.dtype)
-    return torch.autograd.grad(attached, leaves, upstream[kept])
-
-
-@pytest.mark.parametrize("lengths", [[20], [10, 10], [3, 9, 1]], ids=str)
-@pytest.mark.parametrize("keys", [1, 2, 4])
-@pytest.mark.parametrize("window", [None, 4])
-def test_centred_keys_take_out_what_the_other_keys_would_have_cancelled(lengths, keys, window):
-    """A vector added to all keys of a document changes nothing any more, and gradients of keys sum to zero, as dense ones do."""
-    rows = sum(lengths)
-    query, key, value = heads(rows, 4, keys, seed=2)
-    kept = torch.rand(rows, generator=torch.Generator().manual_seed(5)) < 0.6
-    kept[0] = kept[-1] = True
-    added = torch.cat([torch.randn(1, keys, key.shape[2], dtype=key.dtype).expand(length, -1, -1) for length in lengths])
-
-    def gradients(key, centred=True):
-        return restricted_gradients((query, key, value), kept, lengths, window, centred)
-
-    got = gradients(key)
-    for mine, shifted in zip(got, gradients(key + added), strict=True):
-        torch.testing.assert_close(mine, shifted)
-    assert not torch.allclose(gradients(key, centred=False)[0], gradients(key + added, centred=False)[0])
-    counts = [part.sum().item() for part in kept.split(lengths)]
-    for part in got[1].split(counts):
-        torch.testing.assert_close(part.sum(0), torch.zeros_like(part[0]), rtol=0, atol=1e-12)
-    torch.testing.assert_close(got[2], gradients(key, centred=False)[2])
-
-
-def test_centred_keys_of_all_rows_leave_the_dense_gradient_as_it_is():
-    inputs = heads(22)
-    kept = torch.ones(22, dtype=torch.bool)
-    plain = restricted_gradients(inputs, kept, [15, 7], None, centred=False)
-    for mine, reference in zip(restricted_gradients(inputs, kept, [15, 7], None, centred=True), plain, strict=True):
-        torch.testing.assert_close(mine, reference)
-
-
-def test_centred_keys_come_nearer_to_the_dense_gradient_of_queries():
-    """Keys with a common part as large as their differences, half of 40 rows kept: over draws of them."""
-    query, key, value = heads(40, seed=3)
-    inputs = query, key + 1.0, value
-    dense = restricted_gradients(inputs, torch.ones(40, dtype=torch.bool), [40], None, centred=False)[0]
-    errors = torch.zeros(2, 2)
-    for seed in range(50):
-        kept = torch.rand(40, generator=torch.Generator().manual_seed(seed)) < 0.5
-        kept[0] = kept[-1] = True
-        for centred in (False, True):
-            grad = restricted_gradients(inputs, kept, [40], None, centred)[0]
-            errors[int(centred)] += torch.stack(((grad - dense[kept]).square().sum(), dense[kept].square().sum()))
-    assert errors[1, 0] < 0.7 * errors[0, 0]
-
-
-@pytest.mark.parametrize(("dtype", "common", "tolerance"), [(torch.float32, 10, 1e-5), (torch.bfloat16, 100, 4e-2)])
-def test_centred_keys_in_other_dtypes(dtype, common, tolerance):
-    """A common part of the keys that is far above their spread: a log-sum-exp rounded to 16 bits would be off by a factor."""
-    query, key, value = heads(40, dtype=dtype)
-    key = key + common
-    kept = torch.arange(40) % 3 != 1
-    lengths = [17, 23]
-    _, lse = attend(query, key, value, scope_of(lengths))
-    shifted, lse_shifted = centred_keys(query[kept], key[kept], lse[kept], scope_of(lengths, None, kept))
-    assert (shifted.dtype, lse_shifted.dtype) == (dtype, torch.float32)
-    count = int(kept[:17].sum())
-    for part in (slice(0, count), slice(count, None)):
-        pairs = []
-        for k, total in ((key[kept], lse[kept]), (shifted, lse_shifted)):
-            k = k[part].double().repeat_interleave(query.shape[1] // key.shape[1], 1)
-            scores = torch.einsum("qhd,khd->hqk", query[kept][part].double(), k) * SCALE
-            pairs.append((scores - total[part].double().transpose(0, 1)).tril().exp())
-        torch.testing.assert_close(pairs[1], pairs[0], rtol=tolerance, atol=tolerance)
-
-
-class Operators(TorchDispatchMode):
-    """Names of the operators that ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("lengths", [(7, 9), (8, 8)], ids=["unequal", "equal"])
-def test_centring_takes_as_many_operators_for_40_documents_as_for_2(lengths):
-    """On an accelerator each is a launch, in every layer and step."""
-    ran = []
-    for lengths_of_all in (list(lengths), list(lengths) * 20):
-        query, key, _ = heads(sum(lengths_of_all))
-        scope, lse = scope_of(lengths_of_all), torch.zeros(*query.shape[:2], 1, dtype=query.dtype)
-        with Operators() as operators:
-            shifted, _ = centred_keys(query, key.requires_grad_(), lse, scope)
-            torch.autograd.grad(shifted, key, torch.ones_like(shifted))
-        ran.append(operators.names)
-    assert ran[0] == ran[1]
-    assert "aten::sub.Tensor" in ran[0]
-
-
-# Documents without rows, of one row, and longer than the rows that are summed at once.
-@pytest.mark.parametrize("lengths", [[12], [5, 5], [3, 0, 9, 1, 0], [700, 1, 256, 300], [255, 257], [0, 513, 4]], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_keys_and_their_gradients_lose_the_mean_of_their_own_document(lengths, dtype, tolerance):
-    query, key, upstream = heads(sum(lengths), dtype=dtype)
-    key, upstream = (key + 1).transpose(1, 2).contiguous().transpose(1, 2), upstream - 1
-    lse = torch.zeros(*query.shape[:2], 1, dtype=torch.promote_types(dtype, torch.float32))
-    shifted, lse_shifted = centred_keys(query, key.requires_grad_(), lse, scope_of(lengths))
-    (grad,) = torch.autograd.grad(shifted, key, upstream)
-    parts = (part.detach().double().split(lengths) for part in (query, key, upstream))
-    for q, k, up, *got in zip(*parts, *(each.split(lengths) for each in (shifted, lse_shifted, grad)), strict=True):
-        if not len(k):
-            continue
-        wanted = (q * k.mean(0).to(dtype).double().repeat_interleave(2, 0)).sum(-1, keepdim=True) * -SCALE
-        for mine, reference in zip(got, (k - k.mean(0), wanted, up - up.mean(0)), strict=True):
-            torch.testing.assert_close(mine.double(), reference, rtol=tolerance, atol=tolerance)
-
-
-def test_centring_passes_gradcheck():
-    query, key, _ = heads(16, dim=4)
-    lse, scope = torch.zeros(16, 4, 1, dtype=torch.float64), scope_of([4, 11, 1])
-    assert torch.autograd.gradcheck(lambda key: centred_keys(query, key, lse, scope)[0], (key.requires_grad_(),))
-
-
-@pytest.mark.parametrize("lengths", [[7, 9], [8, 8], [300]], ids=str)
-def test_centring_reads_no_value_on_the_host(lengths):
-    """On the meta device there are none, and a tensor made on the host would be on another device."""
-    query, key, _ = (part.to("meta") for part in heads(sum(lengths)))
-    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int64, device="meta")
-    lse = torch.zeros(*query.shape[:2], 1, dtype=query.dtype, device="meta")
-    shifted, _ = centred_keys(query, key.requires_grad_(), lse, AttentionScope(lengths, SCALE, bounds=bounds))
-    (grad,) = torch.autograd.grad(shifted, key, torch.ones_like(shifted))
-    assert grad.shape == key.shape

@@ -72,7 +72,7 @@ def test_reweighting_scales_what_enters_at_drawn_rows():
     assert torch.equal(plain, again), "no hook is left behind"
 
 
-def test_keys_as_they_are_is_another_gradient_and_leaves_nothing_behind():
+def test_kept_keys_alone_is_another_gradient_and_leaves_nothing_behind():
     model = lemo_model(stock_model(num_hidden_layers=1), {"targets": ["q_proj", "v_proj"]}, block_size=4, keep_ratio=0.5)
     tokens = random_tokens(40, 1)
 
@@ -80,10 +80,10 @@ def test_keys_as_they_are_is_another_gradient_and_leaves_nothing_behind():
         sparse_backbone(model).lemo_draw = 0
         return gradient_quality.gradient(model, tokens)
 
-    centred = run()
-    with gradient_quality.keys_left_as_they_are():
+    whole = run()
+    with gradient_quality.kept_keys_alone():
         plain = run()
     again = run()
-    differs = {name.split(".")[-4] for name in centred if not torch.allclose(centred[name], plain[name])}
+    differs = {name.split(".")[-4] for name in whole if not torch.allclose(whole[name], plain[name])}
     assert differs == {"q_proj"}
-    assert all(torch.equal(centred[name], again[name]) for name in centred)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)

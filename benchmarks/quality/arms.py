@@ -5,7 +5,7 @@
 An arm is one way to train the same adapter on the same rows. Groups, in the order in which a queue should run them:
 
     core       stock LoRA, LeMo exact at kept shares 0.5 and 0.3: the goals of the bench
-    shares     both forms from 0.05 to 0.8; the sparse form as the quickstart has it, and once as the paper has it
+    shares     all forms from 0.05 to 0.8; the sparse form once as the paper has it
     patterns   attention patterns among the kept tokens of the sparse form
     choices    ways to choose the blocks, at share 0.5 (and 0.1, where a choice has most to win), beside the uniform shared draw
     tails      the last 5 to 15 % of the steps dense, and kept shares that rise or fall over the run
@@ -101,6 +101,12 @@ def sparse(share: float, **others: Any) -> dict[str, Any]:
     return {**form, "selection": "ratio", "keep_ratio": share, "dense_layers": [0], **others}
 
 
+def keys(share: float, **others: Any) -> dict[str, Any]:
+    """Every token attends to the most informative blocks by prediction, and to those just before it."""
+    form = {"attention_forward": "kept_keys", "block_reduction": "mean", "predictor_features": 40}
+    return {**form, "selection": "ratio", "keep_ratio": share, **others}
+
+
 # What the paper's sparse form has not.
 PAPER = {"nearby_tokens": 0, "block_reduction": "max", "predictor_features": 32}
 
@@ -119,7 +125,16 @@ class _Listed:
 CHOICES = (
     *("random_by_layer", "true", "stratified", "balanced", "informative_draw", "attention_more", "strided", "predicted"),
     *("column_sum", "mean_over_block", "key_norm", "output_norm", "attention_mass", "informative_draw_reweighted"),
-    *("local_and_sink", "gradient_norm", "random_by_pairs", "random_runs", "random_stretch", "all_keys", "all_key_weights"),
+    *(
+        "local_and_sink",
+        "gradient_norm",
+        "random_by_pairs",
+        "random_runs",
+        "random_stretch",
+        "kept_keys_alone",
+        "kept_keys_centred",
+        "all_key_weights",
+    ),
 )
 PARTS = (
     "attention_all",
@@ -153,6 +168,8 @@ def all_arms(layers: int = 6) -> dict[str, Arm]:
     add("core", "before", trains=False)
     for share in (0.1, 0.2, 0.8, 0.05):
         add("shares", f"exact-{share:g}", exact(share))
+    for share in (0.5, 0.3, 0.1, 0.2, 0.8, 0.05):
+        add("shares", f"keys-{share:g}", keys(share))
     for share in (0.5, 0.3, 0.8, 0.1, 0.05):
         add("shares", f"sparse-{share:g}", sparse(share))
     add("shares", "sparse-0.5-paper", sparse(0.5, **PAPER))
@@ -162,6 +179,8 @@ def all_arms(layers: int = 6) -> dict[str, Arm]:
         add("choices", f"exact-0.5-{name}", exact(0.5), choice=name, plain="exact-0.5")
     for name in SPARSE_CHOICES:
         add("choices", f"sparse-0.5-{name}", sparse(0.5), choice=name, plain="sparse-0.5")
+    for name in SPARSE_CHOICES:
+        add("choices", f"keys-0.5-{name}", keys(0.5), choice=name, plain="keys-0.5")
     # Shares by measured sensitivity, as many blocks in all.
     for name, form in (("exact-0.5", exact(0.5)), ("sparse-0.5", sparse(0.5))):
         add("choices", f"{name}-searched", form, plain=name, training={"share_search": "kept_share"})

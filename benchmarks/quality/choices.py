@@ -52,14 +52,14 @@ class Choice:
     attention_factor: float = 1.0
     mlp_factor: float = 1.0
     mlp: str = "blocks"
-    keys: str = "kept"
+    keys: str = "all"
     reweighted: bool = False
     nearby: bool = False
 
     @property
     def is_emulated(self) -> bool:
         """Whether the gradient is right and bytes and time are not."""
-        plain = (self.attention_factor, self.mlp_factor, self.mlp, self.keys) == (1.0, 1.0, "blocks", "kept")
+        plain = (self.attention_factor, self.mlp_factor, self.mlp, self.keys) == (1.0, 1.0, "blocks", "all")
         return not plain or self.reweighted or self.nearby
 
     @property
@@ -91,8 +91,9 @@ CHOICES = {
     "local_and_sink": Choice("last blocks and first", ranked.local_and_sink),
     "informative_draw": Choice("drawn by informativeness, true scores", lambda at: ranked.informative_draw(at)[0]),
     "informative_draw_reweighted": Choice("the same, reweighted", lambda at: ranked.informative_draw(at)[0], reweighted=True),
-    "all_keys": Choice("kept queries see all keys in backward", keys="all"),
-    "all_key_weights": Choice("the same, and weight gradients of all keys", keys="weights"),
+    "kept_keys_alone": Choice("kept queries see kept keys alone in backward", keys="kept"),
+    "kept_keys_centred": Choice("the same, these less their mean", keys="centred"),
+    "all_key_weights": Choice("weight gradients of all keys too", keys="weights"),
     "attention_more": Choice("attention 1.4 r, MLP 0.775 r", attention_factor=1.4, mlp_factor=0.775),
     "attention_twice": Choice("attention 2 r, MLP 0.44 r", attention_factor=2.0, mlp_factor=0.4375),
     "mlp_more": Choice("attention 0.7 r, MLP 1.17 r", attention_factor=0.7, mlp_factor=1.16875),

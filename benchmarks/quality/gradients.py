@@ -50,7 +50,7 @@ def rows_kept(name: str, share: float) -> float:
     choice = CHOICES[name]
     attention, mlp = min(1, choice.attention_factor * share), min(1, choice.mlp_factor * share)
     # All rows' keys and values, and for their weights' gradients the rows that they were projected from.
-    others = {"kept": 0.0, "all": 0.5, "weights": 1.5}[choice.keys]
+    others = {"kept": 0.0, "centred": 0.0, "all": 0.5, "weights": 1.5}[choice.keys]
     return round(4.5 * attention + 8 * mlp + others * (1 - attention), 3)
 
 

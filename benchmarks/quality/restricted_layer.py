@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo_hf.models.document_attention import AttentionScope, attend, centred_keys, with_kept_row_gradient
+from lemo_hf.models.document_attention import AttentionScope, attend, with_kept_row_gradient
 from lemo_hf.models.documents import Documents
-from lemo_hf.models.kept_and_rest_rows import rows_of
+from lemo_hf.models.kept_and_rest_rows import heads_of
 from lemo_hf.models.token_elimination import Selection
 
 
@@ -26,14 +26,14 @@ class Restriction:
     Args:
         attention: Rows that attention is saved for.
         mlp: Whether each row's MLP is saved, `(rows,)` bool, or a function that says so of the residual stream after attention.
-        keys: What a kept query's backward pass sees: `"kept"` keys only, centred; `"all"` of them, the others as constants; or all
-            of them with gradients of the others' `"weights"` too, which end at the layer's input.
+        keys: What a kept query's backward pass sees: `"all"` keys, the others as constants; `"kept"` keys only; these `"centred"`; or
+            all of them with gradients of the others' `"weights"` too, which end at the layer's input.
         attention_weights, mlp_weights: What the gradient entering a row's branch is multiplied by, `(rows,)`; `None` for one.
     """
 
     attention: Selection
     mlp: Tensor | Callable[[Tensor], Tensor]
-    keys: str = "kept"
+    keys: str = "all"
     attention_weights: Tensor | None = None
     mlp_weights: Tensor | None = None
 
@@ -76,14 +76,15 @@ def restricted_forward(
     normed = layer.attention_norm(residual)
     if given.keys == "weights":
         normed = only_where(normed, kept)
-    query, key, value = layer.project_heads(normed, rows_of(rotary, documents.rows))
+    query, key, value = heads_of(layer, normed, rotary, documents.rows)
     scope = AttentionScope(documents.lengths, layer.attention_scale)
     with torch.no_grad():
         attended, lse = attend(query, key, value, scope)
-    if given.keys == "kept" and not bool(kept.all()):
+    if given.keys in ("kept", "centred") and not bool(kept.all()):
         inner = _among(kept_rows, given.attention.kept_lengths, layer, documents)
         query, key, value, output, lse = (rows.index_select(0, kept_rows) for rows in (query, key, value, attended, lse))
-        key, lse = centred_keys(query, key, lse, inner)
+        if given.keys == "centred":
+            key, lse = _centred(query, key, lse, inner)
         output = with_kept_row_gradient(query, key, value, output, lse, inner)
         attended = attended.index_copy(0, kept_rows, output)
     else:
@@ -93,6 +94,16 @@ def restricted_forward(
         attended = with_kept_row_gradient(query, key, value, attended, lse, scope)
     middle = residual + only_where(layer.project_output(attended), kept, given.attention_weights)
     return _with_mlp(layer, middle, given)
+
+
+def _centred(query: Tensor, key: Tensor, lse: Tensor, scope: AttentionScope) -> tuple[Tensor, Tensor]:
+    """Keys less their mean in each document, which changes no probability, and the log-sum-exps that go with them: without what all
+    keys have in common the gradient of a query's scores, which no longer sums to zero over the kept ones, does less harm.
+    """
+    means = torch.cat([part.mean(0, keepdim=True).expand_as(part) for part in key.split(scope.lengths)])
+    with torch.no_grad():
+        shift = (query.unflatten(1, (key.shape[1], -1)) * means.unsqueeze(2)).sum(-1).flatten(1).unsqueeze(-1) * scope.scale
+    return key - means, lse - shift
 
 
 def attend_nearby(
@@ -110,7 +121,7 @@ def attend_nearby(
     """
     _refuse_unsupported(layer, documents)
     rows, rest = selection.kept_rows, selection.rest_rows
-    query, key, value = layer.project_heads(layer.attention_norm(residual), rows_of(rotary, documents.rows))
+    query, key, value = heads_of(layer, layer.attention_norm(residual), rotary, documents.rows)
     with torch.no_grad():
         near = AttentionScope(documents.lengths, layer.attention_scale, width, documents.place_of_row)
         attended = attend(query, key, value, near)[0]

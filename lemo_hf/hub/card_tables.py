@@ -87,11 +87,7 @@ def selection_rows(lemo: LemoConfig) -> list[Row]:
     rows.append((label, f"{kept} of a document's blocks, {lemo.block_size} tokens each"))
     if lemo.dense_layers:
         rows.append(("Layers that keep every token", ", ".join(str(layer) for layer in lemo.dense_layers)))
-    if lemo.attention_forward == "exact":
-        rows.append(("Attention in training", "exact: dense forward pass, gradient of the kept tokens"))
-    else:
-        others = f", dropped ones to the last {lemo.nearby_tokens} tokens without gradient" if lemo.nearby_tokens else ""
-        rows.append(("Attention in training", f"sparse: kept tokens attend to kept tokens{others}"))
+    rows.append(("Attention in training", f"{lemo.attention_forward}: {forward_words(lemo)}, gradient of the kept tokens"))
     if pattern := pattern_words(lemo):
         rows.append(("Attention pattern", pattern))
     if lemo.checkpoint == "kept_rows":
@@ -101,6 +97,16 @@ def selection_rows(lemo: LemoConfig) -> list[Row]:
         much = {None: "", "all": ", all of it"}.get(lemo.offload_budget, f", {lemo.offload_budget} in all")
         rows.append(("Offload", f"what layers save lies in host memory, {how}{much}"))
     return rows
+
+
+def forward_words(lemo: LemoConfig) -> str:
+    """Which tokens attend to which in a training step, in words."""
+    if lemo.attention_forward == "exact":
+        return "dense forward pass"
+    if lemo.attention_forward == "kept_keys":
+        return f"every token attends to the kept tokens and to the last {lemo.nearby}"
+    others = f", dropped ones to the last {lemo.nearby} tokens" if lemo.nearby else ""
+    return f"kept tokens attend to kept tokens{others}"
 
 
 def pattern_words(lemo: LemoConfig) -> str | None:

@@ -7,7 +7,7 @@ Forward and backward are apart: `attend` runs the forward without autograd, `wit
 sees kept rows only. In the sparse form both see the same rows; in the exact form (ours) the forward saw all of them and the
 flash backward works on kept rows with the *full* forward's output and log-sum-exp. With p_ij = exp(q_i . k_j * scale - lse_i) the probabilities are those of the dense forward and
 D_i = dO_i . O_i the dense normaliser's share, so dq, dk and dv are the dense gradient restricted to kept (query, key) pairs;
-`centred_keys` takes out of it what the other keys would have cancelled.
+kept_key_attention.py adds what kept queries owe to the other keys.
 
 A sliding window w lets the row at position i see those at positions j with i - w < j <= i, positions being the original ones
 in the document: among kept rows distances are wider than their places in the list say. Where a document is longer than w, the
@@ -31,8 +31,6 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 # The operator walks keys in blocks of 512: strips that begin where its blocks do give the same bits as the whole at once.
 _STRIP = 512
-# Rows of a document that `_means` sums in one go, before their sums.
-_SEGMENT = 256
 
 
 @dataclass(frozen=True)
@@ -47,26 +45,30 @@ class AttentionScope:
         window: Width of the sliding window in original positions; `None` if there is none, or no document is longer.
         positions: Original position of every row in its document, `(rows,)` int64, ascending within a document; for a window
             only.
-        bounds: First row of every document, and the number of rows, `(documents + 1,)` int64 on the rows' device; for
-            `centred_keys` of documents of unequal lengths only.
     """
 
     lengths: list[int]
     scale: float
     window: int | None = None
     positions: Tensor | None = None
-    bounds: Tensor | None = None
 
 
 def _kernel(name: str, query: Tensor, scope: AttentionScope) -> Callable[..., Any] | None:
     fast = kernel(name, query, query.shape[2], "all" if scope.window is None else "window")
-    # Never the matrix of all scores instead: it would need the memory that this package is for.
-    if fast is None and query.device.type != "cpu":
+    if fast is None:
+        require_cpu(query)
+    return fast
+
+
+def require_cpu(query: Tensor) -> None:
+    """Raises `LemoConfigError` where neither a kernel nor the reference can attend: the matrix of all scores instead would need the
+    memory that this package is for.
+    """
+    if query.device.type != "cpu":
         raise LemoConfigError(
             f"LeMo attention has a reference for the CPU only; got {query.dtype} on {query.device} and no kernel that runs; "
             "install triton (the log says what else it was), or train on the CPU or with enabled=False"
         )
-    return fast
 
 
 def _by_document(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
@@ -203,72 +205,3 @@ def with_kept_row_gradient(
     if (fast := _kernel("with_kept_row_gradient", query, scope)) is not None:
         return fast(query, key, value, output, lse, scope.lengths, scope.scale, scope.window, scope.positions)
     return _KeptRowGradient.apply(query, key, value, output, lse, scope)
-
-
-def _grid(rows: Tensor, scope: AttentionScope) -> Tensor:
-    """Rows `(rows, ...)` as a view `(documents, length, ...)` if all documents are equally long, else `(1, rows, ...)`."""
-    lengths = [length for length in scope.lengths if length > 0]
-    return rows.unflatten(0, (len(lengths) if len(set(lengths)) == 1 else 1, -1))
-
-
-def _means(rows: Tensor, scope: AttentionScope) -> Tensor:
-    """What to take from `_grid(rows, scope)` to centre each document: means `(documents, 1, ...)` or `(1, rows, ...)`.
-
-    They are summed in float32 at least, by as many operators for a hundred documents as for two, none of which waits for the
-    device or adds in an order that changes.
-    """
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    if len({length for length in scope.lengths if length > 0}) == 1:
-        return _grid(rows, scope).mean(1, keepdim=True, dtype=wide).to(rows.dtype)
-    bounds = scope.bounds
-    assert bounds is not None, "documents of unequal lengths are told apart by their bounds"
-    # Cut at documents and at every 256th row, so that a long document is no long chain of additions.
-    places = torch.arange(len(rows), device=rows.device)
-    cuts = torch.cat((bounds, places[::_SEGMENT])).sort().values
-    sums = torch.segment_reduce(rows.flatten(1).to(wide), "sum", offsets=cuts, unsafe=True)
-    sums = torch.segment_reduce(sums, "sum", offsets=torch.searchsorted(cuts, bounds), unsafe=True)
-    means = (sums / bounds.diff().unsqueeze(1)).to(rows.dtype)
-    document = torch.searchsorted(bounds[1:], places, right=True)
-    return means.index_select(0, document).view(1, *rows.shape)
-
-
-class _CentredRows(torch.autograd.Function):
-    """Rows less their document's mean, which is given; a symmetric matrix, so that gradients are centred likewise."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, means: Tensor, scope: AttentionScope) -> Tensor:
-        ctx.scope = scope
-        return (_grid(rows, scope) - means).flatten(0, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (_grid(grad, ctx.scope) - _means(grad, ctx.scope)).flatten(0, 1), None, None
-
-
-def centred_keys(query: Tensor, key: Tensor, lse: Tensor, scope: AttentionScope) -> tuple[Tensor, Tensor]:
-    """Kept keys less their mean in each document, for the exact form's backward pass (ours).
-
-    Attention does not see a vector that is added to all keys of a document. So in the dense backward pass the gradients dS_ij of
-    a query's scores sum to zero over j, and the keys' gradients sum to zero. Over kept keys K alone neither does: with m their mean
-
-        dq_i = sum_K dS_ij k_j = sum_K dS_ij (k_j - m) + m sum_K dS_ij
-
-    and the last term, which the other keys would have cancelled, is noise from the choice of K, the larger the more keys have in
-    common. Probabilities are exp(q_i . k_j - lse_i) here: keys less m with log-sum-exps less q_i . m give the same ones without
-    that term, and with m differentiated the keys' gradients sum to zero again.
-
-    Args:
-        query, key: Those of kept rows, as in `with_kept_row_gradient`.
-        lse: Kept rows' log-sum-exp of the dense scores, `(kept, heads, 1)`, float32 or wider.
-        scope: The kept rows' documents, their bounds if they are of unequal lengths, and scale.
-
-    Returns:
-        Keys and log-sum-exps to use instead; only the keys carry gradient. In 16 bits the shifted keys are rounded once more.
-    """
-    with torch.no_grad():
-        means = _means(key, scope)
-        # In the wider dtype: an error here would scale a whole row of probabilities.
-        groups = _grid(query.unflatten(1, (key.shape[1], -1)), scope)
-        shift = (groups * means.to(lse.dtype).unsqueeze(3)).sum(-1).view_as(lse) * scope.scale
-    return _CentredRows.apply(key, means, scope), lse - shift

@@ -74,12 +74,6 @@ class Documents:
         """Place in its document of every real row, from 0, `(real_rows,)`: what sliding windows are measured by."""
         return torch.cat([torch.arange(length) for length in self.lengths]).to(self.device)
 
-    @cached_property
-    def bounds(self) -> Tensor:
-        """First real row of every document, and the number of them, `(documents + 1,)` int64; nothing comes from the host."""
-        first = self.place_of_row == 0
-        return torch.nonzero_static(first, size=len(self.lengths) + 1, fill_value=len(first)).squeeze(1)
-
     def positions(self, padding: int) -> Tensor:
         """Every flat row's place in its document, `(num_rows,)` int64, and `padding` where there is none."""
         return self.rows.new_full((self.num_rows,), padding).index_copy_(0, self.rows, self.place_of_row)

@@ -5,8 +5,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .document_attention import AttentionScope, attend, centred_keys, with_kept_row_gradient
+from .document_attention import AttentionScope, attend, with_kept_row_gradient
 from .documents import Documents
+from .kept_key_attention import KeptKeyScope, attend_kept_keys, with_rest_keys
+from .lemo_config import AttentionForward
 from .nearby_attention import NearbyScope, attend_nearby
 from .row_movement import TakenRows, add_and_norm, interleave, lay_among, merge, rest_norm, take
 from .token_elimination import Selection, gather_rows
@@ -49,6 +51,17 @@ def rows_of(rotary: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
     return (*rotary, rows) if rotary else ()
 
 
+def heads_of(layer: RowLayer, normed: Tensor, rotary: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of some flat rows, `(rows, heads, head_dim)` each, as flash operators take them."""
+    heads = layer.project_heads(normed, rows_of(rotary, rows))
+    device = normed.device.type
+    if not torch.is_autocast_enabled(device):
+        return heads
+    # Rotary leaves float32 queries and keys beside 16-bit values; autocast knows SDPA but not its flash operator.
+    query, key, value = (head.to(torch.get_autocast_dtype(device)) for head in heads)
+    return query, key, value
+
+
 class KeptAndRestRows:
     """One layer's run: kept rows under autograd, rest rows without.
 
@@ -57,9 +70,11 @@ class KeptAndRestRows:
         selection: Its rows.
         documents: The batch's documents.
         rotary: Position tensors by flat row.
-        exact: Whether attention is the dense one; otherwise kept rows attend to kept rows.
+        form: What attends to what: all rows to all in the exact form, all rows to kept and nearby ones with `"kept_keys"`, kept rows
+            to kept rows in the sparse form.
         pattern: Which of them they attend to, in the sparse form; `None` for all.
-        nearby: Tokens that a rest row attends to in the sparse form, itself included; 0 for no attention.
+        nearby: Tokens that a row sees though they are not kept, itself included: every row with `"kept_keys"`, in the sparse form rest
+            rows alone; 0 for no attention of these.
 
     Its methods turn autograd off by blocks, not by decorators: torch.compile cannot trace a decorated method of an object
     that is made within the graph.
@@ -71,7 +86,7 @@ class KeptAndRestRows:
         selection: Selection,
         documents: Documents,
         rotary: tuple[Tensor, ...],
-        exact: bool,
+        form: AttentionForward,
         pattern: AttentionPattern | None = None,
         nearby: int = 0,
     ) -> None:
@@ -79,11 +94,14 @@ class KeptAndRestRows:
         self.selection = selection
         self.documents = documents
         self.rotary = rotary
-        self.exact = exact
+        self.form = form
+        # Whether one attention serves kept and rest rows: its result is then no function of the kept rows alone.
+        self.is_shared = form != "sparse"
         self.pattern = pattern
         self.nearby = nearby
-        # In the exact form the kept rows' attention output and log-sum-exp once they are known; until used, the rest rows' too.
-        self.finished: tuple[Tensor, Tensor] | None = None
+        # Of a shared attention the kept rows' output and log-sum-exp once they are known, and the rest keys and values that their
+        # gradient reads; until used, the rest rows' output too.
+        self.finished: tuple[Tensor, ...] | None = None
         self._rest_heads: tuple[Tensor, ...] = ()
         self._rest_attended: Tensor | None = None
 
@@ -94,19 +112,10 @@ class KeptAndRestRows:
         which a second run can repeat without the rest rows.
         """
         rows = self.selection.rest_rows
-        if (self.exact or self.nearby) and rows.numel():
+        if (self.is_shared or self.nearby) and rows.numel():
             with torch.no_grad():
                 _, normed = rest_norm(residual, rows, None, self.layer.attention_norm, self.layer.plain_norms[0])
-                self._rest_heads = self._heads(normed, rows)
-
-    def _heads(self, normed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.layer.project_heads(normed, rows_of(self.rotary, rows))
-        device = normed.device.type
-        if not torch.is_autocast_enabled(device):
-            return heads
-        # Rotary leaves float32 queries and keys beside 16-bit values; autocast knows SDPA but not its flash operator.
-        query, key, value = (head.to(torch.get_autocast_dtype(device)) for head in heads)
-        return query, key, value
+                self._rest_heads = heads_of(self.layer, normed, self.rotary, rows)
 
     def take(self, residual: Tensor, *, and_norm: bool = True) -> TakenRows:
         """The kept rows of `residual` `(all_rows, hidden)`, normalised too where that is one pass and wanted."""
@@ -121,7 +130,7 @@ class KeptAndRestRows:
     def kept_forward(
         self,
         kept: Tensor,
-        finished: tuple[Tensor, Tensor] | None = None,
+        finished: tuple[Tensor, ...] | None = None,
         normed: Tensor | None = None,
         *,
         for_backward: bool = False,
@@ -130,7 +139,7 @@ class KeptAndRestRows:
 
         Args:
             kept: Kept rows of the residual stream.
-            finished: Their attention output and log-sum-exp where these are known, in the exact form's second run; the first
+            finished: What `finished` held after the first run, in a shared attention's second run; the first
                 run of either form reads the rest rows' heads, which `project_rest` has supplied where they attend.
             normed: The kept rows normalised for attention, where they are.
             for_backward: Whether the result is wanted for its gradient alone: rows that the MLP does not keep then skip it.
@@ -140,12 +149,12 @@ class KeptAndRestRows:
         """
         scope = self._scope(self.selection.kept_lengths, self.selection.real_kept)
         normed = self.layer.attention_norm(kept) if normed is None else normed
-        query, key, value = self._heads(normed, self.selection.kept_rows)
+        query, key, value = heads_of(self.layer, normed, self.rotary, self.selection.kept_rows)
         if self.pattern is not None:
             output = attend_in_pattern(query, key, value, scope, self.pattern)
         else:
             output = self._attend_kept(query, key, value, scope, finished)
-        if self._rest_heads:  # in the sparse form's first run: the exact form's attention has taken them
+        if self._rest_heads:  # in the sparse form's first run: a shared attention has taken them
             self._attend_rest(key, value)
         update = self.layer.project_output(output)
         if self.selection.mlp_kept is not None:
@@ -158,39 +167,45 @@ class KeptAndRestRows:
         """Whether `attend_ahead` finds what `kept_forward` would: not where an adapter's dropout draws anew at each run."""
         layer: Any = self.layer
         draws = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.modules())
-        return not draws or not (self.exact or self._rest_heads)
+        return not draws or not (self.is_shared or self._rest_heads)
 
-    def attend_ahead(self, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+    def attend_ahead(self, kept: Tensor) -> tuple[Tensor, ...] | None:
         """Runs, without autograd, what of attention reads rest rows, from the kept rows `(kept, hidden)`.
 
         Afterwards `kept_forward` is a function of its arguments alone, without effects, and can be run again as it is.
 
         Returns:
-            In the exact form what `kept_forward` takes as `finished`.
+            Of a shared attention what `kept_forward` takes as `finished`.
         """
-        if not (self.exact or self._rest_heads):
+        if not (self.is_shared or self._rest_heads):
             return None
         with torch.no_grad():
             # Of a copy: a compiler that sees the same steps twice saves their results instead of taking them again.
-            query, key, value = self._heads(self.layer.attention_norm(kept.clone()), self.selection.kept_rows)
-            if self.exact:
+            normed = self.layer.attention_norm(kept.clone())
+            query, key, value = heads_of(self.layer, normed, self.rotary, self.selection.kept_rows)
+            if self.is_shared:
                 return self._attend_all(query, key, value)
             self._attend_rest(key, value)
         return None
 
     def _attend_kept(
-        self, query: Tensor, key: Tensor, value: Tensor, scope: AttentionScope, finished: tuple[Tensor, Tensor] | None
+        self, query: Tensor, key: Tensor, value: Tensor, scope: AttentionScope, finished: tuple[Tensor, ...] | None
     ) -> Tensor:
-        """Attention of the kept rows: to all of them in the sparse form, to all rows in the exact one."""
+        """Attention of the kept rows: to all of them in the sparse form, otherwise to rest rows too."""
         if finished is None:
             with torch.no_grad():
-                finished = self._attend_all(query, key, value) if self.exact else attend(query, key, value, scope)
-            if self.exact:
+                finished = self._attend_all(query, key, value) if self.is_shared else attend(query, key, value, scope)
+            if self.is_shared:
                 self.finished = finished  # for kept-row checkpointing to store; the sparse form runs its attention again
-        attended, lse = finished
-        if self.exact and self.selection.rest_rows.numel():
-            key, lse = centred_keys(query, key, lse, scope)
-        return with_kept_row_gradient(query, key, value, attended, lse, scope)
+        attended, lse, *rest = finished
+        attended = with_kept_row_gradient(query, key, value, attended, lse, scope)
+        return with_rest_keys(attended, query, lse, rest[0], rest[1], self._reach()) if rest else attended
+
+    def _reach(self) -> KeptKeyScope:
+        """What rows see of dropped keys: all earlier ones in the exact form."""
+        longest = max(self.documents.lengths)
+        width = min(self.nearby, longest) if self.form == "kept_keys" else longest
+        return KeptKeyScope(self.selection, self.documents, self.layer.attention_scale, width, self.layer.attention_window)
 
     def _with_fewer_rows(self, middle: Tensor, for_backward: bool) -> tuple[Tensor, Tensor]:
         """Kept rows after attention `(kept, hidden)`, and the MLP's output, with gradient at the rows that the MLP keeps."""
@@ -208,24 +223,26 @@ class KeptAndRestRows:
     def _scope(self, lengths: list[int], real_rows: Tensor | None = None) -> AttentionScope:
         """What attention among all real rows, or some of them, needs to know; `lengths` of them belong to each document."""
         scale, window = self.layer.attention_scale, self.layer.attention_window
-        bounds = None
-        if self.exact and real_rows is not None and len(set(lengths)) > 1:
-            bounds = torch.searchsorted(real_rows, self.documents.bounds)
         if window is None or window >= max(self.documents.lengths):
-            return AttentionScope(lengths, scale, bounds=bounds)
+            return AttentionScope(lengths, scale)
         positions = self.documents.place_of_row
-        return AttentionScope(lengths, scale, window, positions if real_rows is None else positions[real_rows], bounds)
+        return AttentionScope(lengths, scale, window, positions if real_rows is None else positions[real_rows])
 
-    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The dense attention of all real rows: kept rows' output and log-sum-exp; the rest rows' output is put by."""
+    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Attention of all real rows: what `finished` holds; the rest rows' output is put by."""
         kept_at, rest_at = self.selection.real_kept, self.selection.real_rest
+        of_kept, of_rest = (key, value), self._rest_heads[1:]
         if self._rest_heads:
             # Every row is projected once; kept and rest are laid into one transient buffer.
             query, key, value = interleave((query, key, value), self._rest_heads, kept_at, rest_at)
             self._rest_heads = ()
-        output, lse = attend(query, key, value, self._scope(self.documents.lengths))
+        scope = self._scope(self.documents.lengths)
+        if self.form == "kept_keys" and rest_at.numel():
+            output, lse = attend_kept_keys(query, key, value, *of_kept, self._reach())
+        else:
+            output, lse = attend(query, key, value, scope)
         self._rest_attended = output.index_select(0, rest_at)
-        return output.index_select(0, kept_at), lse.index_select(0, kept_at)
+        return output.index_select(0, kept_at), lse.index_select(0, kept_at), *of_rest
 
     def _attend_rest(self, key: Tensor, value: Tensor) -> None:
         """The rest rows' attention to the tokens just before them, put by; `key` and `value` are those of kept rows."""

@@ -25,8 +25,7 @@ class SplitLayer(Protocol):
     """A layer's run over kept and rest rows, as kept_and_rest_rows.py makes it."""
 
     selection: Selection
-    exact: bool
-    finished: tuple[Tensor, Tensor] | None
+    finished: tuple[Tensor, ...] | None
 
     def take(self, residual: Tensor, *, and_norm: bool = True) -> TakenRows:
         """The kept rows of the residual stream."""
@@ -38,14 +37,14 @@ class SplitLayer(Protocol):
     def can_attend_ahead(self) -> bool:
         """Whether attention may run twice."""
 
-    def attend_ahead(self, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+    def attend_ahead(self, kept: Tensor) -> tuple[Tensor, ...] | None:
         """What of attention reads rest rows."""
 
     def rest_forward(self, residual: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The layer on rest rows."""
 
     def kept_forward(
-        self, kept: Tensor, finished: tuple[Tensor, Tensor] | None = None, *, for_backward: bool = False
+        self, kept: Tensor, finished: tuple[Tensor, ...] | None = None, *, for_backward: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The layer on kept rows."""
 
@@ -58,7 +57,7 @@ class _KeptRowCheckpoint(torch.autograd.Function):
         ctx.random_state = random_state(residual.device)
         ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         merged = split.forward(residual, taken)
-        stored = split.finished or ()  # in the exact form
+        stored = split.finished or ()  # where kept and rest rows share an attention
         split.finished = None
         ctx.save_for_backward(taken.kept, *stored)
         # As they are, not as saved tensors: hooks that pack those (offloading) would return copies that autograd does not know.

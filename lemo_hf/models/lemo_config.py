@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .lemo_config_checks import SCHEMA_VERSION, LemoConfigError, check_for_model, check_values, check_widths, shown
 
 SelectionMode = Literal["sampled", "ratio", "threshold"]
-AttentionForward = Literal["exact", "sparse"]
+AttentionForward = Literal["exact", "sparse", "kept_keys"]
 ScoreSource = Literal["predicted", "true"]
 BlockReduction = Literal["max", "mean"]
 Draws = Literal["shared", "by_layer"]
@@ -47,9 +47,11 @@ class LemoConfig:
         block_reduction: Score of two blocks: `"max"` over their token pairs of the positive scores' mean over heads (the paper's), or
             `"mean"` of the signed scores (ours), which small predictors foretell far better and which need no quadratic pass.
         attention_forward: `"exact"` keeps the dense forward pass and restricts the gradient to kept tokens; `"sparse"`
-            (the paper's form) lets kept tokens attend to kept tokens only.
-        nearby_tokens: For `attention_forward="sparse"`: latest tokens of its document, itself included, that a dropped token
-            attends to, without gradient (ours). 0 leaves its attention out (the paper's form).
+            (the paper's form) lets kept tokens attend to kept tokens only; with `"kept_keys"` (ours) every token attends to the kept ones
+            before it and to the `nearby_tokens` latest, and the gradient is restricted to kept tokens.
+        nearby_tokens: Latest tokens of its document, itself included, that a token sees though they are not kept, without gradient
+            for these. For `attention_forward="kept_keys"` those that every token sees (`None`: 256), for `"sparse"` those that a
+            dropped token sees, and it alone (`None` or 0: its attention is left out, the paper's form).
         attention_pattern: Which kept tokens a kept token attends to, for `attention_forward="sparse"`; one value, or one per layer.
             `"full"`: all earlier ones of its document. `"shifted_groups"`: those of its group, groups of half of the heads shifted
             by half a group (LongLoRA). `"block_sparse"`: those of the blocks that score highest against its own. Layers in
@@ -85,7 +87,7 @@ class LemoConfig:
     score_source: ScoreSource = "predicted"
     block_reduction: BlockReduction = "max"
     attention_forward: AttentionForward = "exact"
-    nearby_tokens: int = 0
+    nearby_tokens: int | None = None
     attention_pattern: AttentionPatternName | list[AttentionPatternName] = "full"
     group_size: int | None = None
     pattern_share: float = 0.25
@@ -132,6 +134,13 @@ class LemoConfig:
     def mlp_ratio_of(self, layer: int) -> float:
         """Share of blocks that the MLP of `layer` keeps, in (0, 1]; at most the layer's own."""
         return min(self.ratio_of(layer), self.mlp_keep_ratio or 1.0)
+
+    @property
+    def nearby(self) -> int:
+        """`nearby_tokens`, or what it is for the form where it is not set."""
+        if self.nearby_tokens is not None:
+            return self.nearby_tokens
+        return 256 if self.attention_forward == "kept_keys" else 0
 
     def is_dense(self, layer: int, num_layers: int) -> bool:
         """Whether `layer` keeps every token, in attention and MLP, whatever its scores are."""

@@ -155,7 +155,7 @@ _DOMAINS = {
     "segment_size": _whole_from(1),
     "predictor_rank": _whole_from(1),
     "predictor_features": _whole_from(1),
-    "nearby_tokens": _whole_from(0),
+    "nearby_tokens": _whole_from(0, may_be_none=True),
     "enabled": _Domain("must be true or false", lambda value: isinstance(value, bool), "false trains the stock model"),
     "seed": _Domain(
         "must be a whole number of 64 bits",
@@ -200,16 +200,21 @@ _DOMAINS = {
 
 
 def _check_together(config: "LemoConfig") -> None:
-    exact, mean = config.attention_forward != "sparse", config.block_reduction == "mean"
+    exact, mean = config.attention_forward == "exact", config.block_reduction == "mean"
     if config.nearby_tokens and exact:
         raise LemoConfigError(
             "the exact form's dropped tokens attend to every earlier token; "
             f"got nearby_tokens={shown(config.nearby_tokens)} with attention_forward={config.attention_forward!r}; "
-            "set attention_forward='sparse', or leave nearby_tokens out"
+            "set attention_forward='kept_keys', or leave nearby_tokens out"
         )
-    if exact and config.attention_pattern != "full" and set(config.attention_pattern) != {"full"}:
+    if config.attention_forward == "kept_keys" and config.nearby < 1:
         raise LemoConfigError(
-            "a pattern is for attention among kept tokens, and the exact form's forward pass is dense; "
+            f"a token sees itself at least; got nearby_tokens={shown(config.nearby_tokens)} with attention_forward='kept_keys'; "
+            "set it to 1 or more, or leave it out"
+        )
+    if config.attention_forward != "sparse" and config.attention_pattern != "full" and set(config.attention_pattern) != {"full"}:
+        raise LemoConfigError(
+            "a pattern is for attention among kept tokens, and in the other forms dropped tokens attend too; "
             f"got attention_pattern={shown(config.attention_pattern)} with attention_forward={config.attention_forward!r}; "
             "set attention_forward='sparse', or attention_pattern='full'"
         )

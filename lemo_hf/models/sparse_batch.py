@@ -48,7 +48,7 @@ class SparseBatch:
         # The documents' index tensors are made at their first use. That is here and in no layer: their copies to the device
         # are then behind us, and torch.compile (which cannot trace how they are remembered) breaks no layer's graph for them.
         if documents.lengths:
-            _ = documents.rows, documents.block_of_row, documents.place_of_row, documents.bounds
+            _ = documents.rows, documents.block_of_row, documents.place_of_row
             if self.config.needs_predictors and not self.keeps_everything:
                 _ = documents.block_spans
 

@@ -96,8 +96,8 @@ class SparseDecoderLayer(BlockScoring):
         flat_rotary = batch.flat_rotary(rotary)
         selection = self.choose(residual, flat_rotary, batch)
         pattern = self.choose_pattern(residual, flat_rotary, batch, selection)
-        exact, nearby = batch.config.attention_forward == "exact", batch.config.nearby_tokens
-        split = KeptAndRestRows(self, selection, batch.documents, flat_rotary, exact, pattern, nearby)
+        form, nearby = batch.config.attention_forward, batch.config.nearby
+        split = KeptAndRestRows(self, selection, batch.documents, flat_rotary, form, pattern, nearby)
         split.project_rest(residual)
         if batch.config.checkpoint == "kept_rows" and torch.is_grad_enabled():
             weights = [weight for weight in self.parameters() if weight.requires_grad]  # type: ignore[attr-defined]

@@ -48,6 +48,10 @@ _ATTENTION_BACKWARD = (
     _aten._scaled_dot_product_cudnn_attention_backward,
 )
 
+_KERNELS_OF_ATTENTION = {
+    f"lemo_kernels.{name}" for name in ("attend", "attend_backward", "attend_nearby", "attend_kept_keys", "rest_query_gradient")
+}
+
 
 def attention_pairs(queries: int, keys: int, is_causal: bool) -> int:
     """(query, key) pairs that attention computes; causal means key index <= query index, as in PyTorch's `is_causal`.
@@ -98,7 +102,13 @@ def _window_pairs(lengths: Sequence[int], window: int | None) -> int:
 def _kernel_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas of the operators in `lemo_kernels`, where it is installed; its other operators move rows only."""
     try:
-        from lemo_kernels import document_attention, nearby_attention, pattern_predictor, token_informativeness  # noqa: F401  # registers them
+        from lemo_kernels import (  # noqa: F401  # registers them
+            document_attention,
+            kept_key_attention,
+            nearby_attention,
+            pattern_predictor,
+            token_informativeness,
+        )
     except ImportError:
         return {}
 
@@ -114,6 +124,17 @@ def _kernel_formulas() -> dict[Any, Callable[..., int]]:
         pairs = query.shape[0] * min(rest[-1], key.shape[0])  # as if every row had as many before it
         return 2 * pairs * query.shape[1] * 2 * query.shape[2]
 
+    def attend_kept_keys(query: Tensor, key: Tensor, *rest: Any, out_val: Any = None) -> int:
+        # As if the rows were one document and its kept ones lay evenly; of nearby keys the kept ones are counted already.
+        rows, kept, width = query.shape[0], rest[1].shape[0], min(rest[-2], query.shape[0])
+        pairs = attention_pairs(rows, rows, True) * kept // rows + rows * width * (rows - kept) // rows
+        return 2 * pairs * query.shape[1] * 2 * query.shape[2]
+
+    def rest_query_gradient(grad: Tensor, query: Tensor, *rest: Any, out_val: Any = None) -> int:
+        kept, dropped, width = query.shape[0], rest[2].shape[0], rest[-1]
+        pairs = kept * min(width, kept + dropped) * dropped // max(1, kept + dropped)  # as above
+        return 2 * pairs * query.shape[1] * 3 * query.shape[2]
+
     def block_scores(query: Tensor, key: Tensor, lengths: Sequence[int], *rest: Any, out_val: Any = None) -> int:
         *_, window = rest
         return 2 * _window_pairs(lengths, window) * query.shape[1] * query.shape[2]
@@ -122,14 +143,13 @@ def _kernel_formulas() -> dict[Any, Callable[..., int]]:
         *_, query_matrices, key_matrices, _ = rest
         return 2 * stream.shape[0] * sum(matrix.numel() for matrix in (*query_matrices, *key_matrices))
 
-    formulas = (attend, attend_backward, attend_nearby, block_scores, block_features)
+    formulas = (attend, attend_backward, attend_nearby, attend_kept_keys, rest_query_gradient, block_scores, block_features)
     return {getattr(torch.ops.lemo_kernels, formula.__name__): formula for formula in formulas}
 
 
 def is_attention(operator: Any) -> bool:
     """Whether an operator (overload packet) is attention, forward or backward."""
-    kernel = str(operator) in ("lemo_kernels.attend", "lemo_kernels.attend_backward", "lemo_kernels.attend_nearby")
-    return kernel or operator in _ATTENTION_FORWARD or operator in _ATTENTION_BACKWARD
+    return str(operator) in _KERNELS_OF_ATTENTION or operator in _ATTENTION_FORWARD or operator in _ATTENTION_BACKWARD
 
 
 class _NoTracker(ModuleTracker):

@@ -107,7 +107,7 @@ def _compiled_selection(options: Options) -> str | None:
 
 def _compiled_kept_rows(options: Options) -> str | None:
     lemo = options.lemo
-    again = lemo.enabled and lemo.checkpoint == "kept_rows" and (lemo.attention_forward == "exact" or lemo.nearby_tokens)
+    again = lemo.enabled and lemo.checkpoint == "kept_rows" and (lemo.attention_forward != "sparse" or lemo.nearby)
     if not options.is_compiled or not again:
         return None
     modules = sparse_backbone(options.model).layers.modules()
@@ -211,7 +211,7 @@ PAIRS = (
     ),
     Pair(
         "torch_compile=True",
-        '`checkpoint="kept_rows"` with dropout in adapters (exact form, or `nearby_tokens`)',
+        '`checkpoint="kept_rows"` with dropout in adapters (sparse form without `nearby_tokens` apart)',
         "what is dropped must be the same in both runs, which breaks the graph in every layer",
         "set lora_dropout=0.0, or leave one of them out",
         _compiled_kept_rows,

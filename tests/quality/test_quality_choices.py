@@ -198,8 +198,9 @@ def kept_labels(batch, kept):
 @pytest.mark.parametrize(
     ("name", "exact"),
     [
-        ("random_shared", {"o_proj"}),
-        ("all_keys", {"o_proj", "q_proj"}),
+        ("kept_keys_alone", {"o_proj"}),
+        ("kept_keys_centred", {"o_proj"}),
+        ("random_shared", {"o_proj", "q_proj"}),
         ("all_key_weights", {"o_proj", "q_proj", "k_proj", "v_proj"}),
     ],
 )
@@ -219,7 +220,7 @@ def test_gradients_of_dropped_keys_end_at_the_layer():
     inputs = []
     embed = sparse_backbone(model).embed_tokens
     embed.register_forward_hook(lambda m, a, output: inputs.append(output.requires_grad_()) or output.retain_grad())
-    for name in ("random_shared", "all_keys", "all_key_weights"):
+    for name in ("random_shared", "kept_keys_alone", "kept_keys_centred", "all_key_weights"):
         kept = gradients(model, name)[2].selections[0].kept_blocks.repeat_interleave(SIZE)
         gradients(model, name, kept_labels(BATCH, kept))
         rows = inputs[-1].grad[0].norm(dim=-1)
@@ -356,7 +357,7 @@ def test_dropped_tokens_see_their_neighbours_in_the_sparse_form(monkeypatch):
 def test_nothing_is_left_behind(model):
     backbone = sparse_backbone(model)
     before = backbone.config.lemo.to_dict()
-    for name in ("key_norm", "gradient_norm", "all_keys", "true"):
+    for name in ("key_norm", "gradient_norm", "kept_keys_alone", "true"):
         with pytest.raises(KeyboardInterrupt), chosen_by(model, name):
             raise KeyboardInterrupt
     assert backbone.config.lemo.to_dict() == before

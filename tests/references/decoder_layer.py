@@ -66,9 +66,10 @@ def lemo_layer(
         hidden: `(tokens, hidden)`.
         rotary: cos and sin, `(tokens, head_dim)` each, or nothing.
         kept: Whether each token is kept, `(tokens,)` bool.
-        form: "sparse" or "exact".
+        form: "sparse", "exact" or "kept_keys".
         window: Places that a token sees, itself included.
-        nearby: Places that a token not kept sees in the sparse form, itself included.
+        nearby: Latest places that a token sees though they are not kept, itself included: with "kept_keys" every token, in the
+            sparse form one that is not kept.
         sees: Which kept tokens a kept token sees in the sparse form, `(heads or 1, kept, kept)` bool; all earlier ones without.
     """
     attention, scale = layer.self_attn, layer.self_attn.head_dim**-0.5
@@ -88,14 +89,13 @@ def lemo_layer(
             update = torch.where(kept[:, None], update, local)
     else:
         query, key, value = heads_of(attention, normalise(norm, hidden), rotary)
-        # A shift of all keys changes no probability; shifted by the kept keys' mean, the restricted gradient lacks the part
-        # that the other keys would have cancelled. What the shift adds to a query's scores is a constant.
-        centre = key[:, kept].mean(1, keepdim=True) if not kept.all() else torch.zeros_like(key[:, :1])
-        scores = (query @ (key - centre).mT + (query @ centre.mT).detach()) * scale
-        # Pairs with a key that is not kept: their probabilities are right, but nothing flows back through them.
-        scores = torch.where(kept[None, None, :], scores, scores.detach())
+        # Keys and values that are not kept are constants, to the queries too.
+        scores = query @ torch.where(kept[None, :, None], key, key.detach()).mT * scale
         value = torch.where(kept[None, :, None], value, value.detach())
-        mixed = scores.masked_fill(hidden_pairs(places, window), -torch.inf).softmax(-1) @ value
+        unseen = hidden_pairs(places, window)
+        if form == "kept_keys":
+            unseen |= hidden_pairs(places, nearby) & ~kept
+        mixed = scores.masked_fill(unseen, -torch.inf).softmax(-1) @ value
         mixed = torch.where(kept[None, :, None], mixed, mixed.detach()).transpose(0, 1).flatten(1)
         projected = project_output(attention, mixed)
         update = torch.where(kept[:, None], projected, projected.detach())

@@ -36,6 +36,8 @@ _HOMES = {
     "attend_backward": "document_attention",
     "with_kept_row_gradient": "document_attention",
     "attend_nearby": "nearby_attention",
+    "attend_kept_keys": "kept_key_attention",
+    "rest_query_gradient": "kept_key_attention",
     "block_scores": "token_informativeness",
     "informativeness_by_document": "token_informativeness",
     "cross_entropy_in_place": "segmented_loss",

@@ -1,7 +1,8 @@
 """Attention in which row i sees the keys [first_key[i], i]: the Triton forward and backward (LeMo paper, section 5.1).
 
 Causality, documents and a sliding window by original positions are that one interval, because kept rows stay in order. The
-forward also serves queries of some rows alone, each with the row of its own key (nearby_attention.py). With
+forward also serves queries of some rows alone, each with the row of its own key (nearby_attention.py), and a second interval of
+other keys for every row, in the same softmax (kept_key_attention.py). With
 p_ij = exp(q_i . k_j * scale - lse_i), o the attention output and D_i = do_i . o_i:
 
     dv_j = sum_i p_ij do_i,    ds_ij = p_ij (do_i . v_j - D_i),    dq_i = scale * sum_j ds_ij k_j,    dk_j = scale * sum_i ds_ij q_i
@@ -13,7 +14,7 @@ Memory: rows * heads * (head_dim * e + 4) bytes for output and log-sum-exp at e 
 dq and 4 bytes a row and head for D; no matrix of rows x rows, no repeated keys.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -87,11 +88,12 @@ def _add_keys(
     return peak, total, mixed
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_keys"])
+@triton.jit(do_not_specialize=["num_rows", "num_keys", "num_far"])
 def _forward_kernel(
     query_ptr, key_ptr, value_ptr, first_key_ptr, last_key_ptr, output_ptr, lse_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, num_rows, heads, group, num_keys, scale_log2, HAS_LAST_KEY: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    q_row, q_head, k_row, k_head, v_row, v_head, num_rows, heads, group, num_keys, scale_log2,
+    far_key_ptr, far_value_ptr, far_first_ptr, far_last_ptr, fk_row, fk_head, fv_row, fv_head, num_far,
+    HAS_LAST_KEY: tl.constexpr, HAS_FAR: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     head, begin, end = _tile_of_queries(num_rows, heads, BLOCK_M)
     rows = begin + tl.arange(0, BLOCK_M)
@@ -123,6 +125,27 @@ def _forward_kernel(
         peak, total, mixed, query, first, last, k_base, v_base, k_row, v_row, diagonal, high, num_keys,
         scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
     )  # fmt: skip
+    if HAS_FAR:
+        # Every row has seen a key by now, so rows that see nothing here keep what they have.
+        first = tl.load(far_first_ptr + rows, mask=rows < num_rows, other=0)
+        last = tl.load(far_last_ptr + rows, mask=rows < num_rows, other=-1)
+        k_base = far_key_ptr + (head // group) * fk_head
+        v_base = far_value_ptr + (head // group) * fv_head
+        high = tl.minimum(tl.load(far_last_ptr + end - 1) + 1, num_far)
+        nearest = tl.minimum(tl.load(far_last_ptr + begin), num_far - 1)
+        low, all_see, diagonal = _bounds_of_keys(far_first_ptr, begin, end, nearest, BLOCK_N)
+        peak, total, mixed = _add_keys(
+            peak, total, mixed, query, first, last, k_base, v_base, fk_row, fv_row, low, tl.minimum(all_see, high), num_far,
+            scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
+        )  # fmt: skip
+        peak, total, mixed = _add_keys(
+            peak, total, mixed, query, first, last, k_base, v_base, fk_row, fv_row, all_see, diagonal, num_far,
+            scale_log2, HEAD_DIM, PADDED, BLOCK_N, False
+        )  # fmt: skip
+        peak, total, mixed = _add_keys(
+            peak, total, mixed, query, first, last, k_base, v_base, fk_row, fv_row, diagonal, high, num_far,
+            scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
+        )  # fmt: skip
     _store_rows(output_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, mixed / total[:, None], HEAD_DIM)
     lse = (peak + tl.log2(total)) * 0.6931471805599453
     tl.store(lse_ptr + rows.to(tl.int64) * heads + head, lse, mask=rows < num_rows)
@@ -130,34 +153,39 @@ def _forward_kernel(
 
 @triton.jit
 def _add_query_gradient(
-    grad_query, query, grad, lse_log2, along, rows, first, k_base, v_base, k_stride, v_stride, low, high, num_rows, scale_log2,
+    grad_query, query, grad, lse_log2, along, first, last, k_base, v_base, k_stride, v_stride, low, high, num_keys, scale_log2,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     dims = tl.arange(0, PADDED)
     for start in range(low, high, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        key = _load_rows(k_base, columns, k_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
-        value = _load_rows(v_base, columns, v_stride, dims, num_rows, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
+        key = _load_rows(k_base, columns, k_stride, dims, num_keys, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
+        value = _load_rows(v_base, columns, v_stride, dims, num_keys, HEAD_DIM, MASKED or HEAD_DIM != PADDED)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         weights = tl.exp2(scores - lse_log2[:, None])
         if MASKED:
-            weights = tl.where(_visible(columns, first, rows), weights, 0.0)
+            weights = tl.where(_visible(columns, first, last), weights, 0.0)
         grad_scores = weights * (tl.dot(grad, tl.trans(value), input_precision="ieee") - along[:, None])
         grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision="ieee")
     return grad_query
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
 def _query_gradient_kernel(
-    query_ptr, key_ptr, value_ptr, output_ptr, grad_ptr, lse_ptr, along_ptr, first_key_ptr, grad_query_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, num_rows, heads, group, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    query_ptr, key_ptr, value_ptr, output_ptr, grad_ptr, lse_ptr, along_ptr, first_key_ptr, last_key_ptr, grad_query_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head, num_rows, heads, group, num_keys, scale, scale_log2,
+    HAS_LAST_KEY: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Gradient dq of a tile of queries, and their D for the other kernel. output and grad are contiguous."""
     head, begin, end = _tile_of_queries(num_rows, heads, BLOCK_M)
     rows = begin + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, PADDED)
     first = tl.load(first_key_ptr + rows, mask=rows < num_rows, other=0)
+    last, nearest, high = rows, begin, end
+    if HAS_LAST_KEY:
+        last = tl.load(last_key_ptr + rows, mask=rows < num_rows, other=-1)
+        nearest = tl.minimum(tl.load(last_key_ptr + begin), num_keys - 1)
+        high = tl.minimum(tl.load(last_key_ptr + end - 1) + 1, num_keys)
     query = _load_rows(query_ptr + head * q_head, rows, q_row, dims, num_rows, HEAD_DIM, True)
     grad = _load_rows(grad_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, HEAD_DIM, True)
     output = _load_rows(output_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, HEAD_DIM, True)
@@ -167,19 +195,19 @@ def _query_gradient_kernel(
     lse_log2 = tl.load(lse_ptr + at, mask=rows < num_rows, other=0.0) * 1.4426950408889634
     k_base = key_ptr + (head // group) * k_head
     v_base = value_ptr + (head // group) * v_head
-    low, all_see, diagonal = _bounds_of_keys(first_key_ptr, begin, end, begin, BLOCK_N)
+    low, all_see, diagonal = _bounds_of_keys(first_key_ptr, begin, end, nearest, BLOCK_N)
     grad_query = tl.zeros((BLOCK_M, PADDED), tl.float32)
     grad_query = _add_query_gradient(
-        grad_query, query, grad, lse_log2, along, rows, first, k_base, v_base, k_row, v_row, low, tl.minimum(all_see, end),
-        num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
+        grad_query, query, grad, lse_log2, along, first, last, k_base, v_base, k_row, v_row, low, tl.minimum(all_see, high),
+        num_keys, scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
     )  # fmt: skip
     grad_query = _add_query_gradient(
-        grad_query, query, grad, lse_log2, along, rows, first, k_base, v_base, k_row, v_row, all_see, diagonal,
-        num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_N, False
+        grad_query, query, grad, lse_log2, along, first, last, k_base, v_base, k_row, v_row, all_see, diagonal,
+        num_keys, scale_log2, HEAD_DIM, PADDED, BLOCK_N, False
     )  # fmt: skip
     grad_query = _add_query_gradient(
-        grad_query, query, grad, lse_log2, along, rows, first, k_base, v_base, k_row, v_row, diagonal, end,
-        num_rows, scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
+        grad_query, query, grad, lse_log2, along, first, last, k_base, v_base, k_row, v_row, diagonal, high,
+        num_keys, scale_log2, HEAD_DIM, PADDED, BLOCK_N, True
     )  # fmt: skip
     _store_rows(grad_query_ptr + head * HEAD_DIM, rows, heads * HEAD_DIM, dims, num_rows, grad_query * scale, HEAD_DIM)
 
@@ -262,8 +290,29 @@ def _empty(like: Tensor) -> Tensor:
 _LOG2_E = 1.4426950408889634  # the kernels' exponentials are powers of two
 
 
+class FarKeys(NamedTuple):
+    """Keys beyond a row's interval of the others, and which of them each row sees.
+
+    Args:
+        key, value: `(far, key_value_heads, head_dim)`, the last dimension contiguous.
+        first, last: The first and the last far key that each row sees, `(rows,)` int32 both, never decreasing; none where the last
+            is before the first.
+    """
+
+    key: Tensor
+    value: Tensor
+    first: Tensor
+    last: Tensor
+
+
 def interval_attention(
-    query: Tensor, key: Tensor, value: Tensor, first_key: Tensor, scale: float, last_key: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_key: Tensor,
+    scale: float,
+    last_key: Tensor | None = None,
+    far: FarKeys | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each row over the keys from `first_key` to the row itself, without autograd.
 
@@ -274,6 +323,7 @@ def interval_attention(
         scale: Factor on the dot products.
         last_key: `(rows,)` int32, never decreasing: the last key that each row sees, if that is not the row's own number. A tile
             of queries walks all keys from its first row's first to its last row's last.
+        far: Keys that each row sees besides.
 
     Returns:
         The output `(rows, heads, head_dim)` and the float32 log-sum-exp `(rows, heads, 1)`, both contiguous.
@@ -281,10 +331,43 @@ def interval_attention(
     output = _empty(query)
     lse = torch.empty(*query.shape[:2], 1, dtype=torch.float32, device=query.device)
     last_keys = optional(last_key, first_key)
-    sizes = (*_layout(query, key, value), key.shape[0], scale * _LOG2_E, last_key is not None)
-    arguments = (query, key, value, first_key, last_keys, output, lse, *sizes)
+    sizes = (*_layout(query, key, value), key.shape[0], scale * _LOG2_E)
+    beyond = far or FarKeys(key, value, first_key, first_key)
+    strides = (stride for tensor in (beyond.key, beyond.value) for stride in tensor.stride()[:2])
+    arguments = (query, key, value, first_key, last_keys, output, lse, *sizes, *beyond, *strides, beyond.key.shape[0])
+    arguments = (*arguments, last_key is not None, far is not None)
     _launch(_forward_kernel, "forward", query.shape[1], "BLOCK_M", query, arguments)
     return output, lse
+
+
+def interval_query_gradient(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    first_key: Tensor,
+    scale: float,
+    last_key: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What an interval of keys adds to the queries' gradient.
+
+    Args:
+        grad, output: `(rows, heads, head_dim)`, contiguous.
+        query, key, value, first_key, scale: As in `interval_attention`.
+        lse: `(rows, heads, 1)` float32, contiguous.
+        last_key: As there; a row sees nothing where its last key comes before its first.
+
+    Returns:
+        The gradient, like `query`, and D of the formulas above, float32 like `lse`.
+    """
+    grad_query = _empty(query)
+    along = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+    sizes = (*_layout(query, key, value), key.shape[0], scale, scale * _LOG2_E, last_key is not None)
+    arguments = (query, key, value, output, grad, lse, along, first_key, optional(last_key, first_key), grad_query, *sizes)
+    _launch(_query_gradient_kernel, "query_gradient", query.shape[1], "BLOCK_M", query, arguments)
+    return grad_query, along
 
 
 def interval_attention_backward(
@@ -306,11 +389,9 @@ def interval_attention_backward(
         lse: `(rows, heads, 1)` float32, contiguous.
         end_query: `(rows,)` int32, one beyond the last row that sees each key.
     """
-    grad_query, grad_key, grad_value = (_empty(tensor) for tensor in (query, key, value))
-    along = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)  # D: written by the first kernel, read by the second
+    grad_query, along = interval_query_gradient(grad, query, key, value, output, lse, first_key, scale)
+    grad_key, grad_value = (_empty(tensor) for tensor in (key, value))
     sizes = (*_layout(query, key, value), scale, scale * _LOG2_E)
-    arguments = (query, key, value, output, grad, lse, along, first_key, grad_query, *sizes)
-    _launch(_query_gradient_kernel, "query_gradient", query.shape[1], "BLOCK_M", query, arguments)
     arguments = (query, key, value, grad, lse, along, first_key, end_query, grad_key, grad_value, *sizes)
     _launch(_key_gradient_kernel, "key_gradient", key.shape[1], "BLOCK_N", query, arguments)
     return grad_query, grad_key, grad_value

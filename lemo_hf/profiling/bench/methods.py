@@ -23,6 +23,8 @@ _SPARSE = {"attention_forward": "sparse", "selection": "ratio", "dense_layers": 
 _ROWS = {"checkpoint": "kept_rows"}
 # As the quickstart trains it, so that its dense perplexity is measured.
 _NEARBY = {"nearby_tokens": 128, "block_reduction": "mean", "predictor_features": 40}
+# Every token sees the kept ones and those nearby; as the quality bench trains it.
+_KEYS = {"attention_forward": "kept_keys", "selection": "ratio", "block_reduction": "mean", "predictor_features": 40}
 # A quarter of what attention among kept tokens computes, either way.
 _GROUPS = {"attention_pattern": "shifted_groups"}
 _BLOCKS = {"attention_pattern": "block_sparse", "pattern_share": 0.25}
@@ -88,6 +90,9 @@ METHODS = {
         BenchMethod(
             "lemo-exact-sensitive-offload", "LeMo exact, sensitive offload", "lemo", lemo=_EXACT | {"offload": "sensitive"}
         ),
+        BenchMethod("lemo-keys", "LeMo kept keys", "lemo", lemo=_KEYS),
+        BenchMethod("lemo-keys-float32", "LeMo kept keys, PEFT's default adapters", "lemo", "float32", _KEYS),
+        BenchMethod("lemo-keys-rows", "LeMo kept keys, kept-row checkpointing", "lemo", lemo=_KEYS | _ROWS),
         BenchMethod("lemo-sparse", "LeMo sparse", "lemo", lemo=_SPARSE),
         BenchMethod("lemo-sparse-float32", "LeMo sparse, PEFT's default adapters", "lemo", "float32", _SPARSE),
         BenchMethod("lemo-sparse-rows", "LeMo sparse, kept-row checkpointing", "lemo", lemo=_SPARSE | _ROWS),

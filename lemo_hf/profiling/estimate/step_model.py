@@ -87,12 +87,12 @@ class StepSettings:
         if lemo is None:
             return {"stock": "stock LoRA", "checkpointing": "stock + checkpointing"}.get(self.method, self.method.capitalize())
         kept = lemo.keep_ratio if isinstance(lemo.keep_ratio, float | int) else sum(lemo.keep_ratio) / len(lemo.keep_ratio)
-        nearby = f", {lemo.nearby_tokens} nearby tokens" if lemo.nearby_tokens else ""
+        nearby = f", {lemo.nearby} nearby tokens" if lemo.nearby else ""
         rows = ", kept-row checkpointing" if lemo.checkpoint == "kept_rows" else ""
         rows += f", {lemo.offload} offload" if lemo.offload != "none" else ""
         names = lemo.attention_pattern if isinstance(lemo.attention_pattern, list) else [lemo.attention_pattern]
         patterns = ", ".join(sorted({name.replace("_", " ") for name in names} - {"full"}))
-        return f"LeMo {lemo.attention_forward} {kept:g}{f', {patterns}' if patterns else ''}{nearby}{rows}"
+        return f"LeMo {lemo.attention_forward.replace('_', ' ')} {kept:g}{f', {patterns}' if patterns else ''}{nearby}{rows}"
 
     def running(self, device_type: str = "cpu") -> AbstractContextManager[Any]:
         """The context of the forward pass on a type of device."""

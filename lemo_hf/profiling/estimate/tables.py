@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 from ...errors import LemoError
-from ...models.lemo_config import LemoConfig
+from ...models.lemo_config import AttentionForward, LemoConfig
 from ..provenance import provenance
 from .cards import ASSUMED, GIB
 from .estimator import ALLOCATOR_SLACK, CUDA_CONTEXT, Estimate, Estimator
@@ -132,13 +132,13 @@ def _row(name: str, size: int, whole: int | None = None) -> str:
 
 
 def method_settings(settings: StepSettings) -> list[StepSettings]:
-    """The same step by every method: stock with what a user would add, and LeMo in both forms, with and without checkpointing."""
+    """The same step by every method: stock with what a user would add, and LeMo in every form, with and without checkpointing."""
     lemo = settings.lemo or LemoConfig()
     stock = [replace(settings, method=method, lemo=None) for method in ("stock", "checkpointing", "liger", "liger+checkpointing")]
     forms = [
-        replace(lemo, attention_forward=form, checkpoint=checkpoint)
+        replace(lemo, attention_forward=form, nearby_tokens=None, checkpoint=checkpoint)
         for checkpoint in ("none", "kept_rows")
-        for form in ("exact", "sparse")
+        for form in get_args(AttentionForward)
     ]
     return stock + [replace(settings, method="lemo", lemo=form) for form in forms]
 

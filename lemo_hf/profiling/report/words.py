@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ...hub.card_tables import decimals, duration, pattern_words, selection_rows
+from ...hub.card_tables import decimals, duration, forward_words, pattern_words, selection_rows
 from ...hub.model_card import RunResults
 from ...models.lemo_config import LemoConfig
 from .comparison import Pairing, pair
@@ -54,12 +54,9 @@ def summary(run: RunData, baseline: RunData | None) -> list[str]:
     if lemo is not None:
         kept = run.mean("kept_share")
         share = f"{kept:.0%} of the tokens" if kept is not None else "the chosen tokens"
-        gradient = "the forward was dense" if lemo.attention_forward == "exact" else "kept tokens attended to kept tokens"
-        if lemo.nearby_tokens:
-            gradient += f", dropped tokens, without gradient, to the last {lemo.nearby_tokens}"
         pattern = pattern_words(lemo)
         among = f", in a pattern: {pattern}" if pattern else ""
-        sentences.append(f"LeMo kept {share} in the mean layer ({lemo.selection} selection); {gradient}{among}.")
+        sentences.append(f"LeMo kept {share} in the mean layer ({lemo.selection} selection); {forward_words(lemo)}{among}.")
     elif results is not None:
         sentences.append("Every layer computed on every token: a dense run.")
     own, other = saved_bytes(run), saved_bytes(baseline) if baseline is not None else None
@@ -91,9 +88,9 @@ def summary(run: RunData, baseline: RunData | None) -> list[str]:
 def pairs_in_words(run: RunData, baseline: RunData) -> list[str]:
     """The run's losses beside the baseline's, one sentence each."""
     found = [pairing_in_words(each) for each in pair(run, baseline)]
-    if found and run.lemo is not None and run.lemo.attention_forward == "sparse" and baseline.lemo is None:
+    if found and run.lemo is not None and run.lemo.attention_forward != "exact" and baseline.lemo is None:
         found.append(
-            "This run's is the loss of the sparse forward, which no model is served with: to compare, evaluate both densely (lemo eval)."
+            "This run's is the loss of a forward that leaves tokens out, which no model is served with: to compare, evaluate both densely (lemo eval)."
         )
     return found
 

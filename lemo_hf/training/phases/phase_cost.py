@@ -68,7 +68,7 @@ def estimate_cost(
     chosen = sum(not lemo.is_dense(layer, num_layers) for layer in range(num_layers))
     forward, backward = _step(lemo, num_layers)
     # The first pass profiles the dense model; in the exact form there is nothing to differentiate.
-    passes = 1 + (2 * chosen * rounds * forward if lemo.attention_forward == "sparse" else 0)
+    passes = 1 + (2 * chosen * rounds * forward if lemo.attention_forward != "exact" else 0)
     return PhaseCost(
         predictor=_FIT * fitted_documents,
         calibrate=passes * profile_documents,
@@ -104,7 +104,7 @@ def estimate_search_cost(lemo: LemoConfig, num_layers: int, probes: int) -> Sear
     """
     chosen = [layer for layer in range(num_layers) if not lemo.is_dense(layer, num_layers)]
     forward, kept = _step(lemo, num_layers)
-    if lemo.attention_forward == "sparse":
+    if lemo.attention_forward != "exact":
         # The layers above a probed one run again, and itself.
         again = sum(num_layers - layer for layer in chosen) / num_layers
         return SearchCost(forward * (1 + probes * again), 2 * forward)
@@ -118,7 +118,7 @@ def _step(lemo: LemoConfig, num_layers: int) -> tuple[float, float]:
     shares = [1.0 if lemo.is_dense(layer, num_layers) else lemo.ratio_of(layer) for layer in range(num_layers)]
     kept = sum(shares) / num_layers
     # With nearby tokens the dropped rows' projections too, which are most of attention.
-    drops_attention = lemo.attention_forward == "sparse" and not lemo.nearby_tokens
+    drops_attention = lemo.attention_forward == "sparse" and not lemo.nearby
     return (_MLP + (1 - _MLP) * kept if drops_attention else 1.0), kept
 
 

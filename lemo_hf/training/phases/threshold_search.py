@@ -99,8 +99,8 @@ class ThresholdSearch:
 
     @property
     def differentiates(self) -> bool:
-        """Whether the loss depends on the thresholds: in the sparse form."""
-        return self.backbone.config.lemo.attention_forward == "sparse"
+        """Whether the loss depends on the thresholds: in every form but the exact one."""
+        return self.backbone.config.lemo.attention_forward != "exact"
 
     @property
     def thresholds(self) -> list[float]:

@@ -1,0 +1,265 @@
+"""Attention of every token to kept tokens and to those just before it: the forward of the form `"kept_keys"` (ours).
+
+With `width` the number of nearby tokens, a token at place i of its document, kept or not, attends to
+
+    V(i) = { j <= i : j is kept } u { j : i - width < j <= i }
+
+at original positions. So a dropped token is no key to tokens far behind it, and that is all that its layer's forward leaves out:
+the paper's sparse form also takes the dropped token's own attention away, and from kept tokens the dropped ones next to them.
+Gradients are those of kept queries and kept keys with the probabilities of this forward (document_attention.py).
+
+Pairs of a document of N tokens, a share r kept: about r N^2 / 2 + (1 - r) width N, where the dense forward has N^2 / 2 and
+attention among kept tokens r^2 N^2 / 2. It saves as much for backward as the exact form: kept rows' queries, keys, values, output.
+
+On a GPU a kernel walks both sets of keys where they stand. Elsewhere a strip of queries is one call of ATen's flash operator:
+the kept rows before the strip's nearby keys, all visible, and then the stretch of nearby keys, visible by a mask, so that of a
+call exist no more than the kept rows and one stretch of keys.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from .document_attention import require_cpu
+from .documents import Documents
+from .kernel_switch import kernel
+from .token_elimination import Selection
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+# Queries of one call, rounded up to whole blocks.
+_STRIP = 256
+# Keys whose scores exist at one time, with those of a strip.
+_KEYS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class KeptKeyScope:
+    """Which keys the rows of a batch see, and the factor on their dot products.
+
+    Args:
+        selection: Which rows are kept.
+        documents: The batch's documents.
+        scale: Factor on the dot products.
+        width: Nearby tokens that a row sees whether they are kept or not, itself included.
+        window: Positions that a row sees at all, as a sliding window has it; `None` for all earlier ones.
+    """
+
+    selection: Selection
+    documents: Documents
+    scale: float
+    width: int
+    window: int | None = None
+
+
+@torch.no_grad()
+def attend_kept_keys(
+    query: Tensor, key: Tensor, value: Tensor, kept_key: Tensor, kept_value: Tensor, scope: KeptKeyScope
+) -> tuple[Tensor, Tensor]:
+    """Attention of all real rows to kept and nearby ones of their document, without autograd.
+
+    Args:
+        query: `(real_rows, heads, head_dim)`, positions applied.
+        key, value: `(real_rows, key_value_heads, head_dim)`.
+        kept_key, kept_value: Those of kept rows alone, `(kept, key_value_heads, head_dim)`.
+        scope: Rows, scale and widths.
+
+    Returns:
+        The attention output `(real_rows, heads, head_dim)` and the log-sum-exp of the scores `(real_rows, heads, 1)`.
+
+    Raises:
+        LemoConfigError: On other devices than the CPU where no kernel runs.
+    """
+    documents, selection = scope.documents, scope.selection
+    if (fast := kernel("attend_kept_keys", query, query.shape[2])) is not None:
+        return fast(
+            query,
+            key,
+            value,
+            kept_key,
+            kept_value,
+            selection.real_kept,
+            documents.place_of_row,
+            scope.scale,
+            scope.width,
+            scope.window,
+        )
+    require_cpu(query)
+    parts = []
+    for strip in _strips(scope):
+        keys, values = (torch.cat((far[strip.far], near[strip.near])) for far, near in ((kept_key, key), (kept_value, value)))
+        rows, mask = (part.transpose(0, 1).unsqueeze(0) for part in (query[strip.queries], keys, values)), strip.mask(query.dtype)
+        parts.append(_flash(*rows, 0.0, False, attn_mask=mask, scale=scope.scale))
+    outputs, sums = zip(*((output[0].transpose(0, 1), lse[0].transpose(0, 1)) for output, lse in parts), strict=True)
+    return torch.cat(outputs), torch.cat(sums).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """Queries of one document and the keys they may see: a stretch of the kept rows, then a stretch of all rows."""
+
+    queries: slice
+    far: slice
+    near: slice
+    visible: Tensor  # (queries, far and near keys)
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What to add to the scores."""
+        hidden = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
+        return hidden.masked_fill_(~self.visible, -torch.inf)[None, None]
+
+
+def _strips(scope: KeptKeyScope) -> Iterator[_Strip]:
+    documents, selection = scope.documents, scope.selection
+    size = documents.block_size
+    step = -(-_STRIP // size) * size
+    place = documents.place_of_row
+    kept_place = place[selection.real_kept]
+    is_kept = torch.zeros_like(place, dtype=torch.bool).index_fill_(0, selection.real_kept, True)
+    is_bound = torch.compiler.is_compiling()
+    first = first_kept = 0
+    for length, kept, before in zip(documents.lengths, selection.kept_lengths, _kept_before(scope), strict=True):
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            # Whole blocks, so that all keys before the stretch that are kept stand in a row of their own.
+            block = max(0, start - scope.width + 1) // size
+            oldest = 0 if scope.window is None or is_bound else max(0, start - scope.window + 1) // size
+            far = slice(first_kept + before[min(oldest, block)], first_kept + before[block])
+            queries, near = slice(first + start, first + stop), slice(first + block * size, first + stop)
+            at = place[queries][:, None]
+            distance = at - place[near]
+            visible = (distance >= 0) & ((distance < scope.width) | is_kept[near])
+            behind = kept_place[far].expand(stop - start, -1)
+            # Where `before` is a bound, some of these rows come later; they stand in the stretch.
+            visible = torch.cat((behind < block * size, visible), 1)
+            if scope.window is not None:
+                visible &= at - torch.cat((behind[0], place[near])) < scope.window
+            yield _Strip(queries, far, near, visible)
+        first, first_kept = first + length, first_kept + kept
+
+
+def _kept_before(scope: KeptKeyScope) -> list[list[int]]:
+    """For each document and each of its blocks, how many kept rows come before it; a bound while a compiler traces.
+
+    On shapes alone (fake tensors), where which blocks are kept is not known, they are taken to lie evenly.
+    """
+    documents, selection = scope.documents, scope.selection
+    size = documents.block_size
+    found = []
+    spans = zip(documents.split_blocks(selection.kept_blocks), documents.block_counts, selection.kept_lengths, strict=True)
+    for marks, blocks, kept in spans:
+        if torch.compiler.is_compiling():
+            found.append([min(kept, block * size) for block in range(blocks)])
+        elif isinstance(marks, FakeTensor):
+            found.append([kept * block // blocks for block in range(blocks)])
+        else:
+            found.append([count * size for count in accumulate(marks[:-1].tolist(), initial=0)])
+    return found
+
+
+def rest_query_gradient(
+    grad: Tensor, query: Tensor, output: Tensor, lse: Tensor, rest_key: Tensor, rest_value: Tensor, scope: KeptKeyScope
+) -> Tensor:
+    """What the dropped keys that kept queries see add to these queries' gradient.
+
+    Args:
+        grad, query, output: `(kept, heads, head_dim)`; the first is the gradient of `output`.
+        lse: `(kept, heads, 1)`.
+        rest_key, rest_value: Those of dropped rows, `(rest, key_value_heads, head_dim)`.
+        scope: Rows, scale and widths.
+
+    Returns:
+        `(kept, heads, head_dim)`.
+    """
+    documents, selection = scope.documents, scope.selection
+    place = documents.place_of_row
+    if (fast := kernel("rest_query_gradient", query, query.shape[2])) is not None:
+        places = place[selection.real_kept]
+        of_rows = selection.real_kept, selection.real_rest, places
+        return fast(grad, query, output, lse, rest_key, rest_value, *of_rows, scope.scale, scope.width, scope.window)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    found = torch.zeros(query.shape, dtype=wide, device=query.device)
+    kept_place, rest_place = place[selection.real_kept], place[selection.real_rest]
+    width = scope.width if scope.window is None else min(scope.width, scope.window)
+    for queries, all_keys in _rest_strips(scope, width):
+        # (key heads, query heads of each * rows, head_dim): no key is repeated.
+        groups = rest_key.shape[1]
+        asked, given, finished = (_by_key_head(part[queries], groups, wide) for part in (query, grad, output))
+        sums = _by_key_head(lse[queries], groups, wide)
+        along = (given * finished).sum(-1, keepdim=True)
+        of_query = torch.zeros_like(asked)
+        for start in range(all_keys.start, all_keys.stop, _KEYS_AT_ONCE):
+            keys = slice(start, min(start + _KEYS_AT_ONCE, all_keys.stop))
+            key, value = (part[keys].transpose(0, 1).to(wide) for part in (rest_key, rest_value))
+            distance = kept_place[queries][:, None] - rest_place[keys]
+            hidden = ((distance < 0) | (distance >= width)).repeat(asked.shape[1] // len(distance), 1)
+            weights = (asked @ key.mT * scope.scale - sums).exp_().masked_fill_(hidden, 0)
+            of_query += weights.mul_(given @ value.mT - along) @ key
+        found[queries] = of_query.unflatten(1, (-1, len(distance))).permute(2, 0, 1, 3).flatten(1, 2) * scope.scale
+    return found.to(query.dtype)
+
+
+def _by_key_head(rows: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """`(rows, heads, d)` as `(groups, heads / groups * rows, d)`."""
+    return rows.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2).to(dtype)
+
+
+def _rest_strips(scope: KeptKeyScope, width: int) -> Iterator[tuple[slice, slice]]:
+    """Strips of a document's kept rows, and the dropped rows that any of them may see."""
+    documents, selection = scope.documents, scope.selection
+    size, is_bound = documents.block_size, torch.compiler.is_compiling()
+    step = max(1, _STRIP // size)
+    first_kept = first_rest = 0
+    spans = zip(documents.lengths, selection.kept_lengths, _kept_before(scope), strict=True)
+    for length, kept, before in spans:
+        rest = length - kept
+        for block in range(0, len(before), step):
+            after = block + step
+            queries = slice(first_kept + before[block], first_kept + (before[after] if after < len(before) else kept))
+            oldest = max(0, block * size - width + 1) // size
+            stop = rest if after >= len(before) else after * size - before[after]
+            keys = slice(first_rest + oldest * size - before[oldest], first_rest + stop)
+            if is_bound:  # then `before` is no count
+                queries, keys = (
+                    slice(first_kept + min(kept, block * size), first_kept + min(kept, after * size)),
+                    slice(first_rest, first_rest + rest),
+                )
+            if queries.start < queries.stop and keys.start < keys.stop:
+                yield queries, keys
+        first_kept, first_rest = first_kept + kept, first_rest + rest
+
+
+class _RestKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, attended: Tensor, query: Tensor, lse: Tensor, rest_key: Tensor, rest_value: Tensor, scope: KeptKeyScope
+    ) -> Tensor:
+        ctx.save_for_backward(attended, query, lse, rest_key, rest_value)
+        ctx.scope = scope
+        return attended.view_as(attended)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output, query, lse, rest_key, rest_value = ctx.saved_tensors
+        of_query = rest_query_gradient(grad.contiguous(), query, output, lse, rest_key, rest_value, ctx.scope)
+        return grad, of_query, None, None, None, None
+
+
+def with_rest_keys(
+    attended: Tensor, query: Tensor, lse: Tensor, rest_key: Tensor, rest_value: Tensor, scope: KeptKeyScope
+) -> Tensor:
+    """Adds to the gradient of kept queries what the dropped keys that they see contribute; these get no gradient.
+
+    Args:
+        attended: Kept rows' output with the gradient of kept pairs attached, `(kept, heads, head_dim)`.
+        query, lse: Kept rows', as in `with_kept_row_gradient`.
+        rest_key, rest_value: Those of dropped rows, `(rest, key_value_heads, head_dim)`.
+        scope: Rows, scale and widths.
+    """
+    return _RestKeys.apply(attended, query, lse, rest_key, rest_value, scope)

@@ -81,7 +81,7 @@ def restricted_forward(
     with torch.no_grad():
         attended, lse = attend(query, key, value, scope)
     if given.keys in ("kept", "centred") and not bool(kept.all()):
-        inner = _among(kept_rows, given.attention.kept_lengths, layer, documents)
+        inner = AttentionScope(given.attention.kept_lengths, layer.attention_scale)
         query, key, value, output, lse = (rows.index_select(0, kept_rows) for rows in (query, key, value, attended, lse))
         if given.keys == "centred":
             key, lse = _centred(query, key, lse, inner)
@@ -125,7 +125,7 @@ def attend_nearby(
     with torch.no_grad():
         near = AttentionScope(documents.lengths, layer.attention_scale, width, documents.place_of_row)
         attended = attend(query, key, value, near)[0]
-    inner = _among(rows, selection.kept_lengths, layer, documents)
+    inner = AttentionScope(selection.kept_lengths, layer.attention_scale)
     query, key, value = (part.index_select(0, rows) for part in (query, key, value))
     with torch.no_grad():
         output, lse = attend(query, key, value, inner)
@@ -141,10 +141,6 @@ def _with_mlp(layer: Any, middle: Tensor, given: Restriction) -> Tensor:
         with torch.no_grad():
             kept = kept(middle)
     return middle + only_where(layer.feed_forward(layer.mlp_norm(middle)), kept, given.mlp_weights)
-
-
-def _among(rows: Tensor, lengths: list[int], layer: Any, documents: Documents) -> AttentionScope:
-    return AttentionScope(lengths, layer.attention_scale, bounds=torch.searchsorted(rows, documents.bounds))
 
 
 def _refuse_unsupported(layer: Any, documents: Documents) -> None:

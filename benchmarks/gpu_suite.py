@@ -12,7 +12,7 @@ Parts by the beginning of their names, for `--part`. The order is that of a shor
 is right, then the rows that all else is judged by, then the kernels' times, then the rest.
 
     runs                  every kernel compiles and runs at Llama-3-8B's sizes in bfloat16; one row each, with the reason of a failure
-    training_<type>       every architecture in bfloat16, both forms, both checkpointings, packed: first loss and gradients
+    training_<type>       every architecture in bfloat16, exact and sparse form, both checkpointings, packed: first loss and gradients
                           against float32 on the CPU, then a few steps
     attention_*           flash operators and Triton kernels against dense float32 attention at real sizes, windows, offsets
                           beyond 2^31 elements, the same bits twice

@@ -15,8 +15,8 @@ dense gradient of other windows, which is as near as one comes to the gradient o
 
 `half of the labels` is the dense gradient of a loss on half of the blocks: the noise of having half of the tokens, without
 any error of the restriction. `reweighted` scales what enters a branch at a drawn row by one over the chance to be kept, so that
-every path through k branches counts fully on average instead of r ** k; `kept keys alone` leaves out what dropped keys add to the gradient of kept queries. The same
-blocks are drawn for variants of one kind. Memory 2 GB; about 15 minutes of one core.
+every path through k branches counts fully on average instead of r ** k; `kept keys alone` leaves out what dropped keys add to the
+gradient of kept queries. The same blocks are drawn for variants of one kind. Memory 2 GB; about 15 minutes of one core.
 """
 
 import argparse

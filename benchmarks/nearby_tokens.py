@@ -2,7 +2,7 @@
 
     nice python benchmarks/nearby_tokens.py --steps 25 --seed 0
 
-The quickstart's sparse arm (the most informative half by signed means, first layer dense) but for the scores, which are true ones
+`lemo-sparse-nearby` of `lemo bench` (the most informative half by signed means, first layer dense) but for the scores, which are true ones
 instead of predicted, so that nothing is fitted first, and for shorter windows. The arms step in turns: the same adapter, the same
 windows in the same order, the quickstart's constant rate. Measured: the sparse forward's loss before training above the
 dense one, dense perplexity on held-out windows after it, paired by window with 95 % intervals, FLOPs and saved bytes of a step.

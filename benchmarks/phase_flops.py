@@ -113,7 +113,7 @@ def estimated_probe_share(lemo: LemoConfig, args: type[LemoTrainingArguments]) -
 
 
 def main() -> None:
-    """Counts both forms and writes the JSON."""
+    """Counts the exact and the sparse form and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a document and of a sample")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write (default: %(default)s)")

@@ -94,8 +94,8 @@ def exact(share: float | list[float], **others: Any) -> dict[str, Any]:
 
 
 def sparse(share: float, **others: Any) -> dict[str, Any]:
-    """The sparse form with the most informative blocks by prediction, as the quickstart has it: dropped tokens see those just before
-    them, scores are means, the first layer is dense.
+    """The sparse form with the most informative blocks by prediction, as `lemo-sparse-nearby` of `lemo bench`: dropped tokens see those
+    just before them, scores are means, the first layer is dense.
     """
     form = {"attention_forward": "sparse", "nearby_tokens": 128, "block_reduction": "mean", "predictor_features": 40}
     return {**form, "selection": "ratio", "keep_ratio": share, "dense_layers": [0], **others}

@@ -12,7 +12,7 @@ Sparse form, first layer dense: `nats`, how much higher the sparse forward's los
 
 `predicted` is measured with `--block-size 64` only, which the shipped predictors are for. Choices that are measured already are
 not measured again: the result file is written after each one. `bytes` says what a choice keeps of a Llama-3-8B layer, in rows of
-H per token: 4.5 per token kept by attention, 8 per token kept by the MLP.
+H per token: 4.5 per token kept by attention, 8 per token kept by the MLP, 0.5 for keys and values of a token that attention drops.
 """
 
 import argparse

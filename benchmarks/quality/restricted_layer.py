@@ -1,9 +1,9 @@
 """A layer whose gradient is restricted as one likes, for questions that the package's layers do not ask.
 
-`lemo_hf` keeps the same rows in a layer's attention and MLP, and drops the others' keys with them, because that is what saves memory. Here
-every row is computed under autograd and what a restriction would not save is detached where it would be missing: the gradient
-is that of a layer that keeps these rows, the bytes and the time are not. With the rows of a `Selection` for both parts it is
-the package's exact form (tests/test_quality_choices.py compares the two).
+`lemo_hf` keeps the same rows in a layer's attention and MLP, and of the others keys and values as constants, because that is what
+saves memory. Here every row is computed under autograd and what a restriction would not save is detached where it would be missing:
+the gradient is that of a layer that keeps these rows, the bytes and the time are not. With the rows of a `Selection` for both parts
+it is the package's exact form (tests/test_quality_choices.py compares the two).
 """
 
 from collections.abc import Callable

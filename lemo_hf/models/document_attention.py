@@ -4,10 +4,10 @@ Rows of one document are contiguous in `(rows, heads, head_dim)`; lengths are kn
 causality among compact rows is causality among their original positions. Grouped queries are read without repeating keys.
 
 Forward and backward are apart: `attend` runs the forward without autograd, `with_kept_row_gradient` attaches a backward that
-sees kept rows only. In the sparse form both see the same rows; in the exact form (ours) the forward saw all of them and the
-flash backward works on kept rows with the *full* forward's output and log-sum-exp. With p_ij = exp(q_i . k_j * scale - lse_i) the probabilities are those of the dense forward and
-D_i = dO_i . O_i the dense normaliser's share, so dq, dk and dv are the dense gradient restricted to kept (query, key) pairs;
-kept_key_attention.py adds what kept queries owe to the other keys.
+sees kept rows only. In the sparse form both see the same rows; in the exact form and with kept keys (ours) the forward saw others
+too, and the flash backward works on kept rows with *that* forward's output and log-sum-exp. With p_ij = exp(q_i . k_j * scale - lse_i)
+the probabilities are those of that forward and D_i = dO_i . O_i its normaliser's share, so dq, dk and dv are its gradient restricted to
+kept (query, key) pairs. kept_key_attention.py adds to dq what comes through the dropped keys that a kept query sees.
 
 A sliding window w lets the row at position i see those at positions j with i - w < j <= i, positions being the original ones
 in the document: among kept rows distances are wider than their places in the list say. Where a document is longer than w, the
@@ -195,8 +195,8 @@ def with_kept_row_gradient(
     Args:
         query: Kept rows' queries, `(kept, heads, head_dim)`, positions applied.
         key, value: Kept rows' keys and values, `(kept, key_value_heads, head_dim)`.
-        output, lse: What `attend` gave for these rows: among kept rows only (sparse form), or the kept rows of its result
-            over all rows (exact form).
+        output, lse: What the forward gave for these rows: `attend` among kept rows only (sparse form), or the kept rows of its
+            result over all rows (exact form) or of `attend_kept_keys`.
         scope: The kept rows' documents, scale and window.
 
     Returns:

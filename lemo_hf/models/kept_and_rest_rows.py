@@ -140,7 +140,7 @@ class KeptAndRestRows:
         Args:
             kept: Kept rows of the residual stream.
             finished: What `finished` held after the first run, in a shared attention's second run; the first
-                run of either form reads the rest rows' heads, which `project_rest` has supplied where they attend.
+                run of any form reads the rest rows' heads, which `project_rest` has supplied where they attend.
             normed: The kept rows normalised for attention, where they are.
             for_backward: Whether the result is wanted for its gradient alone: rows that the MLP does not keep then skip it.
 

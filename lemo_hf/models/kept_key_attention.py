@@ -6,10 +6,17 @@ With `width` the number of nearby tokens, a token at place i of its document, ke
 
 at original positions. So a dropped token is no key to tokens far behind it, and that is all that its layer's forward leaves out:
 the paper's sparse form also takes the dropped token's own attention away, and from kept tokens the dropped ones next to them.
-Gradients are those of kept queries and kept keys with the probabilities of this forward (document_attention.py).
+Gradients are those of kept queries, keys and values with the probabilities of this forward (document_attention.py), and
+
+    dq_i = scale * sum of p_ij (dO_i . v_j - D_i) k_j over all j in V(i), kept or dropped
+
+so dropped keys, which get no gradient, belong to the sum (`with_rest_keys`). The exact form has that part too: it is a width beyond
+the document, and dq_i the dense one.
 
 Pairs of a document of N tokens, a share r kept: about r N^2 / 2 + (1 - r) width N, where the dense forward has N^2 / 2 and
-attention among kept tokens r^2 N^2 / 2. It saves as much for backward as the exact form: kept rows' queries, keys, values, output.
+attention among kept tokens r^2 N^2 / 2; pairs of kept queries and dropped keys r (1 - r) width N, and r (1 - r) N^2 / 2 in the
+exact form, 1.5 times a forward's work each in backward. It saves as much as the exact form: kept rows' queries, keys, values and
+output, and dropped rows' keys and values.
 
 On a GPU a kernel walks both sets of keys where they stand. Elsewhere a strip of queries is one call of ATen's flash operator:
 the kept rows before the strip's nearby keys, all visible, and then the stretch of nearby keys, visible by a mask, so that of a

@@ -1,7 +1,8 @@
 """Kept-row checkpointing: a layer stores its kept rows and computes the rest of what backward needs again (ours).
 
-Stored per layer: the kept residual rows, and in the exact form their attention output and log-sum-exp. Neither the dense
-forward nor a rest row is ever run again, so backward costs one more pass over the kept rows only.
+Stored per layer: the kept residual rows, and where kept and rest rows share an attention (exact form, kept keys) the kept rows'
+output and log-sum-exp and the rest rows' keys and values. Neither that attention's forward nor a rest row is ever run again, so
+backward costs one more pass over the kept rows only.
 
 `torch.compile` gets the same by torch's own checkpointing around the part that is run again: it can trace neither a gradient within
 a backward nor random states. What reads rest rows runs before that part, on queries and keys of its own; where an adapter's

@@ -48,7 +48,8 @@ class LemoConfig:
             `"mean"` of the signed scores (ours), which small predictors foretell far better and which need no quadratic pass.
         attention_forward: `"exact"` keeps the dense forward pass and restricts the gradient to kept tokens; `"sparse"`
             (the paper's form) lets kept tokens attend to kept tokens only; with `"kept_keys"` (ours) every token attends to the kept ones
-            before it and to the `nearby_tokens` latest, and the gradient is restricted to kept tokens.
+            before it and to the `nearby_tokens` latest, and the gradient is restricted to kept tokens. Restricted means: dropped
+            keys and values get no gradient, kept queries get theirs through every key that they see.
         nearby_tokens: Latest tokens of its document, itself included, that a token sees though they are not kept, without gradient
             for these. For `attention_forward="kept_keys"` those that every token sees (`None`: 256), for `"sparse"` those that a
             dropped token sees, and it alone (`None` or 0: its attention is left out, the paper's form).
@@ -58,7 +59,8 @@ class LemoConfig:
             `dense_layers` attend to all.
         group_size: For `"shifted_groups"`: kept tokens of a group; `None` for a quarter of each document's.
         pattern_share: For `"block_sparse"`: share of the earlier kept blocks that a block sees, in (0, 1].
-        checkpoint: `"kept_rows"` stores a layer's kept residual rows only and recomputes the rest of them in backward.
+        checkpoint: `"kept_rows"` stores a layer's kept residual rows and recomputes the rest of them in backward. Except for
+            `attention_forward="sparse"` their attention output and the dropped rows' keys and values are stored too.
         offload: `"sensitive"` holds saved activations in pinned host memory until their backward, of each layer as many bytes as
             its neighbour's computation hides, which follows kept shares; `"uniform"` the same bytes of each, for comparison.
         offload_budget: Bytes that all layers together move, such as `"40GiB"`, or `"all"`; by default what hides.

@@ -1,7 +1,8 @@
 """Local attention of the tokens that a layer drops, in the sparse form (ours; LeMo paper, section 4, gives them none).
 
 A dropped token attends to the `width` tokens of its document that end with itself, kept ones included, at their original
-positions, without gradient. It is linear in tokens and nothing of it is saved.
+positions, without gradient. It is linear in tokens and nothing of it is saved. In the form of kept keys every token has nearby
+tokens, in one softmax with the kept ones: kept_key_attention.py.
 
 On a GPU a kernel reads the keys where they stand. Elsewhere: dropped rows come in blocks, so a block of b queries reads one
 stretch of b + width - 1 keys, and one mask `(b, b + width - 1)` serves all blocks but those at a document's start. Blocks are

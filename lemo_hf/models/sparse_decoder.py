@@ -1,17 +1,22 @@
-"""The mixins that put token elimination around a stock decoder (LeMo paper, section 4; `exact` form and MLP rule are ours).
+"""The mixins that put token elimination around a stock decoder (LeMo paper, section 4; the forms `exact` and `kept_keys` and the
+MLP rule are ours).
 
 A layer splits its rows once. *Kept* rows run the whole layer under autograd, so a sublayer saves kept rows only. *Rest* rows
-run what they need under `no_grad`: their MLP always (its output is exact), and in the exact form attention too, which is then
-the dense one. A rest row's update is a constant to backward, its gradient stays on the residual stream. With kept rows K,
-rest rows R and N = norm:
+run what they need under `no_grad`: their MLP always (its output is exact), and attention too where it is shared: the dense one in
+the exact form, to kept rows and the `nearby_tokens` latest with `kept_keys`. A rest row's update is a constant to backward, its
+gradient stays on the residual stream. With kept rows K, rest rows R, N = norm and V(i) = K up to i and the rows just before i:
 
-    sparse   x[K] += Attn(N(x)[K] -> K);   x[K] += MLP(N(x[K]));                                x[R] += MLP(N(x[R]))
-    exact    x[K] += Attn(N(x)[K] -> all); x[K] += MLP(N(x[K]));   x[R] += Attn(N(x)[R] -> all); x[R] += MLP(N(x[R]))
+    sparse     x[K] += Attn(N(x)[K] -> K);    x[K] += MLP(N(x[K]));                                 x[R] += MLP(N(x[R]))
+    kept_keys  x[K] += Attn(N(x)[K] -> V);    x[K] += MLP(N(x[K]));   x[R] += Attn(N(x)[R] -> V);   x[R] += MLP(N(x[R]))
+    exact      x[K] += Attn(N(x)[K] -> all);  x[K] += MLP(N(x[K]));   x[R] += Attn(N(x)[R] -> all); x[R] += MLP(N(x[R]))
 
-Saved per kept row in rows of H: norms 2, shared input of q, k, v 1, attention (q, k, v, output) 2 + 2 kv/heads, gated MLP 2 I / H.
-With `checkpoint="kept_rows"`: the kept residual row, and in the exact form the kept attention output and log-sum-exp, so that
-neither the dense forward nor a rest row is ever run again. In the sparse form K may attend to itself in a sparse pattern
-(two_dimensional_sparsity.py), and R to the tokens just before it (`nearby_tokens`, nearby_attention.py), saving as much.
+Where attention is shared, kept queries get their gradient through all keys that they see, and keys and values of R get none.
+
+Saved per kept row in rows of H: norms 2, shared input of q, k, v 1, attention (q, k, v, output) 2 + 2 kv/heads, gated MLP 2 I / H;
+per rest row of a shared attention its key and value, 2 kv/heads. With `checkpoint="kept_rows"`: the kept residual row, and of a
+shared attention the kept output and log-sum-exp and those keys and values, so that neither its forward nor a rest row is ever run
+again. In the sparse form K may attend to itself in a sparse pattern (two_dimensional_sparsity.py), and R to the tokens just before
+it (`nearby_tokens`, nearby_attention.py), saving as much.
 """
 
 from collections.abc import Iterator

@@ -18,7 +18,7 @@ Pairs of a document of L kept rows, as a share of its L^2 / 2: G / L for the uns
 the shifted ones, G = L / 4 unless it is set; p + O(b / L) for block_sparse. Saved for backward: nothing beyond plain attention's, but
 n^2 marks for n kept blocks.
 
-Training only, in the sparse form: the exact form's forward pass is the dense one.
+Training only, in the sparse form: in the others dropped rows are keys too.
 """
 
 from dataclasses import dataclass

@@ -14,10 +14,14 @@ Llama-3-8B per token and layer, in multiply-adds: P = 218.1 M, of which attentio
 MLP 3 * 3.5 H^2 = 176.2 M; attention over N causal tokens A = 2 H * (N + 1) / 2: 16.8 M at 4096, 134.2 M at 32K. LoRA does not
 form the frozen weights' gradients, so a stock step costs 2 P + 3.5 A (494.9 M at 4096; adapters of r = 8 add 0.6 M). With a share r of the rows kept:
 
-    sparse  2 r P_attention + (1 + r) P_mlp + 3.5 r^2 A                  r = 0.5: 320.8 M at 4096, 0.648 of stock
-    exact   (1 + r) (P_attention + P_mlp) + (1 + 2.5 r^2) A              r = 0.5: 354.4 M at 4096, 0.716 of stock
+    sparse     2 r P_attention + (1 + r) P_mlp + 3.5 r^2 A
+    kept_keys  (1 + r) (P_attention + P_mlp) + (r + 2.5 r^2) A + (1 - r) (1 + 1.5 r) A_w
+    exact      (1 + r) (P_attention + P_mlp) + (1 + 2.5 r^2 + 1.5 r (1 - r)) A
 
-before selection and prediction.
+    r = 0.5: 320.9 M, 347.9 M and 360.7 M at 4096, 0.648, 0.703 and 0.729 of stock
+
+before selection and prediction. A_w = 2 H w: attention to w nearby tokens, 2.1 M for w = 256. The terms with 1.5 are the gradient of
+kept queries through dropped keys, Q K^T, dO V^T and dS K. On the CPU strips with masks compute and count some pairs more.
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
 """The life of every tensor storage of a step, forward and backward: when its bytes came, when they went, who made them.
 
 `activation_memory.py` counts what autograd saves; a step's peak also holds what lives between two operators: the layer that is
-run again under checkpointing, the exact form's buffer of all queries, keys and values, a rest row's MLP, one segment's logits,
+run again under checkpointing, a shared attention's buffer of all queries, keys and values, a rest row's MLP, one segment's logits,
 gradients on their way down. Here every operator's results are seen by a dispatch mode, and a weak reference to each storage tells
 when PyTorch frees it. Real and fake tensors (`torch._subclasses.fake_tensor`) live and die alike, so shapes of an 8B model cost
 nothing and the sum at any moment is what an allocator without rounding would hold.

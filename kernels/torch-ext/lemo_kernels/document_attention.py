@@ -1,8 +1,8 @@
 """Causal attention of flat rows by document, whose backward sees kept rows alone (LeMo paper, section 5.1; exact form ours).
 
 Rows of all documents lie one after the other. `attend` runs the forward without autograd; `with_kept_row_gradient` attaches
-the flash backward on kept rows with an output and log-sum-exp that may come from a forward over more rows (exact form): the
-probabilities are then those of the full attention and the gradient is restricted to kept pairs.
+the flash backward on kept rows with an output and log-sum-exp that may come from a forward over more rows (exact form, kept keys):
+the probabilities are then those of that forward and the gradient is restricted to kept pairs (kept_key_attention.py adds the others').
 
 Two backends, chosen here: ATen's CUDA flash operators where they serve (16-bit rows, no window, a head size that is a multiple
 of 8), our Triton kernels (interval_attention.py) everywhere else. Of ATen's backward dq has the same bits twice only under

@@ -3,7 +3,7 @@
 The nearby keys of a row are an interval of all rows, and the kept keys before these an interval of the kept ones, so this is the
 forward of interval_attention.py with two intervals in one softmax. Its backward is that of the kept rows alone, with the output
 and log-sum-exp of this forward (document_attention.py), and for the kept queries' gradient the nearby dropped keys besides: an
-interval of the dropped rows.
+interval of the dropped rows. The exact form takes that part too, with a width beyond its documents: all dropped keys before a query.
 
 Over a head, with K kept rows of N in one document and `width` nearby keys,
 

@@ -8,8 +8,8 @@ whose gradient stops where its token is not selected. The loss is that of the se
     x[K] += Attn(N(x)[K] -> all);  x[K] += MLP(N(x[K]))   under autograd, keys and values of R constant
     x[R] the same                                         without
 
-Unlike LeMo's exact form, the selection is one for the whole model, gradients do not pass a token by on the residual stream, and
-every key and value is cached (selected queries need them all). Attention is flash forward and backward over all rows, the others'
+Unlike LeMo's exact form, the selection is one for the whole model, and gradients do not pass a token by on the residual stream. As
+there, every key and value is cached (selected queries need them all). Attention is flash forward and backward over all rows, the others'
 gradients being zero: published code masks instead, which takes selected x all numbers and computes as much at a share of a half.
 """
 

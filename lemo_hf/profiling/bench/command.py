@@ -51,7 +51,8 @@ def bench(
                                    ours; with -rows: kept-row checkpointing, -offload: trl's offload (CUDA),
                                    -uniform-offload, -sensitive-offload: ours,
                                    -float32: PEFT's default adapters
-      lemo-sparse-nearby           the quickstart's: dropped tokens see the 128 before them; also -rows, -float32
+      lemo-keys[@SHARE]            every token sees kept ones and the 256 latest; also -rows, -float32
+      lemo-sparse-nearby           dropped tokens see the 128 before them; also -rows, -float32
       lemo-sparse-groups, lemo-sparse-blocks
                                    with a pattern among kept tokens; also -rows
 

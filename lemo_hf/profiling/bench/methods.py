@@ -21,9 +21,9 @@ _EXACT = {"attention_forward": "exact", "selection": "sampled"}
 # The first layer dense: so its dense perplexity is measured (quickstart).
 _SPARSE = {"attention_forward": "sparse", "selection": "ratio", "dense_layers": [0]}
 _ROWS = {"checkpoint": "kept_rows"}
-# As the quickstart trains it, so that its dense perplexity is measured.
+# Dropped tokens of the sparse form see those just before them.
 _NEARBY = {"nearby_tokens": 128, "block_reduction": "mean", "predictor_features": 40}
-# Every token sees the kept ones and those nearby; as the quality bench trains it.
+# Every token sees the kept ones and those nearby; as the quickstart and the quality bench train it.
 _KEYS = {"attention_forward": "kept_keys", "selection": "ratio", "block_reduction": "mean", "predictor_features": 40}
 # A quarter of what attention among kept tokens computes, either way.
 _GROUPS = {"attention_pattern": "shifted_groups"}

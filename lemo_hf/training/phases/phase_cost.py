@@ -1,7 +1,7 @@
 """What the phases cost beside the steps, estimated before they begin.
 
 The unit is a dense forward of one sample. In the sparse form the MLP's share of it, about 0.8 up to 16K tokens, is computed for
-every row and the rest for the share k of kept blocks; the exact form's forward is dense. Backward costs k: frozen weights have no
+every row and the rest for the share k of kept blocks; the other forms' forward counts as dense. Backward costs k: frozen weights have no
 gradient. Fitting predictors on a document costs its dense forward and about 0.2 more: block scores and the predictors' steps; a
 recall probe has no steps and costs 0.15 more, queries and keys projected once more among it.
 Attention, quadratic in length, counts like everything else, so these are estimates: right to tens of percent

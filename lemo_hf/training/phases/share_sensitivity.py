@@ -1,7 +1,7 @@
 """What every layer's kept share is worth: the damage to training as one layer's share changes and the others stay as they are.
 
-    sparse form    damage = mean loss a token of the training-time forward
-    exact form     damage = mean over layers k of 1 - cos(g_k, d_k) ** 2
+    sparse form, kept keys    damage = mean loss a token of the training-time forward
+    exact form                damage = mean over layers k of 1 - cos(g_k, d_k) ** 2
 
 g_k is the gradient of layer k's trained weights as the shares leave it, d_k the dense one of the same document: the error that is
 left when g_k is scaled as well as it can be, since Adam does not see a gradient's scale. A change in layer l reaches the gradients
@@ -9,14 +9,15 @@ of l and of all layers below it, by what they receive from l; with shared draws 
 
 A document's layer inputs x_0 ... x_L are kept (the prefix), and nothing below a probed layer is run again:
 
-    sparse form    the layers above x_l and the head, once for each share probed
-    exact form     the forward is the dense one whatever is kept, so the layers above l are not run either, forward or backward:
-                   layer l alone runs at the probed share, and what it sends down goes through the graph of the step that made x
+    sparse form, kept keys    the layers above x_l and the head, once for each share probed
+    exact form                the forward is the dense one whatever is kept, so the layers above l are not run either, forward or
+                              backward: layer l alone runs at the probed share, and what it sends down goes through the graph of
+                              the step that made x
 
-With k the kept share, P shares probed in each of L layers, in dense forwards of one document: P k' (L + 1) / 2 + k' in the sparse
-form, k' the share of a dense forward that a sparse one computes; 3 + k + P (1 + k + k (L - 1) / 2) in the exact form, of which 3
-are the step's forward and the dense gradient, layer by layer. Memory: a training step at the present shares, every layer's input
-as activation checkpointing keeps it, and one dense layer.
+With k the kept share, P shares probed in each of L layers, in dense forwards of one document: 3 + k + P (1 + k + k (L - 1) / 2) in
+the exact form, of which 3 are the step's forward and the dense gradient, layer by layer; P k' (L + 1) / 2 + k' in the others, k' the
+share of a dense forward that the training-time one computes. Memory: a training step at the present shares, every layer's input as
+activation checkpointing keeps it, and one dense layer.
 """
 
 from collections.abc import Iterator
@@ -70,8 +71,8 @@ class ShareSensitivity:
             draw: Number of the draw, for sampled selection; alike for all shares.
 
         Returns:
-            The damage at the present shares, the damage at every probed one, and the document's weight: its labelled tokens in
-            the sparse form, 1 in the exact form, 0 if it has nothing to learn from.
+            The damage at the present shares, the damage at every probed one, and the document's weight: 1 in the exact form, its
+            labelled tokens in the others, 0 if it has nothing to learn from.
         """
         with evaluation_mode(self.model):
             run = _Run(self, batch, shares, draw)

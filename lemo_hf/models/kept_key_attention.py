@@ -92,6 +92,7 @@ def attend_kept_keys(
             kept_value,
             selection.real_kept,
             documents.place_of_row,
+            documents.lengths,
             scope.scale,
             scope.width,
             scope.window,
@@ -186,9 +187,8 @@ def rest_query_gradient(
     documents, selection = scope.documents, scope.selection
     place = documents.place_of_row
     if (fast := kernel("rest_query_gradient", query, query.shape[2])) is not None:
-        places = place[selection.real_kept]
-        of_rows = selection.real_kept, selection.real_rest, places
-        return fast(grad, query, output, lse, rest_key, rest_value, *of_rows, scope.scale, scope.width, scope.window)
+        rows = selection.real_kept, selection.real_rest, place[selection.real_kept], documents.lengths
+        return fast(grad, query, output, lse, rest_key, rest_value, *rows, scope.scale, scope.width, scope.window)
     wide = torch.promote_types(query.dtype, torch.float32)
     found = torch.zeros(query.shape, dtype=wide, device=query.device)
     kept_place, rest_place = place[selection.real_kept], place[selection.real_rest]

@@ -52,9 +52,8 @@ _ATTENTION_BACKWARD = (
     _aten._scaled_dot_product_cudnn_attention_backward,
 )
 
-_KERNELS_OF_ATTENTION = {
-    f"lemo_kernels.{name}" for name in ("attend", "attend_backward", "attend_nearby", "attend_kept_keys", "rest_query_gradient")
-}
+# Of `lemo_kernels`, and what stands in for them where a GPU's step is estimated.
+_KERNELS_OF_ATTENTION = {"attend", "attend_backward", "attend_nearby", "attend_kept_keys", "rest_query_gradient"}
 
 
 def attention_pairs(queries: int, keys: int, is_causal: bool) -> int:
@@ -103,6 +102,29 @@ def _window_pairs(lengths: Sequence[int], window: int | None) -> int:
     return pairs
 
 
+def _attend_kept_keys(query: Tensor, key: Tensor, value: Tensor, kept_key: Tensor, *rest: Any, **_: Any) -> int:
+    """As if the kept rows lay evenly: of all earlier keys of a document their share, of the nearby ones all."""
+    lengths, _, width, window = rest[-4:]
+    rows, kept = query.shape[0], kept_key.shape[0]
+    nearby = _window_pairs(lengths, width if window is None else min(width, window))
+    pairs = (kept * _window_pairs(lengths, window) + (rows - kept) * nearby) // max(1, rows)
+    return 2 * pairs * query.shape[1] * 2 * query.shape[2]
+
+
+def _rest_query_gradient(grad: Tensor, query: Tensor, output: Tensor, lse: Tensor, rest_key: Tensor, *rest: Any, **_: Any) -> int:
+    """As if the kept rows lay evenly; its window is in its width."""
+    lengths, _, width = rest[-3:]
+    kept, dropped = query.shape[0], rest_key.shape[0]
+    pairs = kept * dropped * _window_pairs(lengths, width) // max(1, kept + dropped) ** 2
+    return 2 * pairs * query.shape[1] * 3 * query.shape[2]
+
+
+KEPT_KEY_FORMULAS: dict[str, Callable[..., int]] = {
+    "attend_kept_keys": _attend_kept_keys,
+    "rest_query_gradient": _rest_query_gradient,
+}
+
+
 def _kernel_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas of the operators in `lemo_kernels`, where it is installed; its other operators move rows only."""
     try:
@@ -128,17 +150,6 @@ def _kernel_formulas() -> dict[Any, Callable[..., int]]:
         pairs = query.shape[0] * min(rest[-1], key.shape[0])  # as if every row had as many before it
         return 2 * pairs * query.shape[1] * 2 * query.shape[2]
 
-    def attend_kept_keys(query: Tensor, key: Tensor, *rest: Any, out_val: Any = None) -> int:
-        # As if the rows were one document and its kept ones lay evenly; of nearby keys the kept ones are counted already.
-        rows, kept, width = query.shape[0], rest[1].shape[0], min(rest[-2], query.shape[0])
-        pairs = attention_pairs(rows, rows, True) * kept // rows + rows * width * (rows - kept) // rows
-        return 2 * pairs * query.shape[1] * 2 * query.shape[2]
-
-    def rest_query_gradient(grad: Tensor, query: Tensor, *rest: Any, out_val: Any = None) -> int:
-        kept, dropped, width = query.shape[0], rest[2].shape[0], rest[-1]
-        pairs = kept * min(width, kept + dropped) * dropped // max(1, kept + dropped)  # as above
-        return 2 * pairs * query.shape[1] * 3 * query.shape[2]
-
     def block_scores(query: Tensor, key: Tensor, lengths: Sequence[int], *rest: Any, out_val: Any = None) -> int:
         *_, window = rest
         return 2 * _window_pairs(lengths, window) * query.shape[1] * query.shape[2]
@@ -147,13 +158,16 @@ def _kernel_formulas() -> dict[Any, Callable[..., int]]:
         *_, query_matrices, key_matrices, _ = rest
         return 2 * stream.shape[0] * sum(matrix.numel() for matrix in (*query_matrices, *key_matrices))
 
-    formulas = (attend, attend_backward, attend_nearby, attend_kept_keys, rest_query_gradient, block_scores, block_features)
-    return {getattr(torch.ops.lemo_kernels, formula.__name__): formula for formula in formulas}
+    named: dict[str, Callable[..., int]] = {
+        formula.__name__: formula for formula in (attend, attend_backward, attend_nearby, block_scores, block_features)
+    }
+    return {getattr(torch.ops.lemo_kernels, name): formula for name, formula in (named | KEPT_KEY_FORMULAS).items()}
 
 
 def is_attention(operator: Any) -> bool:
     """Whether an operator (overload packet) is attention, forward or backward."""
-    return str(operator) in _KERNELS_OF_ATTENTION or operator in _ATTENTION_FORWARD or operator in _ATTENTION_BACKWARD
+    kernel = str(operator).rpartition(".")[2] in _KERNELS_OF_ATTENTION
+    return kernel or operator in _ATTENTION_FORWARD or operator in _ATTENTION_BACKWARD
 
 
 class _NoTracker(ModuleTracker):

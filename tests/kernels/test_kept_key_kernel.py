@@ -90,11 +90,11 @@ def test_head_counts_and_head_sizes(queries, keys, dim):
 
 
 def test_with_all_rows_kept_it_is_dense_attention():
-    lengths = [1000, 37]
+    lengths = [400, 37]
     inputs = heads(sum(lengths), 2, 1)
     rows = torch.arange(sum(lengths), device=DEVICE)
     places = torch.cat([torch.arange(length) for length in lengths]).to(DEVICE)
-    got = attend_kept_keys(*inputs, *inputs[1:], rows, places, SCALE, 20)
+    got = attend_kept_keys(*inputs, *inputs[1:], rows, places, lengths, SCALE, 20)
     for part, wanted in zip(got, attend(*inputs, lengths, SCALE, backend="triton"), strict=True):
         assert_close(part, wanted)
 
@@ -104,7 +104,7 @@ def test_without_kept_rows_it_is_windowed_attention():
     inputs = heads(sum(lengths), 2, 1)
     places = torch.cat([torch.arange(length) for length in lengths]).to(DEVICE)
     nothing = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    got = attend_kept_keys(*inputs, *(part[:0] for part in inputs[1:]), nothing, places, SCALE, 20)
+    got = attend_kept_keys(*inputs, *(part[:0] for part in inputs[1:]), nothing, places, lengths, SCALE, 20)
     for part, wanted in zip(got, attend(*inputs, lengths, SCALE, 20, backend="triton"), strict=True):
         assert_close(part, wanted)
 
@@ -116,16 +116,17 @@ def test_dropped_rows_far_behind_and_other_documents_change_no_bit():
     kept = selection.real_kept
     assert 25 > 16 not in kept.tolist()
     query, key, value = inputs
-    wanted = attend_kept_keys(query, key, value, key[kept], value[kept], kept, documents.place_of_row, SCALE, 6)[0]
+    among = kept, documents.place_of_row, lengths
+    wanted = attend_kept_keys(query, key, value, key[kept], value[kept], *among, SCALE, 6)[0]
     other = value.clone()
     other[16] += 1  # dropped: seen by rows 16 to 21 alone
-    got = attend_kept_keys(query, key, other, key[kept], value[kept], kept, documents.place_of_row, SCALE, 6)[0]
+    got = attend_kept_keys(query, key, other, key[kept], value[kept], *among, SCALE, 6)[0]
     changed = (got != wanted).flatten(1).any(1).nonzero().flatten().tolist()
     assert changed == list(range(16, 22))
     of_kept = value[kept].clone()
     of_kept[0] += 1  # kept, row 0 or later: seen by all that come six rows later in its document, and by no other
     row = int(kept[0])
-    got = attend_kept_keys(query, key, value, key[kept], of_kept, kept, documents.place_of_row, SCALE, 6)[0]
+    got = attend_kept_keys(query, key, value, key[kept], of_kept, *among, SCALE, 6)[0]
     assert (got != wanted).flatten(1).any(1).nonzero().flatten().tolist() == list(range(row + 6, 50))
 
 
@@ -134,9 +135,9 @@ def test_inputs_that_are_not_contiguous_are_read_as_they_are():
     rows = torch.arange(70, device=DEVICE)
     kept = rows[::3].contiguous()
     parts = (*plain, plain[1][kept], plain[2][kept])
-    wanted = attend_kept_keys(*parts, kept, rows, SCALE, 11)
+    wanted = attend_kept_keys(*parts, kept, rows, [70], SCALE, 11)
     for change in (strided, lambda part: part.permute(2, 1, 0).contiguous().permute(2, 1, 0)):
-        got = attend_kept_keys(*(change(part) for part in parts), kept, rows, SCALE, 11)
+        got = attend_kept_keys(*(change(part) for part in parts), kept, rows, [70], SCALE, 11)
         assert all(map(torch.equal, got, wanted))
 
 
@@ -144,32 +145,39 @@ def test_offsets_beyond_32_bits():
     parts = [part.unflatten(1, (3, 16)) for part in far_rows(48, 3)]
     near = [part.contiguous() for part in parts]
     rows = torch.arange(5, device=DEVICE)
-    got, wanted = (attend_kept_keys(*some, *some[1:], rows, rows, SCALE, 2) for some in (parts, near))
+    got, wanted = (attend_kept_keys(*some, *some[1:], rows, rows, [5], SCALE, 2) for some in (parts, near))
     assert all(map(torch.equal, got, wanted))
 
 
 def test_the_same_bits_twice_and_as_torch_expects():
     query, key, value = heads(70, dtype=torch.float16)
     rows = torch.arange(70, device=DEVICE)
-    arguments = (query, key, value, key[8:40], value[8:40], rows[8:40], rows, SCALE, 9, None)
+    arguments = (query, key, value, key[8:40], value[8:40], rows[8:40], rows, [70], SCALE, 9, None)
     assert all(map(torch.equal, attend_kept_keys(*arguments), attend_kept_keys(*arguments)))
     torch.library.opcheck(attend_kept_keys_operator, arguments)
     output, lse = attend_kept_keys(*arguments)
     rest = torch.cat((rows[:8], rows[40:]))
     of_kept = (query[8:40], query[8:40], output[8:40], lse[8:40])
-    arguments = (*of_kept, key[rest], value[rest], rows[8:40], rest, rows[8:40], SCALE, 9)
+    arguments = (*of_kept, key[rest], value[rest], rows[8:40], rest, rows[8:40], [70], SCALE, 9)
     assert torch.equal(rest_query_gradient(*arguments), rest_query_gradient(*arguments))
     torch.library.opcheck(rest_query_gradient_operator, arguments)
 
 
-def test_the_flop_counter_counts_the_keys_that_are_seen():
-    """As if kept rows lay evenly: half of the pairs of rows and kept rows, and the nearby keys that are dropped."""
+@pytest.mark.parametrize("lengths", [[80], [40, 40], [60, 20]], ids=str)
+@pytest.mark.parametrize("width", [8, 1000])
+def test_the_flop_counter_counts_the_keys_that_are_seen(lengths, width):
+    """With half of the rows kept, evenly: half of all pairs of a document, and as many of its nearby ones."""
     query, key, value = heads(80)
     rows = torch.arange(80, device=DEVICE)
+    kept, rest, places = rows[::2].contiguous(), rows[1::2].contiguous(), torch.cat([rows[:length] for length in lengths])
+    pairs, near = (sum(min(place + 1, most) for place in places.tolist()) for most in (80, width))
     with FlopCounter(nn.Identity()) as counter:
-        attend_kept_keys(query, key, value, key[:40], value[:40], rows[:40], rows, SCALE, 8)
-    pairs = 80 * 81 // 2 * 40 // 80 + 80 * 8 * 40 // 80
-    assert counter.flops.by("operator") == {"attend_kept_keys": 2 * pairs * 4 * 16 * 2}
+        output, lse = attend_kept_keys(query, key, value, key[kept], value[kept], kept, places, lengths, SCALE, width)
+        of_kept = query[kept], query[kept], output[kept], lse[kept]
+        rest_query_gradient(*of_kept, key[rest], value[rest], kept, rest, places[kept], lengths, SCALE, width)
+    wanted = {"attend_kept_keys": 2 * (pairs + near) // 2 * 4 * 16 * 2, "rest_query_gradient": 2 * near // 4 * 4 * 16 * 3}
+    assert counter.flops.by("operator") == wanted
+    assert counter.flops.by("part") == {"attention": sum(wanted.values())}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +187,7 @@ def test_the_flop_counter_counts_the_keys_that_are_seen():
         ({"kept_rows": torch.arange(11, 21, device=DEVICE)}, r"kept_rows must be in \[0, 20\); got 11 to 20"),
         ({"kept_rows": torch.arange(10, dtype=torch.int32, device=DEVICE)}, "int32"),
         ({"places": torch.arange(10, device=DEVICE)}, "places must be 20; got 10"),
+        ({"lengths": [20, 1]}, "documents must have 20 rows; got 21"),
         ({"width": 0}, "width=0"),
         ({"window": 0}, "window=0"),
         ({"key": torch.zeros(20, 3, 16, device=DEVICE)}, r"\(20, 3, 16\)"),
@@ -198,7 +207,7 @@ def test_what_does_not_fit_is_refused_on_the_host(change, message):
     query, key, value = heads(20)
     rows = torch.arange(20, device=DEVICE)
     arguments = {"query": query, "key": key, "value": value, "kept_key": key[:10], "kept_value": value[:10]}
-    arguments |= {"kept_rows": rows[:10], "places": rows, "scale": SCALE, "width": 4}
+    arguments |= {"kept_rows": rows[:10], "places": rows, "lengths": [15, 5], "scale": SCALE, "width": 4}
     with pytest.raises(KernelInputError, match=message):
         attend_kept_keys(**(arguments | change))
 
@@ -208,5 +217,5 @@ def test_wrong_rows_on_a_device_read_nothing_that_is_not_there():
     query, key, value = heads(20)
     rows = torch.tensor([3, 4000], device=DEVICE)
     places = torch.arange(20, device=DEVICE) + 5000
-    result = attend_kept_keys_operator(query, key, value, key[:2], value[:2], rows, places, SCALE, 10**6, None)
+    result = attend_kept_keys_operator(query, key, value, key[:2], value[:2], rows, places, [20], SCALE, 10**6, None)
     assert result[0].shape == (20, 4, 16)

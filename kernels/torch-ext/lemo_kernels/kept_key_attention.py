@@ -29,6 +29,7 @@ def attend_kept_keys_operator(
     kept_value: Tensor,
     kept_rows: Tensor,
     places: Tensor,
+    lengths: list[int],
     scale: float,
     width: int,
     window: int | None,
@@ -63,6 +64,7 @@ def attend_kept_keys(
     kept_value: Tensor,
     kept_rows: Tensor,
     places: Tensor,
+    lengths: list[int],
     scale: float,
     width: int,
     window: int | None = None,
@@ -76,6 +78,7 @@ def attend_kept_keys(
         kept_rows: Their rows, `(kept,)` int64, increasing.
         places: Place of each row in its document, from 0, `(rows,)` int64. On a GPU, where neither is read before the launch, wrong
             numbers give wrong keys, never other memory.
+        lengths: Rows of each document, which FLOPs are counted by.
         scale: Factor on the dot products.
         width: Nearby keys that a row sees, its own included.
         window: Keys of its document that a row sees at all, its own included; `None` for all before it.
@@ -93,9 +96,10 @@ def attend_kept_keys(
     require_index("kept_rows", kept_rows, rows, query)
     require_index("places", places, rows, query)
     require(places.shape == (rows,), f"places must be {rows}", len(places), "pass one of each row")
+    require(sum(lengths) == rows, f"documents must have {rows} rows", sum(lengths), "pass the rows of each")
     require(width > 0, "a width counts the row itself", f"width={width}", "pass at least 1")
     require(window is None or window > 0, "a window counts the row itself", f"window={window}", "pass at least 1, or None")
-    return attend_kept_keys_operator(query, key, value, kept_key, kept_value, kept_rows, places, scale, width, window)
+    return attend_kept_keys_operator(query, key, value, kept_key, kept_value, kept_rows, places, lengths, scale, width, window)
 
 
 @operator("rest_query_gradient")
@@ -109,6 +113,7 @@ def rest_query_gradient_operator(
     kept_rows: Tensor,
     rest_rows: Tensor,
     places: Tensor,
+    lengths: list[int],
     scale: float,
     width: int,
 ) -> Tensor:
@@ -139,6 +144,7 @@ def rest_query_gradient(
     kept_rows: Tensor,
     rest_rows: Tensor,
     places: Tensor,
+    lengths: list[int],
     scale: float,
     width: int,
     window: int | None = None,
@@ -151,7 +157,7 @@ def rest_query_gradient(
         rest_key, rest_value: Those of dropped rows, `(rest, key_value_heads, head_dim)`.
         kept_rows, rest_rows: Rows of both, `(kept,)` and `(rest,)` int64, increasing; no row is in both.
         places: Place of each kept row in its document, from 0, `(kept,)` int64. Wrong numbers as in `attend_kept_keys`.
-        scale, width, window: As there.
+        lengths, scale, width, window: As there; `lengths` count kept and dropped rows.
 
     Returns:
         `(kept, heads, head_dim)`.
@@ -172,9 +178,10 @@ def rest_query_gradient(
         same, f"kept_rows and places must be {kept} each", f"{len(kept_rows)} and {len(places)}", "pass one of each per query"
     )
     require(width > 0, "a width counts the row itself", f"width={width}", "pass at least 1")
+    require(sum(lengths) == kept + rest, f"documents must have {kept + rest} rows", sum(lengths), "pass the rows of each")
     near = width if window is None else min(width, window)
     rows = kept_rows, rest_rows, places
-    return rest_query_gradient_operator(grad, query, output, lse, rest_key, rest_value, *rows, scale, near)
+    return rest_query_gradient_operator(grad, query, output, lse, rest_key, rest_value, *rows, lengths, scale, near)
 
 
 def probe(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
@@ -182,6 +189,6 @@ def probe(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     # Grouped: triton would compile a loop over one head away, and with it what the loop needs.
     query, key, value = (torch.zeros(3, heads, head_dim, dtype=dtype, device=device) for heads in (4, 2, 2))
     rows = torch.arange(3, device=device)
-    output, lse = attend_kept_keys(query, key, value, key[1:], value[1:], rows[1:], rows, 1.0, 2)
+    output, lse = attend_kept_keys(query, key, value, key[1:], value[1:], rows[1:], rows, [3], 1.0, 2)
     kept = output[1:], query[1:], output[1:], lse[1:]
-    rest_query_gradient(*kept, key[:1], value[:1], rows[1:], rows[:1], rows[1:], 1.0, 2)
+    rest_query_gradient(*kept, key[:1], value[:1], rows[1:], rows[:1], rows[1:], [3], 1.0, 2)

@@ -60,9 +60,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def compared_settings(seq_len: int) -> list[StepSettings]:
-    """The steps that are run for comparison: stock, checkpointing, and LeMo in the exact and the sparse form."""
+    """The steps that are run for comparison: stock, checkpointing, and LeMo in every form."""
     settings = [StepSettings(seq_len, method, adapter_dtype="bfloat16") for method in ("stock", "checkpointing")]
-    for form, keep, checkpoint in (("exact", 0.5, "none"), ("exact", 0.25, "kept_rows"), ("sparse", 0.5, "kept_rows")):
+    forms = [("exact", 0.5, "none"), ("exact", 0.25, "kept_rows"), ("sparse", 0.5, "kept_rows")]
+    for form, keep, checkpoint in (*forms, ("kept_keys", 0.5, "none"), ("kept_keys", 0.25, "kept_rows")):
         lemo = LemoConfig(attention_forward=form, keep_ratio=keep, checkpoint=checkpoint, segment_size=256)  # type: ignore[arg-type]
         settings.append(StepSettings(seq_len, "lemo", lemo, adapter_dtype="float32"))
     return settings

@@ -21,6 +21,7 @@ from lemo_hf.profiling.bench.counts import counted_step
 from lemo_hf.profiling.bench.methods import choose_methods
 from lemo_hf.profiling.estimate.estimator import Estimator
 from lemo_hf.profiling.estimate.fake_model import fake_model
+from lemo_hf.profiling.estimate.kernel_shapes import kernels_on_shapes
 from lemo_hf.profiling.estimate.step_model import StepSettings, build_model, forward_loss
 from lemo_hf.profiling.estimate.step_trace import EveryTokenHasALabel
 from lemo_hf.profiling.live_bytes import LiveBytes
@@ -73,7 +74,7 @@ def timeline(config: Any, settings: StepSettings) -> list[int]:
     """The highest number of bytes alive in each of `POINTS` even stretches of a step."""
     mode = EveryTokenHasALabel(settings.batch_size)
     model = fake_model(lambda: build_model(config, settings, list(range(config.num_hidden_layers))), mode)
-    with mode:
+    with mode, kernels_on_shapes(on_gpu=True):
         ids = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.long)
         with LiveBytes(model) as live:
             forward_loss(model, ids, settings).backward()

@@ -17,7 +17,7 @@ from lemo_hf.loading import without_peft_deprecation
 from lemo_hf.profiling.estimate import estimator as estimating
 from lemo_hf.profiling.estimate import plot, tables
 from lemo_hf.profiling.estimate.cards import GIB, find_card, read_bytes
-from lemo_hf.profiling.estimate.estimator import LENGTH_STEP, Estimator, _largest
+from lemo_hf.profiling.estimate.estimator import CUDA_CONTEXT, LENGTH_STEP, Estimator, _largest
 from lemo_hf.profiling.estimate.fake_model import fake_model
 from lemo_hf.profiling.estimate.model_shapes import SHAPES, read_model_config
 from lemo_hf.profiling.estimate.step_model import StepSettings, build_model, forward_loss
@@ -44,7 +44,7 @@ def config_file(tmp_path, **changes):
 # Against real steps
 
 
-@pytest.mark.parametrize("place", [1, 2])  # the others in the tests below
+@pytest.mark.parametrize("place", [1, 2, 5])  # the others in the tests below
 def test_estimate_is_the_peak_of_a_real_step(place):
     settings = benchmark.compared_settings(512)[place]
     found = benchmark.measure(small_config(), settings)
@@ -75,7 +75,7 @@ def test_estimate_is_the_peak_of_a_plain_call_of_a_plain_model(checkpointing):
     assert estimate.live_bytes - estimate.parts["optimizer"] == pytest.approx(live.peak_bytes, rel=0.005)
 
 
-@pytest.mark.parametrize(("family", "place"), [("mistral", 3), ("qwen3", 4), ("opt", 2)])
+@pytest.mark.parametrize(("family", "place"), [("mistral", 3), ("qwen3", 4), ("opt", 2), ("qwen2", 6)])
 def test_estimate_holds_for_every_family(family, place):
     settings = benchmark.compared_settings(256)[place]
     found = benchmark.measure(small_config(family), settings)
@@ -147,9 +147,12 @@ def test_parameters_and_optimizer_of_an_8b_model():
         ("stock", None, 18),
         ("checkpointing", None, 1),
         ("liger", None, 12.5),
-        ("lemo", LemoConfig(keep_ratio=0.5), 6.25),
+        # Of dropped rows with shared attention a quarter of H each for key and value.
+        ("lemo", LemoConfig(keep_ratio=0.5), 6.25 + 0.25),
+        ("lemo", LemoConfig(keep_ratio=0.5, attention_forward="kept_keys"), 6.25 + 0.25),
         ("lemo", LemoConfig(keep_ratio=0.25, attention_forward="sparse", selection="ratio"), 3.125),
-        ("lemo", LemoConfig(keep_ratio=0.5, checkpoint="kept_rows"), 1),
+        ("lemo", LemoConfig(keep_ratio=0.5, checkpoint="kept_rows"), 1 + 0.25),
+        ("lemo", LemoConfig(keep_ratio=0.5, checkpoint="kept_rows", attention_forward="kept_keys"), 1 + 0.25),
         ("lemo", LemoConfig(keep_ratio=0.5, checkpoint="kept_rows", attention_forward="sparse"), 0.5),
     ],
 )
@@ -172,6 +175,27 @@ def test_flops_are_those_that_the_flop_counter_counts():
     estimate = Estimator(small_config()).estimate(settings)
     assert sum(estimate.flops.values()) == counter.flops.total
     assert set(estimate.flops) == {"layers forward", "head and loss", "layers backward"}
+
+
+@pytest.mark.parametrize("form", ["exact", "kept_keys"])
+def test_on_a_gpu_attention_of_dropped_rows_is_one_operator_whatever_the_length(form):
+    """The CPU's strips would be thousands of operators, and their scores would count as traffic."""
+    lemo = LemoConfig(attention_forward=form, nearby_tokens=96 if form == "kept_keys" else None)
+
+    def costs(tokens, on_gpu):
+        trace = trace_step(small_config(), StepSettings(tokens, lemo=lemo), on_gpu)
+        return [trace.stretches[name, 1].costs for name in ("forward", "backward")]
+
+    short, long = costs(512, True), costs(4096, True)
+    assert list(map(len, short)) == list(map(len, long))
+    assert list(map(len, costs(512, False))) < list(map(len, costs(1024, False)))
+    # Heads are as wide as the model, half of the rows kept. Forward Q K^T and P V; backward five products of kept pairs, three
+    # with dropped keys.
+    pairs, kept, seen = 4096 * 4097 // 2, 2048 * 2049 // 2, 96 * 4096 - 96 * 95 // 2
+    seen = seen if form == "kept_keys" else pairs
+    forward = (pairs + seen) // 2
+    attention = [sum(cost.flops for cost in stretch if cost.attention) for stretch in long]
+    assert attention == [2 * 128 * 2 * forward, 2 * 128 * (5 * kept + 3 * (seen // 4))]
 
 
 def test_bytes_by_length_are_the_polynomial_at_a_length_that_was_held_out():
@@ -197,13 +221,15 @@ def test_search_finds_the_largest_that_fits(needed, limit):
 @pytest.mark.parametrize("tried", [2048, 8192])  # the answer lies beyond the one and within the other
 def test_longest_sequence_fits_and_the_next_does_not(tried, monkeypatch):
     monkeypatch.setattr(estimating, "TRIED_LENGTH", tried)
-    estimator = Estimator(small_config(), memory=25 * 2**20, on_gpu=False)
+    # A GPU's step: on a CPU the scores of dropped keys grow to a bound, and no line leads past it.
+    memory = CUDA_CONTEXT + 25 * 2**20
+    estimator = Estimator(small_config(), memory=memory)
     settings = StepSettings(1024, lemo=LemoConfig(checkpoint="kept_rows", segment_size=512))
     longest = estimator.longest(settings)
     assert longest % LENGTH_STEP == 0
     assert 2048 < longest < 8192
     needed = [estimator.estimate(replace(settings, seq_len=length)).total_bytes for length in (longest, longest + LENGTH_STEP)]
-    assert needed[0] <= 25 * 2**20 < needed[1]
+    assert needed[0] <= memory < needed[1]
 
 
 def test_kept_share_fits_and_a_larger_one_does_not(monkeypatch):
@@ -247,8 +273,9 @@ def test_table_adds_up_and_says_what_is_assumed(card_estimator):
 def test_methods_stand_side_by_side_without_those_that_do_not_exist():
     names = [one.settings.name for one in estimate_methods(Estimator(small_config("opt")), StepSettings(256))]
     assert "Liger" not in names
-    assert names[:2] == ["stock LoRA", "stock + checkpointing"]
-    assert len(names) == 6
+    forms = ["LeMo exact 0.5", "LeMo sparse 0.5", "LeMo kept keys 0.5, 256 nearby tokens"]
+    rows = [f"{form}, kept-row checkpointing" for form in forms]
+    assert names == ["stock LoRA", "stock + checkpointing", *forms, *rows]
 
 
 def test_document_is_json_with_its_provenance(card_estimator):

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from ..activation_memory import ActivationMemory
 from ..estimate.estimator import Estimator
 from ..estimate.fake_model import fake_model
+from ..estimate.kernel_shapes import kernels_on_shapes
 from ..estimate.step_model import StepSettings, build_model, forward_loss
 from ..estimate.step_trace import EveryTokenHasALabel
 
@@ -44,7 +45,7 @@ def saved_on_fake_tensors(config: PreTrainedConfig, settings: StepSettings) -> d
     mode = EveryTokenHasALabel(settings.batch_size)
     layers = config.num_hidden_layers
     model = fake_model(lambda: build_model(config, settings, list(range(layers))), mode)
-    with mode:
+    with mode, kernels_on_shapes(on_gpu=True):
         ids = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.long)
         with ActivationMemory(model) as memory:
             loss = forward_loss(model, ids, settings)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..flops import flop_formulas, is_attention
+from .kernel_shapes import stand_in_formulas
 
 _FORMULAS: dict[Any, Callable[..., int]] = {}
 # By name: the tensor whose bytes are read and written; the operator touches no more of its other arguments.
@@ -37,7 +38,7 @@ def operator_cost(operator: Any, args: Any, kwargs: Any, result: Any) -> Operato
     if operator.is_view or operator.namespace == "prim" or name in _COSTS_NOTHING:
         return None
     if not _FORMULAS:
-        _FORMULAS.update(flop_formulas())
+        _FORMULAS.update(flop_formulas() | stand_in_formulas())
     formula = _FORMULAS.get(operator._overloadpacket)
     flops = formula(*args, **kwargs, out_val=result) if formula is not None else 0
     if name in _MOVES_ARGUMENT:

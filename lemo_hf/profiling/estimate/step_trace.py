@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig
 
 from ..live_bytes import Allocation, LiveBytes
 from .fake_model import fake_model
+from .kernel_shapes import kernels_on_shapes
 from .operator_cost import OperatorCost, flash_workspace, operator_cost
 from .step_model import LAYER, StepSettings, build_model, forward_loss, layer_kinds, resident_part
 
@@ -68,7 +69,7 @@ def trace_step(config: PreTrainedConfig, settings: StepSettings, on_gpu: bool) -
     Args:
         config: The whole model's config.
         settings: The step.
-        on_gpu: Whether CUDA's flash backward is counted with its workspace.
+        on_gpu: Whether the step is a GPU's: CUDA's flash backward is counted with its workspace, and kernels as such.
 
     Raises:
         LemoError: See [`build_model`].
@@ -78,7 +79,7 @@ def trace_step(config: PreTrainedConfig, settings: StepSettings, on_gpu: bool) -
     layers = sorted(first_of_kind.values())
     mode = EveryTokenHasALabel(settings.batch_size)
     model = fake_model(lambda: build_model(config, settings, layers), mode)
-    with mode:
+    with mode, kernels_on_shapes(on_gpu):
         input_ids = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.long)
         trace = record_step(model, input_ids, settings, on_gpu)
     trace.place_of_layer = [layers.index(first_of_kind[kind]) for kind in kinds]

@@ -19,6 +19,7 @@ import triton
 from lemo_kernels import (
     document_attention,
     gated_mlp,
+    kept_key_attention,
     nearby_attention,
     pattern_predictor,
     rotary,
@@ -39,6 +40,7 @@ PROBES: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
     *((gated_mlp.probe, (width, name)) for width in (14336, 65) for name in gated_mlp.ACTIVATIONS),
     *((document_attention.probe, (size, visible)) for size in (64, 128, 256) for visible in ("all", "window")),
     *((nearby_attention.probe, (size,)) for size in (64, 128, 256)),
+    *((kept_key_attention.probe, (size,)) for size in (64, 128, 256)),
     *((token_informativeness.probe, (size, 64)) for size in (64, 128, 256)),
     *((segmented_loss.probe, (vocabulary,)) for vocabulary in (128256, 50272)),
     *((pattern_predictor.probe, (4096, 64, kind, *[width] * 4, 32)) for kind in ("plain", "centred") for width in (32, 64)),

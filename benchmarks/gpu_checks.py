@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lemo_hf import LemoConfig
 from lemo_hf.models.document_attention import AttentionScope
-from lemo_hf.models.documents import find_documents
+from lemo_hf.models.documents import Documents, find_documents
+from lemo_hf.models.kept_key_attention import KeptKeyScope, attend_kept_keys, rest_query_gradient
 from lemo_hf.models.kernel_switch import kernel_mode
-from lemo_hf.models.token_elimination import selection_of_blocks
+from lemo_hf.models.lemo_config import AttentionForward
+from lemo_hf.models.token_elimination import Selection, selection_of_blocks
 from lemo_hf.models.two_dimensional_sparsity import ShiftedGroups, attend_in_pattern, choose_pairs
 from lemo_hf.profiling.estimate.step_model import StepSettings, build_model
 
@@ -58,6 +60,7 @@ KERNELS: tuple[tuple[str, tuple[int | str, ...]], ...] = (
     ("attend", (128, "all")),
     ("attend", (128, "window")),
     ("attend_nearby", (128,)),
+    ("attend_kept_keys", (128,)),
     ("informativeness_by_document", (128, 64)),
     ("cross_entropy_in_place", (128256,)),
     ("block_features", (4096, 64, "plain", 32, 32, 32, 32, 32)),
@@ -203,17 +206,61 @@ def by_heads(inputs: list[Tensor], grad: Tensor, scale: float, seen: list[Tensor
     return [torch.stack(outputs, 1), *(part.grad for part in leaves if part.grad is not None)]
 
 
-def run_patterns(scale: Scale) -> dict[str, Any]:
-    """Attention patterns among kept rows, packed documents: their operators on this device against masks written out."""
-    lengths, size = ((70, 33), 16) if scale.tiny else ((4096, 1000, 2100), 64)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    device, generator = scale.device, torch.Generator().manual_seed(0)
-    places = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-    documents = find_documents(1, sum(lengths), size, device, position_ids=places)
+def packed(scale: Scale, size: int, generator: torch.Generator) -> tuple[Documents, Selection]:
+    """Three documents side by side, or two small ones, and a selection of three in five of their blocks."""
+    lengths = (70, 33) if scale.tiny else (4096, 1000, 2100)
+    places = torch.cat([torch.arange(length) for length in lengths])[None].to(scale.device)
+    documents = find_documents(1, sum(lengths), size, scale.device, position_ids=places)
     marks = torch.rand(sum(documents.block_counts), generator=generator) < 0.6
     for part in documents.split_blocks(marks):
         part[0] = part[-1] = True
-    selection = selection_of_blocks(marks.to(device), documents)
+    return documents, selection_of_blocks(marks.to(scale.device), documents)
+
+
+def run_kept_keys(scale: Scale) -> dict[str, Any]:
+    """Attention to kept and nearby keys, and what dropped keys add to the queries' gradient, packed: kernels against masks written out."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device, generator = scale.device, torch.Generator().manual_seed(0)
+    documents, selection = packed(scale, 16 if scale.tiny else 64, generator)
+    kept, rest, place = selection.real_kept, selection.real_rest, documents.place_of_row
+    document, count = (place == 0).cumsum(0), len(place)
+    distance = torch.arange(count, device=device)[:, None] - torch.arange(count, device=device)
+    earlier = (document[:, None] == document) & (distance >= 0)
+    is_kept = torch.zeros(count, dtype=torch.bool, device=device).index_fill_(0, kept, True)
+    size, heads, groups = (32, 4, 2) if scale.tiny else (128, 32, 8)
+    rows: list[dict[str, Any]] = []
+    # Nearby keys, all keys as in the exact form, and a sliding window with either.
+    widths = [(width, window) for width in (count // 30, count) for window in (None, count // 6)]
+    for dtype, (width, window) in [(dtype, each) for dtype in scale.dtypes for each in widths]:
+        query, grad = (torch.randn(count, heads, size, generator=generator).to(device, dtype) for _ in range(2))
+        key, value = (torch.randn(count, groups, size, generator=generator).to(device, dtype) for _ in range(2))
+        scope = KeptKeyScope(selection, documents, size**-0.5, width, window)
+        with kernel_mode("kernels"):
+            output, lse = attend_kept_keys(query, key, value, key[kept], value[kept], scope)
+            of_kept = grad[kept], query[kept], output[kept], lse[kept]
+            added = rest_query_gradient(*of_kept, key[rest], value[rest], scope)
+        seen = earlier & (is_kept | (distance < width)) & (distance < (window or count))
+        wanted: list[list[Tensor]] = [[], []]
+        for head in range(heads):
+            q, g, k, v = (part[:, head * part.shape[1] // heads].float() for part in (query, grad, key, value))
+            weights = (q @ k.T * scope.scale).masked_fill_(~seen, -torch.inf).softmax(-1)
+            mixed = weights @ v
+            weights = weights[kept][:, rest] * (g[kept] @ v[rest].T - (g * mixed).sum(-1)[kept, None])
+            wanted[0].append(mixed)
+            wanted[1].append(weights @ k[rest] * scope.scale)
+        errors = [error_ratio(got, torch.stack(want, 1)) for got, want in zip((output, added), wanted, strict=True)]
+        rows.append({"dtype": str(dtype), "width": width, "window": window, "rows": count, "errors": errors})
+        require(errors[0] <= ALLOWED[dtype] and errors[1] <= 2 * ALLOWED[dtype], f"{rows[-1]}")
+    return {"rows": rows}
+
+
+def run_patterns(scale: Scale) -> dict[str, Any]:
+    """Attention patterns among kept rows, packed documents: their operators on this device against masks written out."""
+    size = 16 if scale.tiny else 64
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device, generator = scale.device, torch.Generator().manual_seed(0)
+    documents, selection = packed(scale, size, generator)
+    lengths = documents.lengths
     kept = documents.place_of_row[selection.real_kept]
     document = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(selection.kept_lengths, device=device))
     within = torch.cat([torch.arange(length) for length in selection.kept_lengths]).to(device)
@@ -316,17 +363,20 @@ def run_training(scale: Scale, model_type: str) -> dict[str, Any]:
     documents, dtype = ((20, 3, 17), torch.float32) if scale.tiny else ((90, 7, 53), torch.bfloat16)
     tokens = torch.randint(0, 160, (2, sum(documents)), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(length) for length in documents]).expand(2, -1)
-    forms = [(form, checkpoint, "full") for form in ("exact", "sparse") for checkpoint in ("none", "kept_rows")]
+    forms = [(form, checkpoint, "full") for form in get_args(AttentionForward) for checkpoint in ("none", "kept_rows")]
     # Pairs of blocks at the full share: scores that differ in the last bits would choose others.
     forms += [("sparse", "none", "shifted_groups"), ("sparse", "none", "block_sparse"), ("sparse", "kept_rows", "block_sparse")]
     rows = []
-    for form, checkpoint, pattern in [forms[1], forms[-1]] if scale.tiny else forms:
+    few = [("exact", "kept_rows", "full"), ("kept_keys", "none", "full"), ("sparse", "kept_rows", "block_sparse")]
+    for form, checkpoint, pattern in few if scale.tiny else forms:
         for packed in (True,) if scale.tiny else (False, True):
             batch = {"input_ids": tokens, "labels": tokens} | ({"position_ids": positions} if packed else {})
             # The default, a uniform draw, needs no scores: theirs would differ in the last bits and choose other blocks.
             size = 16 if pattern == "block_sparse" else 8
             lemo = LemoConfig(
                 attention_forward=form,
+                # Documents are short: of most of their tokens these are not all.
+                nearby_tokens=7 if form == "kept_keys" else None,
                 checkpoint=checkpoint,
                 block_size=size,
                 segment_size=64,

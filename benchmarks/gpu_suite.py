@@ -12,7 +12,7 @@ Parts by the beginning of their names, for `--part`. The order is that of a shor
 is right, then the rows that all else is judged by, then the kernels' times, then the rest.
 
     runs                  every kernel compiles and runs at Llama-3-8B's sizes in bfloat16; one row each, with the reason of a failure
-    training_<type>       every architecture in bfloat16, exact and sparse form, both checkpointings, packed: first loss and gradients
+    training_<type>       every architecture in bfloat16, every form, both checkpointings, packed: first loss and gradients
                           against float32 on the CPU, then a few steps
     attention_*           flash operators and Triton kernels against dense float32 attention at real sizes, windows, offsets
                           beyond 2^31 elements, the same bits twice
@@ -20,6 +20,7 @@ is right, then the rows that all else is judged by, then the kernels' times, the
                           Liger and offload where they are installed, and others' methods; peak bytes, tokens per second, phases
     times_*               benchmarks/kernel_times.py, one kernel at a time
     tests_*               the kernels' own tests on this device, bfloat16 included
+    kept_keys             attention to kept and nearby keys, and the queries' gradient through dropped ones, against masks written out
     patterns              attention patterns among kept rows, flex attention's block masks among them, against masks written out
     offload_equality      gradients with offload to the bit, before anything is timed
     offload_<tokens>_*    kept shares that fall with depth: no offload, sensitive, uniform at its peak; peak bytes, time, stalls
@@ -56,7 +57,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 import gpu_offload
 import kernel_times
-from gpu_checks import Scale, attention_offsets, require, run_attention, run_kernels, run_patterns, run_training
+from gpu_checks import Scale, attention_offsets, require, run_attention, run_kept_keys, run_kernels, run_patterns, run_training
 from kernel_cases import CASES
 
 from lemo_hf.models import kernel_switch
@@ -73,16 +74,25 @@ QUALITY_BASE_PARTS = 3
 MODEL = "Llama-3-8B"
 # Methods of `lemo bench` that come first: stock LoRA and ours, each as it is best at the length.
 FIRST = {
-    8192: ("stock-bf16", "lemo-exact", "lemo-sparse", "checkpointing"),
-    65536: ("checkpointing", "lemo-exact-rows", "lemo-sparse-rows", "liger-checkpointing"),
+    8192: ("stock-bf16", "lemo-exact", "lemo-keys", "lemo-sparse", "checkpointing"),
+    65536: ("checkpointing", "lemo-exact-rows", "lemo-keys-rows", "liger-checkpointing"),
 }
 # At every length, at 8K, where nothing has to be run again, and at 64K, where much has.
 HEADLINE = (
     "stock", "stock-bf16", "checkpointing", "liger-checkpointing", "longlora", "random-ltd", "tokentune",
-    "lemo-exact", "lemo-sparse", "lemo-exact-rows", "lemo-sparse-rows", "lemo-sparse-groups-rows", "lemo-sparse-blocks-rows",
+    "lemo-exact", "lemo-keys", "lemo-sparse", "lemo-exact-rows", "lemo-keys-rows", "lemo-sparse-rows",
+    "lemo-sparse-groups-rows", "lemo-sparse-blocks-rows",
 )  # fmt: skip
-SHORT = ("liger", "lemo-artifact", "lemo-exact@0.3", "lemo-exact-float32", "lemo-sparse-float32")
-LONG = ("liger-checkpointing-offload", "lemo-exact-rows@0.25", "lemo-exact-rows@0.1", "lemo-exact-offload")
+SHORT = (
+    "liger",
+    "lemo-artifact",
+    "lemo-exact@0.3",
+    "lemo-keys@0.3",
+    "lemo-exact-float32",
+    "lemo-keys-float32",
+    "lemo-sparse-float32",
+)
+LONG = ("liger-checkpointing-offload", "lemo-exact-rows@0.25", "lemo-exact-rows@0.1", "lemo-keys-rows@0.25", "lemo-exact-offload")
 TINY = ("checkpointing", "tokentune_0.5", "lemo-sparse_0.5")
 
 
@@ -162,7 +172,14 @@ def quality_parts() -> Iterator[Part]:
         yield Part(f"quality_base_{number}", 480, training)
     common = ("--base", base, "--out", str(QUALITY), "--steps", "100", "--sizes", "full")
     arms = [f"{arm}:{seed}" for seed in (0, 1, 2) for arm in ("stock", "exact-0.5", "exact-0.3")]
-    for arm in (*arms, *(f"exact-{share}:0" for share in (0.1, 0.2, 0.8, 0.05)), "sparse-0.5:0", "exact-0.5-true:0"):
+    for arm in (
+        *arms,
+        *(f"exact-{share}:0" for share in (0.1, 0.2, 0.8, 0.05)),
+        "keys-0.5:0",
+        "keys-0.3:0",
+        "sparse-0.5:0",
+        "exact-0.5-true:0",
+    ):
         yield Part(f"quality_{arm.replace(':', '_seed')}", 300, partial(run_quality, "extension", "--arms", arm, *common))
 
 
@@ -210,6 +227,7 @@ def parts(scale: Scale) -> Iterator[Part]:
     yield from headline_parts(scale, first=False)
     yield from (*training[1:], *attention[1:])
     yield Part("attention_offsets", 60, partial(attention_offsets, scale))
+    yield Part("kept_keys", 120, partial(run_kept_keys, scale))
     yield Part("patterns", 240, partial(run_patterns, scale))
     for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")):
         # That kernels compile without a GPU is no question here.

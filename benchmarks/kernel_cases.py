@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lemo_hf.models import kept_key_attention as kept_key_reference
 from lemo_hf.models import nearby_attention as nearby_reference
 from lemo_hf.models import token_informativeness
-from lemo_hf.models.documents import find_documents
+from lemo_hf.models.documents import Documents, find_documents
 from lemo_hf.models.kernel_switch import kernel_mode
-from lemo_hf.models.token_elimination import selection_of_blocks
+from lemo_hf.models.token_elimination import Selection, selection_of_blocks
 
 
 @dataclass(frozen=True)
@@ -261,11 +262,16 @@ def attention(setting: Setting) -> Case:
     return Case(partial(both_ways, "triton"), sdpa, flops=flops, others=others, compiles=False)
 
 
-def nearby_attention(setting: Setting) -> Case:
-    """Attention of dropped rows to the 128 tokens before them, against the formula's gathered keys."""
+def one_document(setting: Setting) -> tuple[Documents, Selection]:
+    """All rows as one document, and a choice of its blocks."""
     documents = find_documents(1, setting.rows, setting.block_size, setting.device)
     marks = torch.zeros(sum(documents.block_counts), dtype=torch.bool, device=setting.device)
-    selection = selection_of_blocks(marks.index_fill_(0, setting.kept_rows()[0] // setting.block_size, True), documents)
+    return documents, selection_of_blocks(marks.index_fill_(0, setting.kept_rows()[0] // setting.block_size, True), documents)
+
+
+def nearby_attention(setting: Setting) -> Case:
+    """Attention of dropped rows to the 128 tokens before them, against the formula's gathered keys."""
+    documents, selection = one_document(setting)
     rest = selection.real_rest.numel()
     query = setting.random(rest, setting.heads, setting.head_dim)
     key, value = (setting.random(setting.rows, setting.key_heads, setting.head_dim) for _ in range(2))
@@ -279,11 +285,69 @@ def nearby_attention(setting: Setting) -> Case:
     return Case(partial(attended, "kernels"), partial(attended, "reference"), flops=flops, compiles=False)
 
 
+def kept_key_attention(setting: Setting) -> Case:
+    """Attention of all rows to kept ones and the 256 nearest, against SDPA with masks by strips of queries, and beside dense attention."""
+    import lemo_kernels
+
+    documents, selection = one_document(setting)
+    kept, width, scale = selection.real_kept, min(256, setting.rows // 4), setting.head_dim**-0.5
+    query = setting.random(setting.rows, setting.heads, setting.head_dim)
+    key, value = (setting.random(setting.rows, setting.key_heads, setting.head_dim) for _ in range(2))
+    of_kept = key[kept], value[kept]
+    scope = kept_key_reference.KeptKeyScope(selection, documents, scale, width)
+    rows, group = torch.arange(setting.rows, device=setting.device), setting.heads // setting.key_heads
+    is_kept = torch.zeros_like(rows, dtype=torch.bool).index_fill_(0, kept, True)
+
+    def ours() -> list[Tensor]:
+        with kernel_mode("kernels"):
+            return [kept_key_reference.attend_kept_keys(query, key, value, *of_kept, scope)[0]]
+
+    def naive() -> list[Tensor]:
+        parts, heads = [], [part.repeat_interleave(group, 1).transpose(0, 1)[None] for part in (key, value)]
+        for start in range(0, setting.rows, 1024):
+            end = min(start + 1024, setting.rows)
+            distance = rows[start:end, None] - rows[:end]
+            mask = (distance >= 0) & (is_kept[:end] | (distance < width))
+            strip, seen = query[start:end].transpose(0, 1)[None], (part[:, :, :end] for part in heads)
+            parts.append(F.scaled_dot_product_attention(strip, *seen, attn_mask=mask, scale=scale))
+        return [torch.cat(parts, 2)[0].transpose(0, 1)]
+
+    # As if kept rows lay evenly: their share of all pairs, and what is missing of the nearby ones.
+    share, pairs = kept.numel() / setting.rows, setting.rows * (setting.rows + 1) / 2
+    near = width * setting.rows - width * (width - 1) / 2
+    flops = 4 * round(share * pairs + (1 - share) * near) * setting.heads * setting.head_dim
+    others = {"dense attention": partial(lemo_kernels.attend, query, key, value, [setting.rows], scale)}
+    return Case(ours, naive, flops=flops, others=others, compiles=False)
+
+
+def rest_query_gradient(setting: Setting) -> Case:
+    """What all dropped keys add to kept queries' gradient, as in the exact form, beside the gradient among kept rows."""
+    import lemo_kernels
+
+    documents, selection = one_document(setting)
+    kept, rest, scale = selection.real_kept, selection.real_rest, setting.head_dim**-0.5
+    query = setting.random(setting.rows, setting.heads, setting.head_dim)
+    key, value = (setting.random(setting.rows, setting.key_heads, setting.head_dim) for _ in range(2))
+    output, lse = lemo_kernels.attend(query, key, value, [setting.rows], scale, backend="triton")
+    grad, of_kept = setting.random(kept.numel(), *query.shape[1:]), (query[kept], output[kept], lse[kept])
+    of_rest, scope = (key[rest], value[rest]), kept_key_reference.KeptKeyScope(selection, documents, scale, setting.rows)
+
+    def gradient(mode: Any) -> list[Tensor]:
+        with kernel_mode(mode):
+            return [kept_key_reference.rest_query_gradient(grad, *of_kept, *of_rest, scope)]
+
+    pairs = kept.numel() * rest.numel() * (setting.rows + 1) / (2 * setting.rows)
+    flops = 6 * round(pairs) * setting.heads * setting.head_dim
+    own = of_kept[0], key[kept], value[kept], *of_kept[1:]
+    others = {"gradient among kept rows": partial(lemo_kernels.attend_backward, grad, *own, [kept.numel()], scale)}
+    return Case(partial(gradient, "kernels"), partial(gradient, "reference"), flops=flops, others=others, compiles=False)
+
+
 CASES: dict[str, Callable[[Setting], Case]] = {
     builder.__name__: builder
     for builder in (
         gather_norm, gather_norm_backward, rotary, scatter_add, take_and_merge, block_scores, loss, attention,
-        nearby_attention,
+        nearby_attention, kept_key_attention, rest_query_gradient,
     )
 }  # fmt: skip
 
@@ -294,7 +358,7 @@ def settings_of(name: str, tiny: bool) -> Iterator[Setting]:
         sizes = {"hidden": 32, "heads": 4, "key_heads": 2, "head_dim": 16, "vocabulary": 70, "block_size": 8, "segment": 16}
         yield Setting(48, 0.5, torch.device("cpu"), torch.float32, **sizes)  # type: ignore[arg-type]
         return
-    quadratic = name in ("block_scores", "attention")
+    quadratic = name in ("block_scores", "attention", "kept_key_attention", "rest_query_gradient")
     all_rows = (8192, 32768, 65536) if quadratic else (16384,) if name == "loss" else (16384, 32768, 65536, 131072)
     for rows in all_rows:
         for keep in (1.0,) if name in ("loss", "block_scores") else (0.5,) if quadratic else (0.3, 0.5, 0.7):

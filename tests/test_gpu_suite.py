@@ -25,17 +25,21 @@ def test_every_kind_of_part_runs_and_is_not_run_again(tmp_path, monkeypatch):
         "--tiny",
         "--out",
         str(tmp_path),
-        *(word for part in ("runs", "att", "pattern", "train", "head", "times") for word in ("--part", part)),
+        *(word for part in ("runs", "att", "pattern", "train", "head", "times", "kept") for word in ("--part", part)),
     ]
     assert gpu_suite.main(command) == 0
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert all({"date", "commit", "versions", "machine", "seconds"} <= result.keys() for result in results.values())
     assert all(row["seconds"] > 0 for row in results["runs"]["rows"])
     assert [row["backend"] for row in results["attention_16"]["rows"]] == ["triton"] * 4
+    assert {(row["width"], row["window"]) for row in results["kept_keys"]["rows"]} == {(3, None), (3, 17), (103, None), (103, 17)}
+    assert max(error for row in results["kept_keys"]["rows"] if row["dtype"] == "torch.float32" for error in row["errors"]) < 1e-5
     patterns = results["patterns"]["rows"]
     assert {row["pattern"] for row in patterns} == {"shifted_groups", "block_sparse"}
     assert max(error for row in patterns if row["dtype"] == "torch.float32" for error in row["errors"]) < 1e-5
-    assert results["training_mistral"]["rows"][0]["gradient_error"] < 1e-4
+    trained = results["training_mistral"]["rows"]
+    assert {row["form"] for row in trained} == {"exact", "kept_keys", "sparse"}
+    assert all(row["gradient_error"] < 1e-4 for row in trained)
     stock, sparse, tuned = (
         results[f"headline_64_{arm}"]["rows"][0] for arm in ("checkpointing", "lemo-sparse_0.5", "tokentune_0.5")
     )
@@ -57,9 +61,12 @@ def test_a_short_lease_gets_what_matters_most_first():
     assert names[:3] == ["runs", "training_llama", "attention_128"]
     first = names[3 : names.index("times_gather_norm")]
     assert first[:2] == ["headline_8192_stock-bf16", "headline_8192_checkpointing"]
-    assert {"headline_8192_lemo-exact_0.5", "headline_65536_lemo-sparse-rows_0.5", "headline_65536_checkpointing"} <= set(first)
+    assert {"headline_8192_lemo-exact_0.5", "headline_8192_lemo-keys_0.5", "headline_8192_lemo-sparse_0.5"} <= set(first)
+    assert {"headline_65536_lemo-exact-rows_0.5", "headline_65536_lemo-keys-rows_0.5", "headline_65536_checkpointing"} <= set(
+        first
+    )
     kinds = [name.split("_")[0] for name in names[3 + len(first) :]]
-    order = ["times", "headline", "training", "attention", "patterns", "tests", "offload", "quality"]
+    order = ["times", "headline", "training", "attention", "kept", "patterns", "tests", "offload", "quality"]
     assert list(dict.fromkeys(kinds)) == order
     assert sum(part.seconds for part in found[: 3 + len(first)]) < 30 * 60
     assert "tests_compiles_for_gpu" not in names

@@ -16,7 +16,12 @@ from benchmarks.quality.report import runs_in
 from lemo_hf.profiling.plots import LINES, MARKERS, SERIES, new_figure, save_figure
 
 # Form and point -> how it is drawn.
-_SERIES = {("exact", EQUAL_STEPS): 1, ("exact", EQUAL_TIME): 2, ("sparse", EQUAL_STEPS): 3, ("sparse", EQUAL_TIME): 4}
+_SERIES = {
+    (form, point): place
+    for place, (form, point) in enumerate(
+        ((form, point) for form in ("exact", "kept_keys", "sparse") for point in (EQUAL_STEPS, EQUAL_TIME)), start=1
+    )
+}
 
 
 def style(place: int) -> dict[str, Any]:
@@ -62,7 +67,9 @@ def draw_shares(setting: Mapping[str, Any]) -> Figure | None:
         for (form, point), points in series.items():
             ordered = sorted((costs[name], mean, error) for costs, mean, error in points)
             x, y, errors = zip(*ordered, strict=True)
-            axis.errorbar(x, y, yerr=errors, label=f"{form}, {point.replace('_', ' ')}", **style(_SERIES[form, point]))
+            axis.errorbar(
+                x, y, yerr=errors, label=f"{form.replace('_', ' ')}, {point.replace('_', ' ')}", **style(_SERIES[form, point])
+            )
         axis.axhline(0, color=SERIES[0], linewidth=1)
         axis.set(xlabel=name)
         axis.grid(alpha=0.3)
@@ -113,16 +120,19 @@ def draw_retrieval(setting: Mapping[str, Any], arms: Sequence[str]) -> Figure | 
 
 
 def draw_plots(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Writes the plots of the setting with the most runs, of the last result that has any; returns their paths."""
+    """Writes the plots of each kind of machine: shares by today's code, positions and retrieval of the most runs; returns their paths."""
     written = []
-    arms = ("stock", "exact-0.5", "exact-0.3", "sparse-0.5", "before")
-    for result in results:
-        setting = max(result["settings"].values(), key=runs_in)
+    arms = ("stock", "exact-0.5", "exact-0.3", "keys-0.5", "sparse-0.5", "before")
+    for suffix in ("", "-gpu"):
+        of_machine = [result for result in results if ("gpu" in result["machine"]) == bool(suffix)]
+        settings = [max(result["settings"].values(), key=runs_in) for result in sorted(of_machine, key=lambda each: "note" in each)]
+        if not settings:
+            continue
+        most = max(settings, key=runs_in)
         figures = {
-            "shares": draw_shares(setting),
-            "positions": draw_positions(setting, arms),
-            "retrieval": draw_retrieval(setting, arms),
+            "shares": next(filter(None, map(draw_shares, settings)), None),
+            "positions": draw_positions(most, arms),
+            "retrieval": draw_retrieval(most, arms),
         }
-        suffix = "-gpu" if "gpu" in result["machine"] else ""
         written += [save_figure(figure, folder / f"{name}{suffix}.png") for name, figure in figures.items() if figure is not None]
     return written

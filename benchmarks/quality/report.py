@@ -19,15 +19,19 @@ from lemo_hf.errors import LemoError
 
 Results = Sequence[Mapping[str, Any]]
 NONE = "Not measured yet."
-CORE = ("stock", "exact-0.5", "exact-0.3")
+CORE = ("stock", "exact-0.5", "exact-0.3", "keys-0.5", "keys-0.3")
 # What the bench is for: arm, point, measure, unit, the largest difference to stock that is a success; `None`: a loss is no tie.
-GOALS = (
-    ("exact-0.5", EQUAL_STEPS, "perplexity", "%", 1.0),
-    ("exact-0.3", EQUAL_STEPS, "perplexity", "%", 1.5),
-    ("exact-0.5", EQUAL_TIME, "perplexity", "%", -2.0),
-    ("exact-0.3", EQUAL_TIME, "perplexity", "%", 0.0),
-    ("exact-0.5", EQUAL_STEPS, "retrieval", "points", None),
-    ("exact-0.5", EQUAL_STEPS, "retrieval_loss", "nats", None),
+GOALS = tuple(
+    (f"{form}-{share:g}", point, measure, unit, most)
+    for form in ("exact", "keys")
+    for share, point, measure, unit, most in (
+        (0.5, EQUAL_STEPS, "perplexity", "%", 1.0),
+        (0.3, EQUAL_STEPS, "perplexity", "%", 1.5),
+        (0.5, EQUAL_TIME, "perplexity", "%", -2.0),
+        (0.3, EQUAL_TIME, "perplexity", "%", 0.0),
+        (0.5, EQUAL_STEPS, "retrieval", "points", None),
+        (0.5, EQUAL_STEPS, "retrieval_loss", "nats", None),
+    )
 )
 
 
@@ -35,7 +39,8 @@ def source(result: Mapping[str, Any]) -> str:
     """One line that says where figures come from."""
     machine, versions = result["machine"], result["versions"]
     commits = ", ".join(result["commits_of_runs"])
-    return f"{result['date']}, runs of commit {commits}, torch {versions['torch']}, {machine.get('gpu') or machine['processor']}."
+    note = f"{result['note']}; " if "note" in result else ""  # what the code of that day did otherwise
+    return f"{note}{result['date']}, runs of commit {commits}, torch {versions['torch']}, {machine.get('gpu') or machine['processor']}."
 
 
 def difference(found: Mapping[str, Any] | None, unit: str = "%") -> str:
@@ -265,7 +270,8 @@ def goals_table(results: Results) -> str:
                 word += ", one seed"
             name = f"{arm}, {point.replace('_', ' ')}, {measure.replace('_loss', ', loss of the answers')}"
             about = setting["setting"]
-            of = f"{about['text']}, {steps_of(about)}, {about['schedule']} rate, {result['machine'].get('gpu') or 'CPU'}"
+            of = f"{about['text']}, base {Path(about['base']).name}, {steps_of(about)}, {about['schedule']} rate, {result['machine'].get('gpu') or 'CPU'}"
+            of += f"; {result['note']}" if "note" in result else ""
             rows.append([name, of, goal, difference(found, unit), word])
     return table(("goal", "setting", "against stock", "measured", ""), rows) if rows else NONE
 
@@ -273,17 +279,25 @@ def goals_table(results: Results) -> str:
 def settings_table(results: Results) -> str:
     """Stock and the exact form by rate and schedule."""
     rows = []
-    for _, setting in settings_of(results):
+    for result, setting in settings_of(results):
         of = setting["setting"]
+        base = f"{Path(of['base']).name}{', ' + result['note'] if 'note' in result else ''}"
         for name in ("stock", "exact-0.5"):
             arm = setting["arms"].get(name)
             if arm is not None:
                 point = arm["points"][EQUAL_STEPS]
-                about = [name, of["text"], f"{of['schedule']} {of['learning_rate']:g}", steps_of(of), str(len(arm["seeds"]))]
+                about = [
+                    name,
+                    of["text"],
+                    base,
+                    f"{of['schedule']} {of['learning_rate']:g}",
+                    steps_of(of),
+                    str(len(arm["seeds"])),
+                ]
                 versus = "-" if name == "stock" else difference(point["versus_stock"].get("perplexity"))
                 rows.append([*about, number(point["perplexity"]), versus])
-    head = ("arm", "text", "rate", "steps", "seeds", "perplexity", "against stock of the same rate")
-    return table(head, sorted(rows, key=lambda row: (row[1], row[0] != "stock", row[3], row[2]))) if rows else NONE
+    head = ("arm", "text", "base", "rate", "steps", "seeds", "perplexity", "against stock of the same rate")
+    return table(head, sorted(rows, key=lambda row: (row[2], row[1], row[0] != "stock", row[4], row[3]))) if rows else NONE
 
 
 def with_error(found: Sequence[float], digits: int = 2) -> str:

@@ -3,7 +3,8 @@
     python benchmarks/layer_arithmetic.py
 
 Fake CPU tensors run the real code (forward and backward) of `--layers` layers; embeddings, final norm and head are left out.
-Bytes are unique storages that autograd saves, parameters excluded; FLOPs count causal pairs once; choosing blocks is included.
+Bytes are unique storages that autograd saves, parameters excluded; FLOPs count causal pairs once, but of kept-key attention and of
+the gradient through dropped keys all pairs of the CPU's strips, masked ones too; choosing blocks is included.
 """
 
 import argparse
@@ -81,11 +82,14 @@ def arms(keep: float) -> dict[str, LemoConfig | None]:
     """Stock and the LeMo configurations that are compared."""
     sparse: dict[str, Any] = {"attention_forward": "sparse", "selection": "ratio", "keep_ratio": keep}
     exact: dict[str, Any] = {"attention_forward": "exact", "selection": "sampled", "keep_ratio": keep}
+    keys: dict[str, Any] = {"attention_forward": "kept_keys", "selection": "ratio", "block_reduction": "mean", "keep_ratio": keep}
     return {
         "stock": None,
         "exact": LemoConfig(**exact, **PREDICTOR),
+        "kept keys": LemoConfig(**keys, **PREDICTOR),
         "sparse": LemoConfig(**sparse, **PREDICTOR),
         "exact, kept-row checkpointing": LemoConfig(**exact, **PREDICTOR, checkpoint="kept_rows"),
+        "kept keys, kept-row checkpointing": LemoConfig(**keys, **PREDICTOR, checkpoint="kept_rows"),
         "sparse, kept-row checkpointing": LemoConfig(**sparse, **PREDICTOR, checkpoint="kept_rows"),
     }
 
@@ -119,7 +123,7 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"  {name:32s} saved {row['saved_rows_of_h']:6.2f} H a token = {row['saved_of_stock']:.3f} of stock, "
+                f"  {name:34s} saved {row['saved_rows_of_h']:6.2f} H a token = {row['saved_of_stock']:.3f} of stock, "
                 f"{result['flops'] / 1e12:.3f} TFLOP = {row['flops_of_stock']:.3f}"
             )
     config = {"shape": "Llama-3-8B", "tokens": args.tokens, "keep": args.keep, "batch": 1, "lora": "r=8 on q, k, v, o"}

@@ -39,6 +39,7 @@ SAMPLES = 16 * STEPS
 DOCUMENTS = 64
 FORMS = {
     "sparse": LemoConfig(attention_forward="sparse", selection="threshold", **PREDICTOR),
+    "kept_keys": LemoConfig(attention_forward="kept_keys", block_reduction="mean", selection="threshold", **PREDICTOR),
     "exact": LemoConfig(attention_forward="exact", selection="threshold", **PREDICTOR),
 }
 
@@ -89,7 +90,7 @@ def measure(shape: dict[str, int], tokens: int, lemo: LemoConfig, steps: int) ->
 
 def shares(found: dict[str, int], lemo: LemoConfig, rounds: int, profile: int) -> dict[str, float]:
     """Shares of a normal run's FLOPs, in [0, 1]."""
-    passes = 2 * LAYERS * rounds if lemo.attention_forward == "sparse" else 0
+    passes = 2 * LAYERS * rounds if lemo.attention_forward != "exact" else 0
     predictor = DOCUMENTS * found["predictor_document"]
     calibrate = profile * (found["profile_forward"] + passes * found["calibration_forward"])
     whole = predictor + calibrate + SAMPLES * found["training_sample"]
@@ -113,7 +114,7 @@ def estimated_probe_share(lemo: LemoConfig, args: type[LemoTrainingArguments]) -
 
 
 def main() -> None:
-    """Counts the exact and the sparse form and writes the JSON."""
+    """Counts every form and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a document and of a sample")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write (default: %(default)s)")

@@ -45,6 +45,7 @@ RESULT = Path(__file__).parent / "results" / "quality_budget--any.json"
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact 0.5": {"keep_ratio": 0.5},
     "exact 0.3": {"keep_ratio": 0.3},
+    "kept keys 0.5": {"keep_ratio": 0.5, "attention_forward": "kept_keys", "selection": "ratio"},
     "sparse 0.5": {"keep_ratio": 0.5, "attention_forward": "sparse", "selection": "ratio", "dense_layers": [0]},
 }
 

@@ -147,7 +147,7 @@ def test_predictors_that_came_with_the_model_are_probed_before_the_first_step(tm
 # --- What it costs ---
 
 
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 def test_probes_and_refits_take_less_than_a_hundredth_of_a_normal_run(form):
     """The real ones on one layer with the proportions of an 8B model, with the default arguments."""
     shape = phase_flops.LLAMA_3_8B | SIXTEENTH_OF_8B

@@ -27,6 +27,15 @@ def test_the_exact_form_has_dense_forwards_and_no_rounds():
     assert (cost.predictor, cost.calibrate, cost.steps) == (0, 4, 12.5)
 
 
+def test_with_kept_keys_forwards_are_about_dense_and_the_loss_depends_on_what_is_dropped():
+    """All rows are projected, so a forward counts as one; what is dropped is differentiated as in the sparse form."""
+    lemo = LemoConfig(selection="threshold", attention_forward="kept_keys", keep_ratio=0.25)
+    cost = estimate_cost(lemo, 4, fitted_documents=0, profile_documents=4, rounds=3, samples=10)
+    assert (cost.predictor, cost.calibrate, cost.steps) == (0, 4 * (1 + 2 * 4 * 3), 12.5)
+    search = estimate_search_cost(lemo, 4, probes=2)
+    assert (search.measured, search.compared) == (1 + 2 * (4 + 3 + 2 + 1) / 4, 2)
+
+
 def test_dense_layers_are_whole_and_not_searched():
     lemo = LemoConfig(selection="threshold", attention_forward="sparse", keep_ratio=0.5, dense_layers=[0, -1])
     cost = estimate_cost(lemo, 4, fitted_documents=0, profile_documents=2, rounds=1, samples=4)
@@ -38,7 +47,7 @@ def test_without_phases_there_is_no_share():
     assert estimate_cost(LemoConfig(), 4, 0, 0, 3, samples=10).share == 0
 
 
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 def test_the_estimate_is_what_the_flop_counter_finds(form):
     """The real phases on one layer with the proportions of an 8B model; the goal for a normal run's phases is 5 %."""
     shape = phase_flops.LLAMA_3_8B | SIXTEENTH_OF_8B

@@ -30,6 +30,7 @@ from lemo_hf.training.step_memory import step_settings
 # Their informativeness decides, so that layers differ on random text too.
 CHOOSING = {"selection": "ratio", "keep_ratio": 0.5}
 EXACT, SPARSE = {"selection": "sampled"}, {"selection": "ratio", "attention_forward": "sparse"}
+KEYS = {"selection": "ratio", "attention_forward": "kept_keys", "nearby_tokens": 7}
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -60,10 +61,11 @@ def naive(model, batch, shares, draw, **changes):
         EXACT,
         {**SPARSE, "score_source": "true"},
         SPARSE,
+        KEYS,
         {**SPARSE, "score_source": "true", "attention_pattern": "block_sparse", "pattern_share": 0.5},
         {"draws": "by_layer", "checkpoint": "kept_rows", "mlp_keep_ratio": 0.5},
     ],
-    ids=["exact", "sparse", "sparse by prediction", "sparse in a pattern", "by layer"],
+    ids=["exact", "sparse", "sparse by prediction", "kept keys", "sparse in a pattern", "by layer"],
 )
 def test_the_cached_prefix_gives_what_whole_steps_give_for_less(lemo):
     model = tiny_lemo_model(keep_ratio=0.5, **lemo)
@@ -107,7 +109,7 @@ def test_below_the_lowest_trained_layer_no_share_matters():
     assert found[1][0] > base > 0
 
 
-@pytest.mark.parametrize("lemo", [EXACT, SPARSE], ids=["exact", "sparse"])
+@pytest.mark.parametrize("lemo", [EXACT, SPARSE, KEYS], ids=["exact", "sparse", "kept keys"])
 def test_the_estimate_is_what_is_counted(lemo):
     model = tiny_lemo_model(keep_ratio=0.5, **lemo)
     batch = {name: value[None] for name, value in RandomText()[0].items()}

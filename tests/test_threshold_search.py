@@ -10,6 +10,10 @@ from lemo_hf.models.sparse_decoder import sparse_backbone, sparse_evaluation
 from lemo_hf.training.phases.threshold_search import ThresholdSearch, kept_share
 
 SPARSE = {"selection": "threshold", "attention_forward": "sparse"}
+# Forms whose loss depends on what is dropped.
+DROPPING = pytest.mark.parametrize(
+    "form", [{}, {"attention_forward": "kept_keys", "nearby_tokens": 7}], ids=["sparse", "kept keys"]
+)
 
 
 def search_of(eta=0.5, documents=2, **lemo):
@@ -54,8 +58,10 @@ def test_the_model_keeps_what_the_search_says():
     assert kept / total == search.kept_shares()[0]
 
 
-def test_a_round_is_algorithm_1():
-    search = search_of(eta=0.5)
+@DROPPING
+def test_a_round_is_algorithm_1(form):
+    search = search_of(eta=0.5, **form)
+    assert search.differentiates
     search.begin()
     start, scale = list(search.offsets), [search._scale[layer][1] for layer in search.searched]
     lemo = search.backbone.config.lemo
@@ -77,8 +83,9 @@ def test_a_round_is_algorithm_1():
     assert moves[0] - moves[1] == pytest.approx(0.5 * (wanted[0] - wanted[1]) / largest)
 
 
-def test_loss_is_the_sparse_loss():
-    search = search_of(documents=1, keep_ratio=0.4)
+@DROPPING
+def test_loss_is_that_of_the_forward_that_drops(form):
+    search = search_of(documents=1, keep_ratio=0.4, **form)
     search.begin()
     batch = search.batches[0]
     with torch.no_grad(), sparse_evaluation(search.backbone):

@@ -45,7 +45,14 @@ def test_every_selection_has_its_words():
         (LemoConfig(selection="ratio", score_source="true"), "the most informative ones, by the layer's own queries and keys"),
         (LemoConfig(selection="threshold", keep_ratio=[0.25, 0.75]), "| Budget of the thresholds | 0.25 to 0.75, by layer of"),
         (LemoConfig(dense_layers=[0, -1]), "| Layers that keep every token | 0, -1 |"),
-        (LemoConfig(attention_forward="sparse"), "sparse: kept tokens attend to kept tokens"),
+        (LemoConfig(), "| Attention in training | exact: dense forward pass, gradient of the kept tokens |"),
+        (LemoConfig(attention_forward="sparse"), "sparse: kept tokens attend to kept tokens, gradient of the kept tokens |"),
+        (LemoConfig(attention_forward="sparse", nearby_tokens=7), "kept tokens, dropped ones to the last 7 tokens, gradient"),
+        (
+            LemoConfig(attention_forward="kept_keys"),
+            "kept_keys: every token attends to the kept tokens and to the last 256, gradient",
+        ),
+        (LemoConfig(attention_forward="kept_keys", nearby_tokens=7), "to the kept tokens and to the last 7, gradient"),
         (LemoConfig(checkpoint="kept_rows"), "stores its kept rows and recomputes"),
     ):
         assert words in render_card(results(lemo=lemo.to_dict()), "mine"), lemo

@@ -63,11 +63,29 @@ def test_the_memory_of_each_run_is_called_what_it_is():
     assert gpu not in memory([logged("run", "")]).caption
 
 
-def test_loss_of_the_sparse_forward_is_not_passed_off_as_the_dense_one():
-    baseline = synthetic([3.0] * 4, lemo=LemoConfig(enabled=False))
-    sparse = synthetic([3.0] * 4, lemo=LemoConfig(attention_forward="sparse"))
-    assert any("loss of the sparse forward" in text for text in pairs_in_words(sparse, baseline))
-    assert not any("loss of the sparse forward" in text for text in pairs_in_words(synthetic([3.0] * 4), baseline))
+def test_loss_of_a_forward_that_leaves_tokens_out_is_not_passed_off_as_the_dense_one():
+    baseline, words = synthetic([3.0] * 4, lemo=LemoConfig(enabled=False)), "loss of a forward that leaves tokens out"
+    for form in ("sparse", "kept_keys"):
+        run = synthetic([3.0] * 4, lemo=LemoConfig(attention_forward=form))
+        assert any(words in text for text in pairs_in_words(run, baseline)), form
+    assert not any(words in text for text in pairs_in_words(synthetic([3.0] * 4), baseline))
+
+
+@pytest.mark.parametrize(
+    ("lemo", "words"),
+    [
+        (LemoConfig(), "(sampled selection); dense forward pass."),
+        (LemoConfig(attention_forward="kept_keys"), "; every token attends to the kept tokens and to the last 256."),
+        (
+            LemoConfig(attention_forward="sparse", nearby_tokens=7),
+            "; kept tokens attend to kept tokens, dropped ones to the last 7 tokens.",
+        ),
+    ],
+    ids=["exact", "kept keys", "sparse"],
+)
+def test_the_form_is_said_in_words(lemo, words):
+    run = synthetic([3.0] * 4, lemo=lemo, kept_share=0.5)
+    assert any(text.endswith(words) and "kept 50% of the tokens" in text for text in summary(run, None))
 
 
 def by_layer(name, *values):

@@ -11,6 +11,7 @@ from peft import PeftModel
 from references.one_layer import layer_under_test, run_layer, slowly
 from references.tiny_models import (
     ARCHITECTURES,
+    NEARBY,
     add_lora,
     assert_close_gradients,
     assert_same_gradients,
@@ -36,7 +37,7 @@ from lemo_hf import AutoLemoModelForCausalLM, LemoTrainer, registry
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.estimate.fake_model import fake_model
 
-FORMS = ["sparse", "exact"]
+FORMS = ["sparse", "exact", "kept_keys"]
 CHECKPOINTS = ["none", "kept_rows"]
 LAYOUTS = ["left", "right", "left_positions", "packed_positions", "packed_seq_idx", "packed_cu"]
 BATCH = {"input_ids": text(), "labels": text()}
@@ -193,7 +194,8 @@ def test_a_layer_equals_the_slow_reference_with_all_its_gradients(architecture, 
     weights = {name: weight for name, weight in layer.named_parameters() if weight.requires_grad}
     upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     # From the row, not from the layer: the layer's own reading of its window is under test too.
-    wanted = slowly(layer, hidden, rotary, batch, form, ARCHITECTURES[architecture][1].get("sliding_window"))
+    nearby = NEARBY if form == "kept_keys" else 0
+    wanted = slowly(layer, hidden, rotary, batch, form, ARCHITECTURES[architecture][1].get("sliding_window"), nearby)
     wanted_grads = torch.autograd.grad(wanted, [hidden, *weights.values()], upstream)
     got = layer.sparse_forward(hidden, rotary, batch)
     got_grads = torch.autograd.grad(got, [hidden, *weights.values()], upstream)
@@ -212,8 +214,12 @@ def test_a_layer_saves_kept_rows_and_nothing_of_the_whole_stream(architecture, f
     assert result.requires_grad
     assert 0 < kept < 0.6 * 2 * 61
     assert saved
+    # Where attention is shared, kept queries owe a part of their gradient to the other rows' keys and values.
+    of_rest = [tensor for tensor in saved if tensor.shape[0] == 2 * 61 - kept]
+    heads = ARCHITECTURES[architecture][1].get("num_key_value_heads", 4)
+    assert [tensor.shape[1] for tensor in of_rest] == ([] if form == "sparse" else [heads] * 2)
     for tensor in saved:
-        assert tensor.shape[0] == kept, tuple(tensor.shape)
+        assert tensor.shape[0] == kept or any(tensor is each for each in of_rest), tuple(tensor.shape)
         # Not a view of something longer either.
         assert tensor.untyped_storage().nbytes() <= tensor.nbytes, tuple(tensor.shape)
 
@@ -351,11 +357,13 @@ def test_a_whole_run_trains_predictors_and_adapter(architecture, form, tmp_path)
     assert torch.equal(stock.eval()(text()).logits, model.eval()(text()).logits)
 
 
-def test_shapes_alone_suffice_for_a_training_step(architecture):
+@pytest.mark.parametrize("form", ["exact", "kept_keys"])
+def test_shapes_alone_suffice_for_a_training_step(architecture, form):
     """Estimates and benchmarks run on fake tensors: nothing may depend on their values."""
     if architecture == "opt" and draws_for_layerdrop():
         pytest.skip("this transformers' stock OPT compares a drawn number with layerdrop=0 in training")
-    config = lemo_model(stock_of(architecture, max_position_embeddings=1024), checkpoint="kept_rows").config
+    stock = stock_of(architecture, max_position_embeddings=1024)
+    config = lemo_model(stock, checkpoint="kept_rows", attention_forward=form).config
     mode = FakeTensorMode()
     model = fake_model(lambda: registry.ARCHITECTURES[architecture][1](config).train(), mode)
     with mode:  # longer than a strip of windowed attention

@@ -111,6 +111,7 @@ OTHERS = [
     [
         *[("llama", "uniform", "exact", way) for way in WAYS],
         *[("mistral", "ratio", "sparse", way) for way in OTHERS],
+        *[("qwen2", "ratio", "kept_keys", way) for way in OTHERS],
         *[("opt", "informed", "exact", way) for way in OTHERS],
     ],
 )
@@ -120,7 +121,7 @@ def test_every_way_of_feeding_the_same_samples_gives_the_same_run(architecture, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "opt", "qwen2", "qwen3"])
 def test_every_combination_gives_the_same_run(architecture, selection, form, way, tmp_path):

@@ -69,7 +69,7 @@ def foreign_forward(self, input_ids, attention_mask=None, position_ids=None, lab
 
 
 @pytest.mark.parametrize("layout", ["left", "packed_positions", "packed_seq_idx"])
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 def test_a_trainer_that_calls_the_backbone_itself_trains_sparsely_too(form, layout):
     """A stand-in for trl.SFTTrainer, which is not installed here."""
     batch = place([random_tokens(length, length) for length in (37, 50, 9)], layout).batch

@@ -17,12 +17,12 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from references.tiny_models import assert_same_gradients, lemo_model, loss_and_gradients, stock_model, trainable_gradients
+from references.tiny_models import NEARBY, assert_same_gradients, lemo_model, loss_and_gradients, stock_model, trainable_gradients
 from training_runs import curve, tiny_trainer
 
 from lemo_hf.models.sparse_decoder import sparse_backbone
 
-FORMS = ["exact", "sparse"]
+FORMS = ["exact", "kept_keys", "sparse"]
 # In every `make test`; the others are slow. Each feature once, and the pairs in which something was or could be wrong.
 CHOSEN = {
     ("checkpointing", "bf16"): "autocast within the second run",
@@ -50,6 +50,8 @@ CHOSEN = {
     ("head", "rslora"): "a fused loss could leave the adapter out",
     ("trained_ends", "neftune"): "noise on a wrapped module",
 }
+# Of these features the chosen pairs are in every `make test` with kept keys too.
+KEPT_KEYS_TOO = {"kept_rows", "bf16", "fp16"}
 
 
 def all_pairs():
@@ -94,6 +96,7 @@ def check(names, form, folder) -> None:
     # Draws of each layer's own would be others in a second run that chose again; shared ones are the default.
     draws = "by_layer" if form == "sparse" else "shared"
     lemo = {"keep_ratio": 0.4, "attention_forward": form, "selection": selection, "draws": draws}
+    lemo |= {"nearby_tokens": NEARBY} if form == "kept_keys" else {}
     got = step(names, folder, lemo)
     assert all(0 < share < 0.5 for share in got.shares)
     assert got.shares
@@ -128,8 +131,17 @@ def check(names, form, folder) -> None:
         assert_same(whole, stock, (4 if rounding(names) > 1e-4 else 16) * rounding(names))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("first", "second"), [pair for pair in all_pairs() if "compile" not in pair.values])
+def pairs_in_every_form():
+    """With kept keys most are slow: what is apart from the exact form's step is attention's forward."""
+    for pair in all_pairs():
+        for form in FORMS if "compile" not in pair.values else ():
+            quick = form != "kept_keys" or KEPT_KEYS_TOO & set(pair.values)
+            yield pytest.param(
+                *pair.values, form, marks=pair.marks or ([] if quick else [pytest.mark.slow]), id=f"{pair.id}-{form}"
+            )
+
+
+@pytest.mark.parametrize(("first", "second", "form"), list(pairs_in_every_form()))
 def test_pair(first, second, form, folder):
     check((first, second), form, folder)
 
@@ -190,9 +202,9 @@ def test_a_float16_scaler_scales_every_gradient(form, checkpoint):
 
 
 def compiled_pairs():
-    """In the two forms by turns: tracing takes seconds."""
+    """In the forms by turns: tracing takes seconds."""
     pairs = [pair.values for pair in all_pairs() if "compile" in pair.values]
-    return [(*pair, FORMS[place % 2]) for place, pair in enumerate(pairs)]
+    return [(*pair, FORMS[place % len(FORMS)]) for place, pair in enumerate(pairs)]
 
 
 # Dynamo instantiates an autograd.Function while it traces; torch warns of that, to itself.

@@ -44,7 +44,7 @@ def mlp_blocks(batch, layer):
     return blocks
 
 
-@pytest.mark.parametrize("form", ["exact", "sparse"])
+@pytest.mark.parametrize("form", ["exact", "kept_keys", "sparse"])
 @pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
 def test_a_share_no_smaller_than_the_layer_s_changes_no_bit(form, checkpoint):
     settings = {"keep_ratio": 0.5, "attention_forward": form, "checkpoint": checkpoint}
@@ -126,7 +126,7 @@ def _layers(model):
     return next(module.layers for module in model.modules() if hasattr(module, "layers"))
 
 
-@pytest.mark.parametrize("form", ["exact", "sparse"])
+@pytest.mark.parametrize("form", ["exact", "kept_keys", "sparse"])
 def test_checkpointed_with_dropout_it_is_the_same_step(form):
     """What is run again draws the first run's numbers, though rows that the MLP drops are not run again."""
     found = []

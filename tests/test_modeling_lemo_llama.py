@@ -22,7 +22,7 @@ from lemo_hf.models.modeling_lemo_llama import LemoLlamaForCausalLM
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.registry import lemo_config_from
 
-FORMS = ["sparse", "exact"]
+FORMS = ["sparse", "exact", "kept_keys"]
 LAYOUTS = ["left", "right", "left_positions", "packed_positions", "packed_seq_idx", "packed_cu"]
 
 

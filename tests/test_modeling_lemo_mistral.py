@@ -24,7 +24,7 @@ def model_with(window, **lemo):
 
 
 @pytest.mark.parametrize("window", [1, 2, 59, 60, 61, None])
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 def test_windows_of_every_width_equal_stock_training(form, window):
     stock, model = model_with(window, keep_ratio=1.0, attention_forward=form)
     loss, got = loss_and_gradients(model, {"input_ids": TOKENS, "labels": TOKENS})
@@ -66,7 +66,7 @@ def test_layers_of_one_model_may_differ():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 def test_long_documents_of_several_strips_equal_stock_training(form):
     stock, model = model_with(300, keep_ratio=1.0, attention_forward=form, block_size=64)
     batch = place([random_tokens(length, length) for length in (1500, 700, 40)], "right").batch

@@ -20,7 +20,7 @@ from lemo_hf.evaluation.layer_scores import visit_layers
 from lemo_hf.models.lemo_config import LemoConfigError
 from lemo_hf.models.sparse_decoder import sparse_backbone
 
-FORMS = ["sparse", "exact"]
+FORMS = ["sparse", "exact", "kept_keys"]
 # With thresholds about which half of the blocks lie.
 ARCHITECTURES = {"llama": [6.4, 2.7], "mistral": [6.4, 2.6], "opt": [-1.7, 2.1], "qwen2": [6.9, -1.5]}
 SELECTIONS = {

@@ -268,7 +268,8 @@ for adapter in adapters:
 
 def trained_adapter(stock_folder, folder, form):
     """Saves an adapter trained for a few steps and returns our dense evaluation's logits."""
-    lemo = LemoConfig(block_size=8, attention_forward=form, checkpoint="kept_rows")
+    nearby = 7 if form == "kept_keys" else None
+    lemo = LemoConfig(block_size=8, attention_forward=form, nearby_tokens=nearby, checkpoint="kept_rows")
     model = add_lora(AutoLemoModelForCausalLM.from_pretrained(stock_folder, lemo=lemo))
     with torch.no_grad():
         untrained = model.eval()(TOKENS).logits
@@ -286,7 +287,7 @@ def trained_adapter(stock_folder, folder, form):
 
 
 def test_adapters_serve_on_stock_libraries_alone(stock_folder, tmp_path):
-    folders = {form: tmp_path / form for form in ("sparse", "exact")}
+    folders = {form: tmp_path / form for form in ("sparse", "exact", "kept_keys")}
     wanted = {form: trained_adapter(stock_folder, folder, form) for form, folder in folders.items()}
     save_file({"tokens": TOKENS}, tmp_path / "tokens.safetensors")
     arguments = map(str, (stock_folder, tmp_path / "tokens.safetensors", *folders.values()))

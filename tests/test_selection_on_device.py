@@ -110,7 +110,7 @@ def run_compiled(layer, run, hidden, backend):
 
 # Dynamo instantiates an autograd.Function while it traces; torch warns of that, to itself.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 @pytest.mark.parametrize("selection", ["ratio", "sampled"])
 def test_a_layer_compiles_without_a_graph_break(form, selection, fresh_dynamo):
     """Prediction, selection, movement, attention and MLP in one graph, with the gradients of the uncompiled layer."""
@@ -122,10 +122,11 @@ def test_a_layer_compiles_without_a_graph_break(form, selection, fresh_dynamo):
     ("architecture", "settings"),
     [
         ("llama", {"attention_forward": "exact"}),
+        pytest.param("llama", {"attention_forward": "kept_keys"}, marks=pytest.mark.slow),
         # Signed means; OPT has no rotary positions, and nothing asks the device about that.
         ("opt", {"attention_forward": "sparse", "nearby_tokens": 7, "block_reduction": "mean"}),
     ],
-    ids=["exact", "sparse"],
+    ids=["exact", "kept_keys", "sparse"],
 )
 def test_kept_row_checkpointing_compiles_without_a_graph_break(architecture, settings, fresh_dynamo):
     """And the graph saves no more, but that of one layer alone it may save the whole input."""

@@ -42,7 +42,9 @@ BUDGETS = {
 FORMS = {
     "exact": {},
     "sparse": {"attention_forward": "sparse"},
+    "kept keys": {"attention_forward": "kept_keys", "nearby_tokens": 7},
     "kept rows": {"checkpoint": "kept_rows"},
+    "kept keys, kept rows": {"checkpoint": "kept_rows", "attention_forward": "kept_keys", "nearby_tokens": 7},
     "sparse kept rows": {"checkpoint": "kept_rows", "attention_forward": "sparse"},
     "checkpointing": {},
     "stock": {"enabled": False},
@@ -79,7 +81,7 @@ def test_offload_changes_no_bit_of_any_gradient(form):
             assert sum(moved) == pytest.approx(chosen.budget if whole else sum(saved), abs=2 * 512)
 
 
-@pytest.mark.parametrize("form", ["exact", "kept rows", "checkpointing"])
+@pytest.mark.parametrize("form", ["exact", "kept rows", "kept keys, kept rows", "checkpointing"])
 def test_copies_that_come_as_late_as_they_may_change_no_bit(form):
     ((wanted,), _) = steps(model_of(form))
     for chosen in (EVERYTHING, BUDGETS["a part"]):
@@ -250,7 +252,7 @@ def test_views_move_once_and_weights_never():
 
 
 @pytest.mark.parametrize("budget", [math.inf, 150_000.0])
-@pytest.mark.parametrize("form", ["exact", "sparse", "kept rows"])
+@pytest.mark.parametrize("form", ["exact", "kept keys", "sparse", "kept rows"])
 def test_device_memory_held_is_what_the_accounting_says(form, budget):
     def alive_after_forward(model, offload=None):
         with LiveBytes(model) as live:

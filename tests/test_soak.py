@@ -57,7 +57,7 @@ FIELDS = {
             "sampling_temperature": st.sampled_from([None, 0.5, 1.0]),
             "score_source": st.sampled_from(["predicted", "true"]),
             "thresholds": st.lists(st.floats(-5, 15), min_size=2, max_size=2),
-            "attention_forward": st.sampled_from(["sparse", "exact"]),
+            "attention_forward": st.sampled_from(["sparse", "exact", "kept_keys"]),
             "checkpoint": st.sampled_from(["none", "kept_rows"]),
             "dense_layers": st.sampled_from([[], [], [0], [-1]]),
             "segment_size": st.sampled_from([13, 100, 1024]),

@@ -24,7 +24,7 @@ from lemo_hf.models.lemo_config import LemoConfigError
 from lemo_hf.models.sparse_decoder import SparseBatch, sparse_backbone, sparse_evaluation
 from lemo_hf.models.token_elimination import selection_of_blocks
 
-FORMS = ["sparse", "exact"]
+FORMS = ["sparse", "exact", "kept_keys"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -65,7 +65,10 @@ def test_saved_bytes_are_a_constant_per_kept_row_and_a_small_one_per_dropped_row
 
 def test_kept_row_checkpointing_saves_what_the_documentation_says():
     row, head_rows, keys_and_values = 32 * 4, 4 * 4, 2 * 2 * 8 * 4
-    for form, wanted, of_dropped in (("sparse", row, 0), ("exact", 2 * row + head_rows, keys_and_values)):
+    for form, wanted, of_dropped in (
+        ("sparse", row, 0),
+        *((form, 2 * row + head_rows, keys_and_values) for form in ("exact", "kept_keys")),
+    ):
         _, _, storages, kept = run_layer(form, "kept_rows", 0.5)
         assert sum(storages.values()) == kept * wanted + (2 * 61 - kept) * of_dropped, form
 

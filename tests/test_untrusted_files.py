@@ -25,7 +25,7 @@ SCALARS = st.one_of(
     st.integers(),
     st.sampled_from([0, 1, -1, 2, 64, 2**31, 2**63, 10**18, 10**400, -(10**30)]),
     st.floats(),
-    st.sampled_from(["sampled", "ratio", "threshold", "exact", "sparse", "true", "none", "kept_rows", ""]),
+    st.sampled_from(["sampled", "ratio", "threshold", "exact", "sparse", "kept_keys", "true", "none", "kept_rows", ""]),
     st.text(max_size=20),
 )
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3))

@@ -21,6 +21,9 @@ PROBES = {
     "gather_norm": (48, "centred"),
     "add_norm": (48, "plain"),
     "apply_rotary": (4, 2, 16),
+    "attend_nearby": (16,),
+    "attend_kept_keys": (16,),
+    "rest_query_gradient": (16,),
     "gated_activation": (40, "gelu"),
     "block_features": (48, 64, "centred", 8, 3, 5, 8, 6),
 }
@@ -48,6 +51,18 @@ def test_kernels_run_where_they_are_asked_for_and_modes_nest():
             assert kernel("take_rows", rows, 8) is None
         assert kernel("take_rows", rows, 8) is not None
     assert kernel_switch._mode == "auto"
+
+
+def test_other_functions_stand_in_for_kernels_whatever_the_mode():
+    rows, ours = random(2, 8), lambda *args: None
+    with kernel_switch.standing_in({"take_rows": ours}), kernel_mode("reference"):
+        assert kernel("take_rows", rows.to("cpu"), 8) is ours
+        assert kernel("gather_norm", rows, 8, "plain") is None
+        with kernel_switch.standing_in({}):
+            assert kernel("take_rows", rows, 8) is None
+        assert kernel("take_rows", rows, 8) is ours
+    with kernel_mode("reference"):
+        assert kernel("take_rows", rows, 8) is None
 
 
 def test_an_unknown_mode_is_refused():

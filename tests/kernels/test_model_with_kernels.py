@@ -63,8 +63,14 @@ def assert_alike(results, allowed=2e-5):
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
-@pytest.mark.parametrize("form", ["sparse", "exact"])
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize(
+    ("architecture", "form"),
+    [
+        *((architecture, form) for architecture in ("llama", "opt") for form in ("sparse", "exact")),
+        ("llama", "kept_keys"),
+        pytest.param("opt", "kept_keys", marks=pytest.mark.slow),
+    ],
+)
 def test_loss_gradients_and_choice_agree(architecture, form, checkpoint):
     model = tiny(architecture, {"targets": "all-linear"}, attention_forward=form, checkpoint=checkpoint, selection="ratio")
     assert_alike(both(model, documents()))
@@ -197,7 +203,7 @@ def test_a_layer_with_kernels_compiles_without_a_graph_break(checkpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 def test_fifty_steps_with_kernels_and_with_the_reference_end_alike(form):
     batches = [documents("right", (33, 17)) for _ in range(2)]
     for seed, batch in enumerate(batches):

@@ -99,7 +99,7 @@ def run_layer(
     keep_ratio: float,
     architecture: str = "llama",
     dtype: torch.dtype = torch.float32,
-    nearby: int = 0,
+    nearby: int | None = None,
     **changes: Any,
 ) -> tuple[Tensor, list[Tensor], dict[int, int], int]:
     """The last layer with LoRA on a batch of two documents of 61 tokens and blocks of 8.
@@ -109,8 +109,8 @@ def run_layer(
         and the number of kept rows.
     """
     stock = stock_model(architecture=architecture, **changes).to(dtype)
-    lemo = {"attention_forward": form, "checkpoint": checkpoint, "keep_ratio": keep_ratio, "nearby_tokens": nearby}
-    model = lemo_model(stock, {}, **lemo)
+    lemo = {"attention_forward": form, "checkpoint": checkpoint, "keep_ratio": keep_ratio}
+    model = lemo_model(stock, {}, **lemo, **({} if nearby is None else {"nearby_tokens": nearby}))
     backbone = sparse_backbone(model)
     documents = find_documents(2, 61, 8, torch.device("cpu"))
     batch = SparseBatch(documents, backbone.config.lemo, 2, 0)

@@ -23,6 +23,8 @@ from lemo_hf.registry import lemo_config_from
 
 PAD = 0
 VOCABULARY = 96
+# With kept keys, unless a test says otherwise.
+NEARBY = 7
 
 
 _SHAPE = {
@@ -79,8 +81,13 @@ def add_lora(model, targets="all-linear", **changes):
 
 
 def lemo_model(stock: PreTrainedModel, lora: dict | None = None, **lemo):
-    """A LeMo model in training mode with the weights of `stock` and predictors that are the same every time."""
+    """A LeMo model in training mode with the weights of `stock` and predictors that are the same every time.
+
+    With kept keys a token sees 7 nearby ones unless `lemo` says otherwise: of a test's short documents 256 would be all.
+    """
     lemo = {"block_size": 8, "predictor_rank": 8, "predictor_features": 8, **lemo}
+    if lemo.get("attention_forward") == "kept_keys":
+        lemo.setdefault("nearby_tokens", NEARBY)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         config = lemo_config_from(stock.config, LemoConfig(**lemo))

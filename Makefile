@@ -48,7 +48,7 @@ format: $(STAMP)     ## put the code into the style that lint checks
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
 bench: $(STAMP)      ## methods side by side on the embedded model, counts at 8B shapes; results in benchmarks/results and README.md
-	@$(BIN)/lemo bench --model python-llama-4m --seq-len 4096 --methods stock,longlora,lemo-artifact,random-ltd,tokentune,lemo-exact,lemo-exact@0.3,lemo-exact-rows,lemo-sparse,lemo-sparse-nearby --steps 3 --repeats 3 \
+	@$(BIN)/lemo bench --model python-llama-4m --seq-len 4096 --methods stock,longlora,lemo-artifact,random-ltd,tokentune,lemo-exact,lemo-exact@0.3,lemo-exact-rows,lemo-keys,lemo-keys@0.3,lemo-keys-rows,lemo-sparse,lemo-sparse-nearby --steps 3 --repeats 3 \
 		--perplexity benchmarks/results/quickstart--amd-epyc-2-cores.json --out outputs/bench_small.json
 	@$(BIN)/python -W ignore::FutureWarning benchmarks/layer_arithmetic.py --out benchmarks/results/layer_arithmetic--any.json
 	@$(BIN)/python -W ignore::FutureWarning benchmarks/phase_flops.py
@@ -56,7 +56,7 @@ bench: $(STAMP)      ## methods side by side on the embedded model, counts at 8B
 	@$(BIN)/python benchmarks/update_model_cards.py
 
 ratios: $(STAMP)     ## a step of stock LoRA and of ours on the embedded model: time, FLOPs, saved bytes, in a minute or so
-	@$(BIN)/lemo bench --model python-llama-4m --seq-len 4096 --methods stock,lemo-exact,lemo-sparse-nearby --steps 1 --repeats 1 \
+	@$(BIN)/lemo bench --model python-llama-4m --seq-len 4096 --methods stock,lemo-exact,lemo-keys --steps 1 --repeats 1 \
 		--perplexity benchmarks/results/quickstart--amd-epyc-2-cores.json --out outputs/ratios.json
 
 base: $(STAMP)       ## train the embedded base model anew (hours; resumes where it stopped)

@@ -39,7 +39,7 @@ _RESULTS = "quickstart--*.json"
 EXAMPLES = (
     Example("adapter", _RESULTS, "exact", "adapter", "Python sources at 4096 tokens: LoRA adapter, exact form"),
     Example("merged", _RESULTS, "exact", "merged", "Python sources at 4096 tokens: merged checkpoint, exact form"),
-    Example("remote_code", _RESULTS, "sparse", "remote-code", "Python sources at 4096 tokens: LeMo model, sparse form"),
+    Example("remote_code", _RESULTS, "kept_keys", "remote-code", "Python sources at 4096 tokens: LeMo model, kept keys"),
 )
 
 

@@ -334,13 +334,13 @@ def test_a_perplexity_belongs_to_its_own_configuration_only():
     assert [with_perplexity(other, quickstart_result(), "") for other in others] == [None] * len(others)
 
 
-def test_the_quickstarts_sparse_arm_is_a_method_with_its_perplexity():
+def test_the_quickstarts_arm_of_kept_keys_is_a_method_with_its_perplexity():
     path = RESULTS / "quickstart--amd-epyc-2-cores.json"
     quickstart = json.loads(path.read_text())
-    (chosen,) = choose_methods("lemo-sparse-nearby")
+    (chosen,) = choose_methods("lemo-keys")
     settings = json.loads(json.dumps(chosen.settings(4096, "float32"), default=vars))
     found = with_perplexity({"model": "python-llama-4m", "settings": settings}, quickstart, path.name)
-    assert found["dense"] == quickstart["arms"]["sparse"]["perplexity"]["equal_steps"]
+    assert found["dense"] == quickstart["arms"]["kept_keys"]["perplexity"]["equal_steps"]
 
 
 def test_an_estimated_peak_beside_measured_ones_says_so():

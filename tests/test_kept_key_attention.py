@@ -241,7 +241,25 @@ def test_what_is_not_set_is_what_the_form_takes():
     assert LemoConfig(attention_forward="kept_keys").nearby == 256
     assert LemoConfig(attention_forward="kept_keys", nearby_tokens=7).nearby == 7
     assert LemoConfig(attention_forward="sparse").nearby == 0
-    assert LemoConfig().nearby == 0
+    assert LemoConfig().nearby is None
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
+@pytest.mark.parametrize("nearby", [0, 6])
+def test_the_exact_form_s_gradient_sees_as_many_dropped_keys_as_are_asked_for(nearby, checkpoint):
+    """The forward pass stays the dense one; where none are seen their keys and values are not saved."""
+    outputs, grads = [], []
+    for width in (None, nearby):
+        layer, hidden, rotary, batch = layer_under_test({}, "exact", checkpoint, nearby_tokens=width)
+        outputs.append(layer.sparse_forward(hidden, rotary, batch))
+        upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4), dtype=hidden.dtype)
+        named = {name: weight for name, weight in layer.named_parameters() if weight.requires_grad}
+        grads.append(dict(zip(named, torch.autograd.grad(outputs[-1], named.values(), upstream), strict=True)))
+    torch.testing.assert_close(*outputs, rtol=1e-11, atol=1e-11)
+    differs = {name.split(".")[1] for name in grads[0] if not torch.allclose(grads[0][name], grads[1][name])}
+    assert differs == {"q_proj"}
+    whole, part = (sum(run_layer("exact", checkpoint, 0.5, nearby=width)[2].values()) for width in (None, nearby))
+    assert (part < whole) == (nearby == 0)
 
 
 def test_a_token_that_sees_not_even_itself_is_refused():

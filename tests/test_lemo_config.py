@@ -83,7 +83,7 @@ def test_a_newer_schema_is_named_before_its_new_fields():
         {"keep_ratio": [0.5, 0.0]},
         {"keep_ratio": []},
         {"nearby_tokens": -1},
-        {"nearby_tokens": 128},  # in the exact form
+        {"attention_forward": "kept_keys", "nearby_tokens": 0},
         {"nearby_tokens": 12.5, "attention_forward": "sparse"},
         {"memory_budget": 40},
         {"memory_budget": "much"},

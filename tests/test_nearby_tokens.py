@@ -173,14 +173,3 @@ def test_zero_is_the_paper_s_form():
 def test_what_is_no_number_of_tokens_is_refused(value):
     with pytest.raises(LemoConfigError, match=r"nearby_tokens must be a whole number from 0 to .*; got .*; set it to 0 or more"):
         LemoConfig(attention_forward="sparse", nearby_tokens=value)
-
-
-def test_the_exact_form_refuses_it():
-    with pytest.raises(
-        LemoConfigError, match="got nearby_tokens=128 with attention_forward='exact'; set attention_forward='kept_keys'"
-    ):
-        LemoConfig(nearby_tokens=128)
-    config = LemoConfig(attention_forward="sparse", nearby_tokens=128)
-    with pytest.raises(LemoConfigError, match="exact form's dropped tokens attend to every earlier token"):
-        config.update(attention_forward="exact")
-    assert config.attention_forward == "sparse"

@@ -22,15 +22,15 @@ def finished(tmp_path_factory):
 
 
 def test_every_arm_leaves_an_adapter_and_the_lemo_arms_their_files(finished):
-    for arm in ("stock", "exact", "sparse"):
+    for arm in ("stock", "exact", "kept_keys"):
         assert (finished / arm / "adapter_model.safetensors").is_file()
-    for arm in ("exact", "sparse"):
+    for arm in ("exact", "kept_keys"):
         for name in ("lemo_predictors.safetensors", "lemo_config.json", "README.md"):
             assert (finished / arm / name).is_file(), (arm, name)
 
 
 def test_each_adapter_has_its_card(finished):
-    for arm in ("stock", "exact", "sparse"):
+    for arm in ("stock", "exact", "kept_keys"):
         card = (finished / arm / "README.md").read_text()
         assert "Perplexity on held-out text at 512 tokens" in card
         assert ("none: every token was computed on" in card) == (arm == "stock")
@@ -44,7 +44,7 @@ def test_plots_are_written(finished):
 def test_the_report_shows_the_arms_beside_stock(finished):
     page = (finished / "report.html").read_text()
     results = json.loads((finished / "results.json").read_text())
-    assert '<th scope="col">exact</th><th scope="col">sparse</th><th scope="col">stock</th>' in page
+    assert '<th scope="col">exact</th><th scope="col">kept_keys</th><th scope="col">stock</th>' in page
     for arm in results["arms"].values():
         assert f"{list(arm['perplexity'].values())[-1]:.3f}" in page
     assert "no arm&#39;s own" in page
@@ -54,11 +54,11 @@ def test_the_report_shows_the_arms_beside_stock(finished):
 
 def test_elimination_was_active_and_measured(finished):
     arms = json.loads((finished / "results.json").read_text())["arms"]
-    for arm in ("exact", "sparse"):
+    for arm in ("exact", "kept_keys"):
         assert sum(arms[arm]["saved_bytes"].values()) < 0.8 * sum(arms["stock"]["saved_bytes"].values())
         assert arms[arm]["flops"] < arms["stock"]["flops"]
-        assert all(entry["kept_share/layer_1"] == 0.5 for entry in arms[arm]["kept_share"])
-        assert all(entry["kept_share/layer_0"] == {"exact": 0.5, "sparse": 1.0}[arm] for entry in arms[arm]["kept_share"])
+        for layer in range(6):
+            assert all(entry[f"kept_share/layer_{layer}"] == 0.5 for entry in arms[arm]["kept_share"])
         assert set(arms[arm]["versus_stock"]) >= {"equal_steps"}
-    assert len(arms["sparse"]["recall"]) == 6
+    assert len(arms["kept_keys"]["recall"]) == 6
     assert arms["stock"]["perplexity"]["equal_steps"] > 1

@@ -125,7 +125,9 @@ def draw_plots(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]
     arms = ("stock", "exact-0.5", "exact-0.3", "keys-0.5", "sparse-0.5", "before")
     for suffix in ("", "-gpu"):
         of_machine = [result for result in results if ("gpu" in result["machine"]) == bool(suffix)]
-        settings = [max(result["settings"].values(), key=runs_in) for result in sorted(of_machine, key=lambda each: "note" in each)]
+        settings = [
+            max(result["settings"].values(), key=runs_in) for result in sorted(of_machine, key=lambda each: "note" in each)
+        ]
         if not settings:
             continue
         most = max(settings, key=runs_in)

@@ -102,7 +102,8 @@ def selection_rows(lemo: LemoConfig) -> list[Row]:
 def forward_words(lemo: LemoConfig) -> str:
     """Which tokens attend to which in a training step, in words."""
     if lemo.attention_forward == "exact":
-        return "dense forward pass"
+        seen = "" if lemo.nearby is None else f", kept queries' gradients by kept keys and the last {lemo.nearby} tokens'"
+        return f"dense forward pass{seen}"
     if lemo.attention_forward == "kept_keys":
         return f"every token attends to the kept tokens and to the last {lemo.nearby}"
     others = f", dropped ones to the last {lemo.nearby} tokens" if lemo.nearby else ""

@@ -73,8 +73,8 @@ class KeptAndRestRows:
         form: What attends to what: all rows to all in the exact form, all rows to kept and nearby ones with `"kept_keys"`, kept rows
             to kept rows in the sparse form.
         pattern: Which of them they attend to, in the sparse form; `None` for all.
-        nearby: Tokens that a row sees though they are not kept, itself included: every row with `"kept_keys"`, in the sparse form rest
-            rows alone; 0 for no attention of these.
+        nearby: Tokens that a row sees though they are not kept, itself included, `None` for all earlier ones: every row with `"kept_keys"`,
+            in the sparse form rest rows alone (0 for no attention of these), in the exact form kept queries' gradients.
 
     Its methods turn autograd off by blocks, not by decorators: torch.compile cannot trace a decorated method of an object
     that is made within the graph.
@@ -88,7 +88,7 @@ class KeptAndRestRows:
         rotary: tuple[Tensor, ...],
         form: AttentionForward,
         pattern: AttentionPattern | None = None,
-        nearby: int = 0,
+        nearby: int | None = 0,
     ) -> None:
         self.layer = layer
         self.selection = selection
@@ -202,9 +202,9 @@ class KeptAndRestRows:
         return with_rest_keys(attended, query, lse, rest[0], rest[1], self._reach()) if rest else attended
 
     def _reach(self) -> KeptKeyScope:
-        """What rows see of dropped keys: all earlier ones in the exact form."""
+        """What rows see of dropped keys; in the exact form kept queries' gradients alone are asked."""
         longest = max(self.documents.lengths)
-        width = min(self.nearby, longest) if self.form == "kept_keys" else longest
+        width = longest if self.nearby is None else min(self.nearby, longest)
         return KeptKeyScope(self.selection, self.documents, self.layer.attention_scale, width, self.layer.attention_window)
 
     def _with_fewer_rows(self, middle: Tensor, for_backward: bool) -> tuple[Tensor, Tensor]:
@@ -231,7 +231,7 @@ class KeptAndRestRows:
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Attention of all real rows: what `finished` holds; the rest rows' output is put by."""
         kept_at, rest_at = self.selection.real_kept, self.selection.real_rest
-        of_kept, of_rest = (key, value), self._rest_heads[1:]
+        of_kept, of_rest = (key, value), () if self.nearby == 0 else self._rest_heads[1:]
         if self._rest_heads:
             # Every row is projected once; kept and rest are laid into one transient buffer.
             query, key, value = interleave((query, key, value), self._rest_heads, kept_at, rest_at)
@@ -249,6 +249,7 @@ class KeptAndRestRows:
         query, *rest = self._rest_heads
         self._rest_heads = ()
         window = self.layer.attention_window
+        assert self.nearby is not None, "the sparse form's width is a number"
         width = self.nearby if window is None else min(self.nearby, window)
         with torch.no_grad():
             keys, values = interleave((key, value), tuple(rest), self.selection.real_kept, self.selection.real_rest)

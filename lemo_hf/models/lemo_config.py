@@ -52,7 +52,9 @@ class LemoConfig:
             keys and values get no gradient, kept queries get theirs through every key that they see.
         nearby_tokens: Latest tokens of its document, itself included, that a token sees though they are not kept, without gradient
             for these. For `attention_forward="kept_keys"` those that every token sees (`None`: 256), for `"sparse"` those that a
-            dropped token sees, and it alone (`None` or 0: its attention is left out, the paper's form).
+            dropped token sees, and it alone (`None` or 0: its attention is left out, the paper's form), for `"exact"` those that
+            add to the gradient of a kept token's query (`None`: all earlier ones, as they do to the forward pass; 0: none, which saves
+            their keys and values, and compute, at a worse gradient).
         attention_pattern: Which kept tokens a kept token attends to, for `attention_forward="sparse"`; one value, or one per layer.
             `"full"`: all earlier ones of its document. `"shifted_groups"`: those of its group, groups of half of the heads shifted
             by half a group (LongLoRA). `"block_sparse"`: those of the blocks that score highest against its own. Layers in
@@ -138,11 +140,11 @@ class LemoConfig:
         return min(self.ratio_of(layer), self.mlp_keep_ratio or 1.0)
 
     @property
-    def nearby(self) -> int:
-        """`nearby_tokens`, or what it is for the form where it is not set."""
+    def nearby(self) -> int | None:
+        """`nearby_tokens`, or what it is for the form where it is not set; `None` for all earlier tokens."""
         if self.nearby_tokens is not None:
             return self.nearby_tokens
-        return 256 if self.attention_forward == "kept_keys" else 0
+        return {"exact": None, "kept_keys": 256, "sparse": 0}[self.attention_forward]
 
     def is_dense(self, layer: int, num_layers: int) -> bool:
         """Whether `layer` keeps every token, in attention and MLP, whatever its scores are."""

@@ -200,14 +200,8 @@ _DOMAINS = {
 
 
 def _check_together(config: "LemoConfig") -> None:
-    exact, mean = config.attention_forward == "exact", config.block_reduction == "mean"
-    if config.nearby_tokens and exact:
-        raise LemoConfigError(
-            "the exact form's dropped tokens attend to every earlier token; "
-            f"got nearby_tokens={shown(config.nearby_tokens)} with attention_forward={config.attention_forward!r}; "
-            "set attention_forward='kept_keys', or leave nearby_tokens out"
-        )
-    if config.attention_forward == "kept_keys" and config.nearby < 1:
+    mean = config.block_reduction == "mean"
+    if config.attention_forward == "kept_keys" and config.nearby == 0:
         raise LemoConfigError(
             f"a token sees itself at least; got nearby_tokens={shown(config.nearby_tokens)} with attention_forward='kept_keys'; "
             "set it to 1 or more, or leave it out"

@@ -2,13 +2,15 @@
 
     python -m lemo_hf.quickstart            (make quickstart)
 
-Three arms, the same seed, adapters and data: the stock `Trainer`, LeMo's exact form (sampled blocks) and its sparse form
-(predicted, most informative blocks), half of the tokens kept. Each arm trains `--steps` steps, is evaluated (equal steps), and a
-LeMo arm then goes on for as long as the stock arm's steps took, its own phases counted in, and is evaluated again (equal time). Perplexity is always that of
-the dense forward pass on text of another package. Writes adapters, results.json and plots to `outputs/quickstart/`.
+Three arms, the same seed, adapters and data: the stock `Trainer`, LeMo's exact form (sampled blocks) and its form of kept keys
+(predicted, most informative blocks), half of the tokens kept. The arms' steps are timed in turns first, so that a busy machine slows
+all of them. Each arm then trains `--steps` steps and is evaluated (equal steps), and a LeMo arm goes on for as many steps as fit into the
+time of stock's, its own phases counted in, and is evaluated again (equal time). Perplexity is always that of the dense forward pass
+on text of another package. Writes adapters, results.json and plots to `outputs/quickstart/`.
 """
 
 import argparse
+import math
 import shutil
 import statistics
 import time
@@ -58,17 +60,13 @@ EVALUATION_WINDOWS = 24
 ARMS = (
     Arm("stock", "LoRA, stock Trainer", None),
     Arm("exact", "LeMo exact, sampled", LemoConfig(attention_forward="exact", selection="sampled", keep_ratio=0.5)),
-    # Where the first layer drops tokens too, or dropped tokens do not see those just before them, the sparse forward loses several
-    # times as much (docs/experiments/sparse_form.md).
     Arm(
-        "sparse",
-        "LeMo sparse, predicted, dropped tokens see 128, first layer dense",
+        "kept_keys",
+        "LeMo kept keys, predicted",
         LemoConfig(
-            attention_forward="sparse",
+            attention_forward="kept_keys",
             selection="ratio",
             keep_ratio=0.5,
-            dense_layers=[0],
-            nearby_tokens=128,
             block_reduction="mean",
             predictor_features=40,
         ),
@@ -77,10 +75,17 @@ ARMS = (
 
 
 class Comparison(TrainerCallback):
-    """Times the steps, evaluates at equal steps and stops at equal time."""
+    """Times the steps, evaluates at equal steps and stops at equal time.
 
-    def __init__(self, measured: Measured, steps: int, seconds: float | None, evaluate: Any) -> None:
-        self.measured, self.steps, self.seconds, self.evaluate = measured, steps, seconds, evaluate
+    Args:
+        measured: Where what is seen goes.
+        steps: Steps of the comparison at equal steps.
+        pace: Seconds of a step, stock's and the arm's own.
+        evaluate: Called with the point's name and the model.
+    """
+
+    def __init__(self, measured: Measured, steps: int, pace: tuple[float, float], evaluate: Any) -> None:
+        self.measured, self.steps, self.pace, self.evaluate = measured, steps, pace, evaluate
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = time.perf_counter()
@@ -90,18 +95,17 @@ class Comparison(TrainerCallback):
         if not self.measured.step_seconds:
             # LeMo's phases run before the first step.
             self.measured.phase_seconds = self.started - self.begun
-            self.bar = tqdm(total=self.steps if self.seconds is None else None, desc="steps", unit="step")
+            stock, own = self.pace
+            in_time = math.floor((self.steps * stock - self.measured.phase_seconds) / own + 1e-9)
+            self.measured.steps_at_equal_time = max(self.steps, in_time)
+            self.bar = tqdm(total=self.measured.steps_at_equal_time, desc="steps", unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.measured.step_seconds.append(time.perf_counter() - self.started)
         self.bar.update()
         if state.global_step == self.steps:
             self.evaluate("equal_steps", model)
-        spent = self.measured.phase_seconds + sum(self.measured.step_seconds)
-        # One more step would end past the stock arm's time.
-        finished = self.seconds is None or spent + statistics.median(self.measured.step_seconds) > self.seconds
-        if state.global_step >= self.steps and finished:
-            self.measured.steps_at_equal_time = state.global_step
+        if state.global_step == self.measured.steps_at_equal_time:
             if state.global_step > self.steps:
                 self.evaluate("equal_time", model)
             control.should_training_stop = True
@@ -167,7 +171,7 @@ PHASES: dict[str, Any] = {"predictor_documents": 8}
 
 
 def train(
-    arm: Arm, folder: Path, data: Dataset, evaluation: Any, steps: int, seconds: float | None
+    arm: Arm, folder: Path, data: Dataset, evaluation: Any, steps: int, pace: tuple[float, float]
 ) -> tuple[Any, Measured, dict[str, Perplexity]]:
     """Runs one arm.
 
@@ -177,7 +181,7 @@ def train(
         data: Training windows, `SEQ_LEN` tokens each.
         evaluation: Windows for dense perplexity.
         steps: Steps of the comparison at equal steps.
-        seconds: Time of the comparison at equal time, of steps alone; `None` for the arm that sets it.
+        pace: Seconds of a step, stock's and the arm's own.
 
     Returns:
         The trained model, what was measured on the way, and its perplexities by when they were taken.
@@ -190,10 +194,10 @@ def train(
         scores[when] = dense_perplexity(model, evaluation)
 
     model = load(arm)
-    limit = steps if seconds is None else len(data)  # type: ignore[arg-type]
+    limit = steps if arm.lemo is None else len(data)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"model": model, "args": arguments(arm, folder, limit), "train_dataset": data}
     trainer_class = Trainer if arm.lemo is None else LemoTrainer
-    compare = Comparison(measured, steps, seconds, evaluate)
+    compare = Comparison(measured, steps, pace, evaluate)
     trainer = trainer_class(**settings, data_collator=default_data_collator, callbacks=[compare])
     # Trainer would print every step's metrics by layer; they go to results.json, and a bar to the screen.
     trainer.remove_callback(ProgressCallback)
@@ -255,11 +259,12 @@ def main(arguments_given: list[str] | None = None) -> None:
     measured: dict[str, Measured] = {}
     models: dict[str, Any] = {}
     scores: dict[str, dict[str, Perplexity]] = {}
-    budget: float | None = None
+    print("\nTiming steps of the three arms in turns")
+    seconds = time_steps({arm.name: load(arm) for arm in ARMS}, data[0], rounds=5)
     for arm in ARMS:
-        models[arm.name], found, scores[arm.name] = train(arm, args.out / arm.name, data, evaluation, args.steps, budget)
+        pace = seconds["stock"], seconds[arm.name]
+        models[arm.name], found, scores[arm.name] = train(arm, args.out / arm.name, data, evaluation, args.steps, pace)
         measured[arm.name] = found
-        budget = budget or sum(found.step_seconds)
         for when, score in scores[arm.name].items():
             if arm.lemo is not None:
                 difference = paired_difference(scores["stock"]["equal_steps"], score)
@@ -272,11 +277,9 @@ def main(arguments_given: list[str] | None = None) -> None:
             found.recall, found.chance = report.layers, report.chance
     for name, model in models.items():
         profile_step(model, evaluation[0], measured[name])
-    print("\nTiming steps of the three arms in turns")
-    seconds = time_steps(models, evaluation[0], rounds=5)
     text = table(before, measured, seconds)
     print(f"\n{text}\n")
-    draw_plots(measured, models["sparse"], evaluation[0], args.out)
+    draw_plots(measured, models["kept_keys"], evaluation[0], args.out)
     config = {
         "base": BASE.name,
         "license": ModelCard.load(BASE / "README.md").data.license,

@@ -87,7 +87,7 @@ class StepSettings:
         if lemo is None:
             return {"stock": "stock LoRA", "checkpointing": "stock + checkpointing"}.get(self.method, self.method.capitalize())
         kept = lemo.keep_ratio if isinstance(lemo.keep_ratio, float | int) else sum(lemo.keep_ratio) / len(lemo.keep_ratio)
-        nearby = f", {lemo.nearby} nearby tokens" if lemo.nearby else ""
+        nearby = f", {lemo.nearby} nearby tokens" if lemo.nearby or lemo.nearby_tokens == 0 else ""
         rows = ", kept-row checkpointing" if lemo.checkpoint == "kept_rows" else ""
         rows += f", {lemo.offload} offload" if lemo.offload != "none" else ""
         names = lemo.attention_pattern if isinstance(lemo.attention_pattern, list) else [lemo.attention_pattern]

@@ -278,6 +278,10 @@ def test_methods_stand_side_by_side_without_those_that_do_not_exist():
     assert names == ["stock LoRA", "stock + checkpointing", *forms, *rows]
 
 
+def test_every_method_is_drawn_with_a_mark_of_its_own():
+    assert len(set(plot._MARKERS)) >= len(tables.method_settings(StepSettings(256)))
+
+
 def test_document_is_json_with_its_provenance(card_estimator):
     estimate = card_estimator.estimate(StepSettings(1024, lemo=KEPT_ROWS))
     read = json.loads(json.dumps(document(estimate, Outlook(8192, 0.5, "enough"), [estimate])))

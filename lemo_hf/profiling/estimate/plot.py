@@ -13,7 +13,7 @@ from .estimator import Estimator
 from .step_model import StepSettings
 from .tables import method_settings
 
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 
 
 def plot_memory(estimator: Estimator, settings: StepSettings, path: Path, longest: int) -> Path:

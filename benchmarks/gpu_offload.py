@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from gpu_checks import Scale, moved, require, small_model
 
 from lemo_hf import LemoConfig
+from lemo_hf.models.lemo_config import AttentionForward
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.bench.methods import choose_methods
 from lemo_hf.profiling.bench.run import KIND, new_row, take_result
@@ -29,9 +30,16 @@ def run_equality(scale: Scale) -> dict[str, Any]:
     """Gradients with parts and all of what is saved in host memory, against those without, to the bit; and bytes held."""
     rows, dtype = [], torch.float32 if scale.tiny else torch.bfloat16
     tokens = torch.randint(0, 160, (2, 192), generator=torch.Generator().manual_seed(0)).to(scale.device)
-    for form in ("exact", "sparse"):
+    for form in get_args(AttentionForward):
         for checkpoint in ("none", "kept_rows"):
-            lemo = LemoConfig(attention_forward=form, checkpoint=checkpoint, block_size=8, segment_size=64)  # type: ignore[arg-type]
+            nearby = 7 if form == "kept_keys" else None
+            lemo = LemoConfig(
+                attention_forward=form,
+                nearby_tokens=nearby,
+                checkpoint=checkpoint,  # type: ignore[arg-type]
+                block_size=8,
+                segment_size=64,
+            )
             wanted: list[torch.Tensor] | None = None
             for budget in (0.0, math.inf, 40_000.0, None):
                 model = moved(small_model("llama", lemo, scale.tiny), scale.device, dtype)

@@ -26,7 +26,7 @@ PATTERNED = {
     for words, nearby in (("", ""), (", dropped tokens see 128 before them", "-nearby"))
 }
 # Methods that begin alike are one, with checkpointing or without, and have one colour.
-FAMILIES = ("stock", "longlora", "lemo-artifact", "lemo-exact", "lemo-sparse", "lemo-sparse-nearby")
+FAMILIES = ("stock", "longlora", "lemo-artifact", "lemo-exact", "lemo-sparse", "lemo-sparse-nearby", "lemo-keys")
 SECONDS = {False: "seconds of a step (estimated)", True: "seconds of a step (measured)"}
 PAPER_ONLY = "the paper's LeMo + checkpointing, logged; no bar of ours"
 # What benchmarks/gpu_offload.py measures is this profile, exact.

@@ -66,6 +66,21 @@ def test_functions_whose_parts_are_told_exist():
         assert function is None or callable(getattr(module, function))
 
 
+@pytest.mark.parametrize("form", ["exact", "kept_keys", "sparse"])
+def test_what_a_layer_multiplies_is_of_a_known_part_in_every_form(tiny_llama_config, form):
+    """Forward and backward: the gradient through dropped keys is attention's, though no operator of that name computes it."""
+    lemo = {"attention_forward": form, "nearby_tokens": None if form == "exact" else 16, "block_size": 16}
+    config = LemoLlamaConfig(**{**tiny_llama_config.to_dict(), "lemo": LemoConfig(**lemo).to_dict()})
+    model = LemoLlamaForCausalLM(config).train()
+    ids = torch.randint(0, 128, (1, 512))
+    with FlopCounter(model) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    flops = counter.flops.by("layer", "phase", "part")
+    for phase in ("forward", "backward"):
+        parts = {part for layer, when, part in flops if (layer, when) == (1, phase)}
+        assert parts == {"q,k,v", "attention", "o_proj", "mlp"}
+
+
 def test_lemo_layers_are_told_apart(tiny_llama_config):
     kept = {"attention_forward": "sparse", "selection": "ratio", "block_size": 16}
     config = LemoLlamaConfig(**{**tiny_llama_config.to_dict(), "lemo": LemoConfig(**kept).to_dict()})

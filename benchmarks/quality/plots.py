@@ -74,8 +74,8 @@ def draw_shares(setting: Mapping[str, Any]) -> Figure | None:
         axis.set(xlabel=name)
         axis.grid(alpha=0.3)
         # The sparse form's low shares would flatten everything else.
-        axis.set_yscale("symlog", linthresh=4)
-        axis.set_yticks([-4, -2, 0, 2, 4, 10, 30, 100], ["-4", "-2", "0 (stock)", "2", "4", "10", "30", "100"])
+        axis.set_yscale("symlog", linthresh=10)
+        axis.set_yticks([-10, -5, 0, 5, 10, 30, 100], ["-10", "-5", "0 (stock)", "5", "10", "30", "100"])
     for row in axes:
         row[0].set_ylabel("dense perplexity against stock, %")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)

@@ -40,6 +40,8 @@ _PART_OF_CODE: dict[tuple[str, str | None], str] = {
     ("row_operations", "gated_activation"): "mlp",
     ("rotary_decoder", "gated_feed_forward"): "mlp",
     ("document_attention", None): "attention",
+    ("kept_key_attention", None): "attention",
+    ("nearby_attention", None): "attention",
     ("block_pair_attention", None): "attention",
     ("two_dimensional_sparsity", "choose_pairs"): "selection",
     ("two_dimensional_sparsity", "_limits"): "selection",
@@ -151,9 +153,7 @@ class RunningModules:
 
     def owner(self) -> Owner:
         """Who runs now: the innermost module, its part refined by the function that runs where a layer calls functions."""
-        owner = self.innermost or Owner("", None, "other")
-        part = _part_of_running_code() if owner.part in ("residual", "loss", "other") else None
-        return owner if part is None else owner._replace(part=part)
+        return _refined(self.innermost or Owner("", None, "other"))
 
 
 class RunningOwners:
@@ -186,7 +186,7 @@ class RunningOwners:
         # A module that runs within backward is being recomputed: it is the owner itself.
         if torch._C._current_autograd_node() is None or self._modules.innermost is not None:
             return self._modules.owner()
-        return self._owner_of_running_node()
+        return _refined(self._owner_of_running_node())
 
     def _mark(self) -> None:
         owner = self._modules.innermost or self._owner_of_running_node()
@@ -213,6 +213,12 @@ def _layer_and_part(path: str, module: nn.Module) -> tuple[int | None, str]:
 
 def _first_match(submodule: str) -> str:
     return next((part for pattern, part in _PART_OF_SUBMODULE if pattern.search(submodule)), "other")
+
+
+def _refined(owner: Owner) -> Owner:
+    """The owner, its part that of the function that runs, if that is known and the module says little."""
+    part = _part_of_running_code() if owner.part in ("residual", "loss", "other") else None
+    return owner if part is None else owner._replace(part=part)
 
 
 def _part_of_running_code() -> str | None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from lemo_hf import LemoConfig
 from lemo_hf.cli import main
 from lemo_hf.errors import LemoError
+from lemo_hf.profiling import breakdown
 from lemo_hf.profiling.bench import phases as step_phases
 from lemo_hf.profiling.bench import run as bench_run
 from lemo_hf.profiling.bench.counts import saved_on_fake_tensors
@@ -154,17 +155,20 @@ def phases_by_operators(name, monkeypatch):
 
 
 def test_every_operator_of_a_step_is_put_down_to_its_phase(monkeypatch):
-    stock, exact, sparse = (phases_by_operators(name, monkeypatch) for name in ("stock", "lemo-exact", "lemo-sparse"))
+    methods = "stock", "lemo-exact", "lemo-keys", "lemo-sparse"
+    stock, exact, keys, sparse = (phases_by_operators(name, monkeypatch) for name in methods)
     assert stock["select, predict"] == 0
     # A uniform draw needs no predictor; both choose.
     assert 0 < exact["select, predict"] < sparse["select, predict"]
-    for phases in (stock, exact, sparse):
+    for phases in (stock, exact, keys, sparse):
         assert phases["optimizer"] == 2
         assert min(phases[name] for name in ("attention", "mlp", "norm, movement", "loss")) > 5
         # Little fits no phase: embeddings, positions and masks.
         assert phases["other"] < 0.25 * sum(phases[name] for name in PHASES if name != "between")
-    # What a LeMo layer calls as functions keeps its phase in backward by the name of its autograd node alone.
+    # What a LeMo layer calls as functions keeps its phase in backward by the function that runs there, or its autograd node's name.
     monkeypatch.setattr(step_phases, "_PART_OF_NODE", ())
+    assert exact["mlp"] > phases_by_operators("lemo-exact", monkeypatch)["mlp"]
+    monkeypatch.setattr(breakdown, "_PART_OF_CODE", {})
     unnamed = phases_by_operators("lemo-exact", monkeypatch)
     for name in ("mlp", "attention"):
         assert exact[name] > unnamed[name]

@@ -41,10 +41,11 @@ _PHASE_OF_PART = {
     "residual": "norm, movement",
     "loss": "loss",
 }
-# A layer that calls functions on rows leaves the backward of these to the layer itself: the autograd node's name tells them apart.
+# A layer that calls functions on rows leaves the backward of these to the layer itself: where the function that runs there is not known
+# (breakdown.py), the autograd node's name tells them apart.
 _PART_OF_NODE = (
     (re.compile(r"gated_?activation", re.I), "mlp"),
-    (re.compile(r"rotary|attend|KeptRowGradient|SelectedAttention", re.I), "attention"),
+    (re.compile(r"rotary|attend|KeptRowGradient|RestKeys|SelectedAttention", re.I), "attention"),
     (re.compile(r"PrunedMLP"), "mlp"),
     (re.compile(r"SegmentedLoss|cross_entropy", re.I), "loss"),
 )

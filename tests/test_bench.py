@@ -144,7 +144,7 @@ def phases_by_operators(name, monkeypatch):
     (chosen,) = choose_methods(name)
     settings = chosen.settings(128, "float32")
     if settings.lemo:
-        settings = replace(settings, lemo=replace(settings.lemo, segment_size=64))
+        settings = replace(settings, lemo=replace(settings.lemo, segment_size=64, predictor_features=8))
     model = bench_model(small_config(), settings, CPU)
     ids = torch.randint(0, 96, (1, 128))
     with PhaseTimer(model, CPU) as timer:

@@ -57,22 +57,22 @@ class Variant:
         name: What the result calls it.
         lemo: Fields of its `LemoConfig`.
         reweighted: Whether branches are entered with one over the chance to be kept.
-        keys_as_they_are: Whether the backward pass takes keys without subtracting their mean.
+        kept_alone: Whether dropped keys are left out of the gradient of kept queries.
         labels_only: Whether the gradient is the dense one and only the labels are those of kept blocks.
     """
 
     name: str
     lemo: dict[str, Any] = field(default_factory=dict)
     reweighted: bool = False
-    keys_as_they_are: bool = False
+    kept_alone: bool = False
     labels_only: bool = False
 
 
 VARIANTS = (
-    Variant("drawn by layer, kept keys alone", {"draws": "by_layer"}, keys_as_they_are=True),
+    Variant("drawn by layer, kept keys alone", {"draws": "by_layer"}, kept_alone=True),
     Variant("drawn by layer", {"draws": "by_layer"}),
     Variant("drawn by layer, reweighted", {"draws": "by_layer"}, reweighted=True),
-    Variant("shared draws, kept keys alone", keys_as_they_are=True),
+    Variant("shared draws, kept keys alone", kept_alone=True),
     Variant("shared draws"),
     Variant("shared draws, blocks of 16", {"block_size": 16}),
     Variant("shared draws, blocks of 256", {"block_size": 256}),
@@ -217,7 +217,7 @@ def measure(adapter: Gradient, windows: list[Tensor], other_windows: list[Tensor
             with ExitStack() as changes:
                 if variant.reweighted:
                     changes.enter_context(branches_reweighted(model))
-                if variant.keys_as_they_are:
+                if variant.kept_alone:
                     changes.enter_context(kept_keys_alone())
                 gradients.append(gradient(model, tokens))
         found[variant.name] = quality(gradients, dense, task)

@@ -1,5 +1,3 @@
-from itertools import accumulate
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +31,6 @@ def test_documents_are_found_wherever_they_lie(lengths, layout, extra, block_siz
     assert documents.starts == [row * width + start for row, start, _ in placed.places]
     assert documents.lengths == lengths
     assert documents.block_counts == [-(-length // block_size) for length in lengths]
-    assert documents.bounds.tolist() == [0, *accumulate(lengths)]
     flat = placed.batch["input_ids"].flatten()
     assert torch.equal(flat[documents.rows], torch.cat(tokens))
     alone = [int(find({"input_ids": part[None]}, block_size).keys[0]) for part in tokens]

@@ -21,7 +21,7 @@ from lemo_hf import LemoConfig
 from lemo_hf.models import kept_key_attention
 from lemo_hf.models.document_attention import AttentionScope, attend, with_kept_row_gradient
 from lemo_hf.models.documents import find_documents
-from lemo_hf.models.kept_key_attention import KeptKeyScope, attend_kept_keys, with_rest_keys
+from lemo_hf.models.kept_key_attention import KeptKeyScope, attend_kept_keys, rest_query_gradient, with_rest_keys
 from lemo_hf.models.lemo_config import LemoConfigError
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.models.token_elimination import selection_of_blocks
@@ -224,6 +224,25 @@ def test_the_gradient_of_kept_queries_is_that_of_all_keys_they_see(width, window
     attached = with_kept_row_gradient(leaf, key[kept], value[kept], output[kept], lse[kept], among)
     attached = with_rest_keys(attached, leaf, lse[kept], key[rest], value[rest], scope)
     torch.testing.assert_close(torch.autograd.grad(attached, leaf, upstream[kept])[0], wanted)
+
+
+def test_a_backward_within_autocast_loses_no_bits():
+    documents, selection, query, key, value = some_rows([61], 4, [True, False] * 8)
+    kept, rest = selection.real_kept, selection.real_rest
+    query, key, value = (part.float() for part in (query, key, value))
+    output, lse = attended(documents, selection, query, key, value, 9)
+    arguments = (output[kept].cos(), query[kept], output[kept], lse[kept], key[rest], value[rest])
+    scope = KeptKeyScope(selection, documents, 0.3, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = rest_query_gradient(*arguments, scope)
+    assert torch.equal(within, rest_query_gradient(*arguments, scope))
+
+
+def test_queries_without_gradient_ask_nothing(monkeypatch):
+    """As in a first layer with adapters on its values alone."""
+    monkeypatch.setattr(kept_key_attention, "rest_query_gradient", None)
+    model = lemo_model(stock_model(num_hidden_layers=1), {"targets": ["v_proj"]}, keep_ratio=0.4)
+    assert loss_and_gradients(model, place(DOCUMENTS, "right").batch)[1]
 
 
 def test_autocast_runs():

@@ -232,3 +232,11 @@ def test_a_block_of_another_copy_of_the_class_is_read(tmp_path, monkeypatch):
     assert read.to_dict() == LemoConfig(**CHANGED).to_dict()
     with pytest.raises(LemoConfigError, match="must be a mapping; got list"):
         LemoConfig.from_dict([])
+
+
+@pytest.mark.parametrize(("form", "nearby"), [("exact", None), ("sparse", 0)])
+def test_a_block_of_version_1_says_no_nearby_tokens_by_a_0(form, nearby):
+    block = LemoConfig(attention_forward=form).to_dict() | {"schema_version": 1, "nearby_tokens": 0}
+    found = LemoConfig.from_dict(block)
+    assert (found.nearby_tokens, found.schema_version) == (nearby, SCHEMA_VERSION)
+    assert LemoConfig.from_dict(LemoConfig(attention_forward=form, nearby_tokens=0).to_dict()).nearby_tokens == 0

@@ -319,7 +319,7 @@ TYPES = {
     "no heads": (lambda f: rewrite(f / "config.json", num_attention_heads=0), "config"),
     "newer block": (
         lambda f: change_block(f, schema_version=99, new=1),
-        "schema_version 99, this lemo_hf reads up to 1; upgrade lemo_hf",
+        "schema_version 99, this lemo_hf reads up to 2; upgrade lemo_hf",
     ),
     "misspelt block": (lambda f: change_block(f, keep_ration=1), "did you mean 'keep_ratio'"),
 }

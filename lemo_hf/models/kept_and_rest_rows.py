@@ -231,7 +231,9 @@ class KeptAndRestRows:
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Attention of all real rows: what `finished` holds; the rest rows' output is put by."""
         kept_at, rest_at = self.selection.real_kept, self.selection.real_rest
-        of_kept, of_rest = (key, value), () if self.nearby == 0 else self._rest_heads[1:]
+        # A row that sees itself alone besides kept ones sees no dropped key.
+        sees_none = self.nearby is not None and self.nearby <= 1
+        of_kept, of_rest = (key, value), () if sees_none else self._rest_heads[1:]
         if self._rest_heads:
             # Every row is projected once; kept and rest are laid into one transient buffer.
             query, key, value = interleave((query, key, value), self._rest_heads, kept_at, rest_at)

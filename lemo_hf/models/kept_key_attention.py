@@ -29,6 +29,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
@@ -42,7 +43,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # Queries of one call, rounded up to whole blocks.
 _STRIP = 256
 # Keys whose scores exist at one time, with those of a strip.
-_KEYS_AT_ONCE = 1024
+_KEYS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -190,25 +191,28 @@ def rest_query_gradient(
         rows = selection.real_kept, selection.real_rest, place[selection.real_kept], documents.lengths
         return fast(grad, query, output, lse, rest_key, rest_value, *rows, scope.scale, scope.width, scope.window)
     wide = torch.promote_types(query.dtype, torch.float32)
-    found = torch.zeros(query.shape, dtype=wide, device=query.device)
+    found = query.new_zeros(query.shape)
     kept_place, rest_place = place[selection.real_kept], place[selection.real_rest]
     width = scope.width if scope.window is None else min(scope.width, scope.window)
-    for queries, all_keys in _rest_strips(scope, width):
-        # (key heads, query heads of each * rows, head_dim): no key is repeated.
-        groups = rest_key.shape[1]
-        asked, given, finished = (_by_key_head(part[queries], groups, wide) for part in (query, grad, output))
-        sums = _by_key_head(lse[queries], groups, wide)
-        along = (given * finished).sum(-1, keepdim=True)
-        of_query = torch.zeros_like(asked)
-        for start in range(all_keys.start, all_keys.stop, _KEYS_AT_ONCE):
-            keys = slice(start, min(start + _KEYS_AT_ONCE, all_keys.stop))
-            key, value = (part[keys].transpose(0, 1).to(wide) for part in (rest_key, rest_value))
-            distance = kept_place[queries][:, None] - rest_place[keys]
-            hidden = ((distance < 0) | (distance >= width)).repeat(asked.shape[1] // len(distance), 1)
-            weights = (asked @ key.mT * scope.scale - sums).exp_().masked_fill_(hidden, 0)
-            of_query += weights.mul_(given @ value.mT - along) @ key
-        found[queries] = of_query.unflatten(1, (-1, len(distance))).permute(2, 0, 1, 3).flatten(1, 2) * scope.scale
-    return found.to(query.dtype)
+    # Backward may run within autocast, which would multiply in 16 bits.
+    with torch.autocast(query.device.type, enabled=False):
+        for queries, all_keys in _rest_strips(scope, width):
+            # (key heads, query heads of each * rows, head_dim): no key is repeated.
+            groups = rest_key.shape[1]
+            asked, given, finished, sums = (_by_key_head(part[queries], groups, wide) for part in (query, grad, output, lse))
+            of_query = torch.zeros_like(asked)
+            # What is taken from every score of a row is one more column of the products, not a pass over the scores.
+            asked = torch.cat((asked * scope.scale, -sums), 2)
+            given = torch.cat((given, -(given * finished).sum(-1, keepdim=True)), 2)
+            for start in range(all_keys.start, all_keys.stop, _KEYS_AT_ONCE):
+                keys = slice(start, min(start + _KEYS_AT_ONCE, all_keys.stop))
+                key, value = (F.pad(part[keys].transpose(0, 1).to(wide), (0, 1), value=1.0) for part in (rest_key, rest_value))
+                distance = kept_place[queries][:, None] - rest_place[keys]
+                hidden = ((distance < 0) | (distance >= width)).repeat(asked.shape[1] // len(distance), 1)
+                weights = (asked @ key.mT).exp_().masked_fill_(hidden, 0)
+                of_query += weights.mul_(given @ value.mT) @ key[:, :, :-1]
+            found[queries] = of_query.unflatten(1, (-1, len(distance))).permute(2, 0, 1, 3).flatten(1, 2) * scope.scale
+    return found
 
 
 def _by_key_head(rows: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -269,4 +273,6 @@ def with_rest_keys(
         rest_key, rest_value: Those of dropped rows, `(rest, key_value_heads, head_dim)`.
         scope: Rows, scale and widths.
     """
+    if not query.requires_grad:
+        return attended
     return _RestKeys.apply(attended, query, lse, rest_key, rest_value, scope)

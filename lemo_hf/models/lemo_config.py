@@ -201,6 +201,11 @@ class LemoConfig:
         # A newer schema is named as such before its new fields are called unknown.
         if isinstance(version, int) and version <= SCHEMA_VERSION:
             cls._refuse_unknown(values)
+        if version == 1:
+            values = {**values, "schema_version": SCHEMA_VERSION}
+            # The exact form had no nearby tokens then, and said so by a 0, which now leaves dropped keys out of the gradient.
+            if values.get("attention_forward", "exact") == "exact" and values.get("nearby_tokens") == 0:
+                values["nearby_tokens"] = None
         return cls(**{name: value for name, value in values.items() if name in _field_names(cls)})
 
     @classmethod

@@ -119,7 +119,7 @@ def rest_query_gradient_operator(
 ) -> Tensor:
     """The gradient; arguments as in `rest_query_gradient`."""
     if not query.shape[0] or not rest_key.shape[0]:
-        return torch.zeros_like(query)
+        return query.new_zeros(query.shape)
     query, rest_key, rest_value = (unit_stride(part) for part in (query, rest_key, rest_value))
     first_row = (kept_rows - places.clamp(0, width - 1)).clamp_min(0)
     first = torch.searchsorted(rest_rows, first_row).int()

@@ -136,7 +136,12 @@ def method_settings(settings: StepSettings) -> list[StepSettings]:
     lemo = settings.lemo or LemoConfig()
     stock = [replace(settings, method=method, lemo=None) for method in ("stock", "checkpointing", "liger", "liger+checkpointing")]
     forms = [
-        replace(lemo, attention_forward=form, nearby_tokens=None, checkpoint=checkpoint)
+        replace(
+            lemo,
+            attention_forward=form,
+            nearby_tokens=lemo.nearby_tokens if form == lemo.attention_forward else None,
+            checkpoint=checkpoint,
+        )
         for checkpoint in ("none", "kept_rows")
         for form in get_args(AttentionForward)
     ]

@@ -37,12 +37,13 @@ def hooks_on(model):
     return [each for each in sparse_backbone(model).layers if each._forward_hooks or each._forward_pre_hooks]
 
 
-@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize(("measured", "form"), [(False, "exact"), (True, "exact"), (False, "kept_keys")])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_what_ends_a_step_in_its_middle_leaves_nothing(where, error, measured):
+def test_what_ends_a_step_in_its_middle_leaves_nothing(where, error, measured, form):
     """PyTorch calls a module's hooks after errors, not after interrupts; saved bytes may be measured around each step."""
-    model = tiny_lemo_model(**STEADY).train()
+    nearby = 7 if form == "kept_keys" else None
+    model = tiny_lemo_model(**STEADY, attention_forward=form, nearby_tokens=nearby).train()
     ((wanted,), _) = steps(model)
     for late in (False, True):
         with SensitiveOffload(sparse_backbone(model), EVERYTHING, copies=LateCopies() if late else None) as offload:

@@ -19,6 +19,7 @@ CASES = {
     "dora": (None, {"use_dora": True, "target_modules": [*ATTENTION, "down_proj"]}),
     "4bit": (4, {"target_modules": ATTENTION}),
     "4bit, dora, kept rows": (4, {"use_dora": True, "target_modules": ATTENTION}),
+    "4bit, kept keys, kept rows": (4, {"target_modules": ATTENTION}),
     "8bit": (8, {"target_modules": ATTENTION, "use_rslora": True}),
     "ends": (None, {"target_modules": [*ATTENTION, "lm_head"], "modules_to_save": ["embed_tokens"]}),
     "tokens": (None, {"target_modules": ATTENTION, "trainable_token_indices": {"embed_tokens": [5, 7]}}),
@@ -57,7 +58,8 @@ def quantization(bits):
 def test_a_run_loads_back_with_its_predictors(case, base, tmp_path):
     bits, adapter = CASES[case]
     torch.manual_seed(0)
-    block = LemoConfig(**BLOCK, checkpoint="kept_rows" if "kept rows" in case else "none")
+    form = {"attention_forward": "kept_keys", "nearby_tokens": 7} if "kept keys" in case else {}
+    block = LemoConfig(**BLOCK, **form, checkpoint="kept_rows" if "kept rows" in case else "none")
     model = AutoLemoModelForCausalLM.from_pretrained(base, lemo=block, dtype=torch.float32, **quantization(bits))
     if bits is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

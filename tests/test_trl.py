@@ -122,11 +122,11 @@ def test_adapters_given_to_the_trainer_and_wrapped_before_are_the_same(tmp_path)
     assert not any("lemo_predictor" in name for name, weight in given.model.named_parameters() if weight.requires_grad)
 
 
-@pytest.mark.parametrize("form", ["sparse", "exact"])
+@pytest.mark.parametrize("form", ["sparse", "exact", "kept_keys"])
 @pytest.mark.parametrize("layout", ["bfd", "padding free"])
 def test_a_packed_document_is_as_alone(tmp_path, form, layout):
     """Through trl's own preparation and collator; its packing without FlashAttention is what contaminates elsewhere."""
-    lemo = {"selection": "ratio", "attention_forward": form}
+    lemo = {"selection": "ratio", "attention_forward": form, "nearby_tokens": 7 if form == "kept_keys" else None}
     data, packing = (texts, {"packing": True}) if layout == "bfd" else (texts, {"padding_free": True, "max_length": None})
     trainer = sft_trainer(tmp_path, lemo, data(6), model=add_lora(model(lemo)), **packing)
     rows = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))]

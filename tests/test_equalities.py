@@ -24,8 +24,10 @@ SELECTIONS = {
     "informed": {"sampling_temperature": 1.0},
     "ratio": {"selection": "ratio"},
     "true": {"selection": "ratio", "score_source": "true"},
-    "threshold": {"selection": "threshold", "thresholds": [1.0, 1.0]},
+    "threshold": {"selection": "threshold"},
 }
+# Near the medians of what the predictors say of these samples.
+THRESHOLDS = {"llama": [7.0, 3.0], "mistral": [7.0, 3.0], "opt": [-2.0, 1.0], "qwen2": [5.0, -0.5], "qwen3": [4.0, 1.0]}
 # How the twelve samples of three steps reach the model, beside the run of batches of 4 padded on the right.
 WAYS = {
     "accumulated from single samples": {"accumulation": 4},
@@ -51,7 +53,15 @@ class Samples(torch.utils.data.Dataset):
 
 def trained(folder, architecture, selection, form, layout="right", extra=0, accumulation=1, stock_checkpointing=False, **lemo):
     """The adapter after three steps, and the loss of four samples in evaluation."""
-    lemo = {"block_size": 4, "keep_ratio": 0.4, "attention_forward": form, **SELECTIONS[selection], **lemo}
+    thresholds = THRESHOLDS[architecture] if selection == "threshold" else None
+    lemo = {
+        "block_size": 4,
+        "keep_ratio": 0.4,
+        "attention_forward": form,
+        "thresholds": thresholds,
+        **SELECTIONS[selection],
+        **lemo,
+    }
     model = lemo_model(with_varied_vectors(stock_model(architecture=architecture)), {}, **lemo).double()
     if stock_checkpointing:
         checkpoint_stock_layers(model)
@@ -64,6 +74,7 @@ def trained(folder, architecture, selection, form, layout="right", extra=0, accu
         learning_rate=0.1,
         optim="sgd",
         predictor_documents=0,
+        calibrate_documents=len(SAMPLES),  # on which thresholds have to choose
         remove_unused_columns=False,
         label_names=["labels"],
     )

@@ -276,7 +276,7 @@ def test_of_several_rates_the_one_of_most_runs_is_shown(written):
 def test_when_a_goal_is_met(arm, point, mean, low, high, word, measure):
     found = Difference(mean, low, high, 0.1, (mean, mean)).to_dict()
     setting = {
-        "setting": {"steps": 9, "tokens": 8, "text": "python", "schedule": "constant", "accumulation": 1},
+        "setting": {"steps": 9, "tokens": 8, "text": "python", "schedule": "constant", "accumulation": 1, "base": "b"},
         "arms": {arm: {"seeds": [0, 1], "points": {point: {"versus_stock": {measure: found}}}}},
     }
     assert report.goals_table([{"machine": {}, "settings": {"a": setting}}]).endswith(f"| {word} |")

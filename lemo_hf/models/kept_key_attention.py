@@ -184,12 +184,16 @@ def rest_query_gradient(
 
     Returns:
         `(kept, heads, head_dim)`.
+
+    Raises:
+        LemoConfigError: On other devices than the CPU where no kernel runs.
     """
     documents, selection = scope.documents, scope.selection
     place = documents.place_of_row
     if (fast := kernel("rest_query_gradient", query, query.shape[2])) is not None:
         rows = selection.real_kept, selection.real_rest, place[selection.real_kept], documents.lengths
         return fast(grad, query, output, lse, rest_key, rest_value, *rows, scope.scale, scope.width, scope.window)
+    require_cpu(query)
     wide = torch.promote_types(query.dtype, torch.float32)
     found = query.new_zeros(query.shape)
     kept_place, rest_place = place[selection.real_kept], place[selection.real_rest]

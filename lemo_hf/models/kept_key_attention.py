@@ -18,14 +18,14 @@ attention among kept tokens r^2 N^2 / 2; pairs of kept queries and dropped keys 
 exact form, 1.5 times a forward's work each in backward. It saves as much as the exact form: kept rows' queries, keys, values and
 output, and dropped rows' keys and values.
 
-On a GPU a kernel walks both sets of keys where they stand. Elsewhere a strip of queries is one call of ATen's flash operator:
-the kept rows before the strip's nearby keys, all visible, and then the stretch of nearby keys, visible by a mask, so that of a
-call exist no more than the kept rows and one stretch of keys.
+On a GPU a kernel walks both sets of keys where they stand. Elsewhere a strip of queries is two calls of ATen's flash operator:
+the kept rows before the strip's nearby keys, all visible, and the stretch of nearby keys, visible by a mask. Their log-sum-exps make
+one softmax of them. Where a sliding window or an unknown selection (a compiler's) hides kept rows too, it is one call with a mask.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -99,28 +99,52 @@ def attend_kept_keys(
             scope.window,
         )
     require_cpu(query)
-    parts = []
-    for strip in _strips(scope):
-        keys, values = (torch.cat((far[strip.far], near[strip.near])) for far, near in ((kept_key, key), (kept_value, value)))
-        rows, mask = (part.transpose(0, 1).unsqueeze(0) for part in (query[strip.queries], keys, values)), strip.mask(query.dtype)
-        parts.append(_flash(*rows, 0.0, False, attn_mask=mask, scale=scope.scale))
-    outputs, sums = zip(*((output[0].transpose(0, 1), lse[0].transpose(0, 1)) for output, lse in parts), strict=True)
+    outputs, sums = zip(
+        *(_attend_strip(query, key, value, kept_key, kept_value, strip, scope) for strip in _strips(scope)), strict=True
+    )
     return torch.cat(outputs), torch.cat(sums).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
 class _Strip:
-    """Queries of one document and the keys they may see: a stretch of the kept rows, then a stretch of all rows."""
+    """Queries of one document and the keys they may see: a stretch of the kept rows, then a stretch of all rows.
+
+    Which of the first a query sees is `None` where it is all of them.
+    """
 
     queries: slice
     far: slice
     near: slice
-    visible: Tensor  # (queries, far and near keys)
+    sees_far: Tensor | None  # (queries, far keys)
+    sees_near: Tensor  # (queries, near keys)
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """What to add to the scores."""
-        hidden = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
-        return hidden.masked_fill_(~self.visible, -torch.inf)[None, None]
+
+def _attend_strip(
+    query: Tensor, key: Tensor, value: Tensor, kept_key: Tensor, kept_value: Tensor, strip: _Strip, scope: KeptKeyScope
+) -> tuple[Tensor, Tensor]:
+    """A strip's output `(queries, heads, head_dim)` and log-sum-exp `(queries, heads)`."""
+    asked = query[strip.queries]
+    near, far = (key[strip.near], value[strip.near]), (kept_key[strip.far], kept_value[strip.far])
+    if strip.sees_far is not None:
+        keys, values = (torch.cat(parts) for parts in zip(far, near, strict=True))
+        return _attend_some(asked, keys, values, torch.cat((strip.sees_far, strip.sees_near), 1), scope.scale)
+    output, lse = _attend_some(asked, *near, strip.sees_near, scope.scale)
+    if not len(far[0]):
+        return output, lse
+    # Without a mask the operator takes a third less time; the two parts are one softmax by their sums.
+    far_output, far_lse = _attend_some(asked, *far, None, scope.scale)
+    both = torch.logaddexp(lse, far_lse)
+    weight, far_weight = ((part - both).exp().unsqueeze(-1) for part in (lse, far_lse))
+    return (output * weight + far_output * far_weight).to(query.dtype), both
+
+
+def _attend_some(query: Tensor, key: Tensor, value: Tensor, sees: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    mask = None
+    if sees is not None:
+        mask = torch.zeros(sees.shape, dtype=query.dtype, device=sees.device).masked_fill_(~sees, -torch.inf)[None, None]
+    rows = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+    output, lse = _flash(*rows, 0.0, False, attn_mask=mask, scale=scale)
+    return output[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
 def _strips(scope: KeptKeyScope) -> Iterator[_Strip]:
@@ -142,13 +166,14 @@ def _strips(scope: KeptKeyScope) -> Iterator[_Strip]:
             queries, near = slice(first + start, first + stop), slice(first + block * size, first + stop)
             at = place[queries][:, None]
             distance = at - place[near]
-            visible = (distance >= 0) & ((distance < scope.width) | is_kept[near])
-            behind = kept_place[far].expand(stop - start, -1)
-            # Where `before` is a bound, some of these rows come later; they stand in the stretch.
-            visible = torch.cat((behind < block * size, visible), 1)
-            if scope.window is not None:
-                visible &= at - torch.cat((behind[0], place[near])) < scope.window
-            yield _Strip(queries, far, near, visible)
+            sees_near = (distance >= 0) & ((distance < scope.width) | is_kept[near])
+            sees_far = None
+            if is_bound or scope.window is not None:
+                window = length if scope.window is None else scope.window
+                sees_near &= distance < window
+                # Where `before` is a bound, some of these rows come later; they stand in the stretch.
+                sees_far = (kept_place[far] < block * size) & (at - kept_place[far] < window)
+            yield _Strip(queries, far, near, sees_far, sees_near)
         first, first_kept = first + length, first_kept + kept
 
 
@@ -200,7 +225,7 @@ def rest_query_gradient(
     width = scope.width if scope.window is None else min(scope.width, scope.window)
     # Backward may run within autocast, which would multiply in 16 bits.
     with torch.autocast(query.device.type, enabled=False):
-        for queries, all_keys in _rest_strips(scope, width):
+        for queries, stretches in _rest_strips(scope, width):
             # (key heads, query heads of each * rows, head_dim): no key is repeated.
             groups = rest_key.shape[1]
             asked, given, finished, sums = (_by_key_head(part[queries], groups, wide) for part in (query, grad, output, lse))
@@ -208,14 +233,16 @@ def rest_query_gradient(
             # What is taken from every score of a row is one more column of the products, not a pass over the scores.
             asked = torch.cat((asked * scope.scale, -sums), 2)
             given = torch.cat((given, -(given * finished).sum(-1, keepdim=True)), 2)
-            for start in range(all_keys.start, all_keys.stop, _KEYS_AT_ONCE):
-                keys = slice(start, min(start + _KEYS_AT_ONCE, all_keys.stop))
+            for keys, all_visible in stretches:
                 key, value = (F.pad(part[keys].transpose(0, 1).to(wide), (0, 1), value=1.0) for part in (rest_key, rest_value))
-                distance = kept_place[queries][:, None] - rest_place[keys]
-                hidden = ((distance < 0) | (distance >= width)).repeat(asked.shape[1] // len(distance), 1)
-                weights = (asked @ key.mT).exp_().masked_fill_(hidden, 0)
+                weights = (asked @ key.mT).exp_()
+                if not all_visible:
+                    distance = kept_place[queries][:, None] - rest_place[keys]
+                    hidden = (distance < 0) | (distance >= width)
+                    weights.masked_fill_(hidden.repeat(asked.shape[1] // len(distance), 1), 0)
                 of_query += weights.mul_(given @ value.mT) @ key[:, :, :-1]
-            found[queries] = of_query.unflatten(1, (-1, len(distance))).permute(2, 0, 1, 3).flatten(1, 2) * scope.scale
+            rows = queries.stop - queries.start
+            found[queries] = of_query.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2) * scope.scale
     return found
 
 
@@ -224,29 +251,35 @@ def _by_key_head(rows: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return rows.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2).to(dtype)
 
 
-def _rest_strips(scope: KeptKeyScope, width: int) -> Iterator[tuple[slice, slice]]:
-    """Strips of a document's kept rows, and the dropped rows that any of them may see."""
+def _rest_strips(scope: KeptKeyScope, width: int) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+    """Strips of a document's kept rows, and stretches of the dropped rows that any of them may see, with whether all of them see all."""
     documents, selection = scope.documents, scope.selection
-    size, is_bound = documents.block_size, torch.compiler.is_compiling()
+    size = documents.block_size
     step = max(1, _STRIP // size)
     first_kept = first_rest = 0
     spans = zip(documents.lengths, selection.kept_lengths, _kept_before(scope), strict=True)
     for length, kept, before in spans:
         rest = length - kept
+        # Dropped rows before each block; a compiler knows none.
+        behind = [block * size - count for block, count in enumerate(before)]
         for block in range(0, len(before), step):
             after = block + step
-            queries = slice(first_kept + before[block], first_kept + (before[after] if after < len(before) else kept))
-            oldest = max(0, block * size - width + 1) // size
-            stop = rest if after >= len(before) else after * size - before[after]
-            keys = slice(first_rest + oldest * size - before[oldest], first_rest + stop)
-            if is_bound:  # then `before` is no count
-                queries, keys = (
-                    slice(first_kept + min(kept, block * size), first_kept + min(kept, after * size)),
-                    slice(first_rest, first_rest + rest),
-                )
-            if queries.start < queries.stop and keys.start < keys.stop:
-                yield queries, keys
+            if torch.compiler.is_compiling():
+                queries, places = slice(min(kept, block * size), min(kept, after * size)), [0, 0, 0, rest]
+            else:
+                is_last = after >= len(before)
+                queries = slice(before[block], kept if is_last else before[after])
+                oldest, whole = max(0, block * size - width + 1) // size, -(-max(0, after * size - width) // size)
+                places = [*(behind[at] for at in (oldest, min(whole, block), block)), rest if is_last else behind[after]]
+            parts = [slice(first_rest + start, first_rest + stop) for start, stop in pairwise(places)]
+            stretches = [(keys, part == 1) for part, whole in enumerate(parts) for keys in _in_steps(whole)]
+            if queries.start < queries.stop and stretches:
+                yield slice(first_kept + queries.start, first_kept + queries.stop), stretches
         first_kept, first_rest = first_kept + kept, first_rest + rest
+
+
+def _in_steps(keys: slice) -> list[slice]:
+    return [slice(start, min(start + _KEYS_AT_ONCE, keys.stop)) for start in range(keys.start, keys.stop, _KEYS_AT_ONCE)]
 
 
 class _RestKeys(torch.autograd.Function):

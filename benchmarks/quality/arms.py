@@ -8,10 +8,11 @@ An arm is one way to train the same adapter on the same rows. Groups, in the ord
     shares     all forms from 0.05 to 0.8; the sparse form once as the paper has it
     patterns   attention patterns among the kept tokens of the sparse form
     choices    ways to choose the blocks, at share 0.5 (and 0.1, where a choice has most to win), beside the uniform shared draw
-    tails      the last 5 to 15 % of the steps dense, and kept shares that rise or fall over the run
+    tails      the last steps dense, and kept shares that rise or fall over the run
     blocks     block sizes 16 to 128
+    nearby     how many nearby tokens kept keys see, and the exact form's gradient
     layers     which layers stay dense, and shares that rise or fall with depth
-    parts      attention's share against the MLP's; 0.7 and 0.39 keep the bytes of 0.5 in both in a Llama-3-8B layer
+    parts      attention's share against the MLP's; 0.7 with 0.39, and 1 with 0.22, keep the bytes of 0.5 in both in a Llama-3-8B layer
     adapters   LoRA on all linear layers, stock's and LeMo's
 """
 
@@ -73,10 +74,13 @@ class Arm:
 
     @property
     def has_equal_time(self) -> bool:
-        """Whether it is measured at equal time: what changes one thing must first be better for it at equal steps, and the bench's
-        own ways to choose cost more than ones made for speed would.
-        """
+        """Whether it is measured at equal time: what changes one thing must first be better for it at equal steps."""
         return self.lemo is not None and self.plain is None
+
+    @property
+    def has_cost(self) -> bool:
+        """Whether its steps cost what the package's would: the bench's own ways to choose cost more than ones made for speed."""
+        return self.lemo is not None and self.choice is None and not self.training
 
     @property
     def depends_on_the_end(self) -> bool:
@@ -101,7 +105,7 @@ def sparse(share: float, **others: Any) -> dict[str, Any]:
     return {**form, "selection": "ratio", "keep_ratio": share, "dense_layers": [0], **others}
 
 
-def keys(share: float, **others: Any) -> dict[str, Any]:
+def keys(share: float | list[float], **others: Any) -> dict[str, Any]:
     """Every token attends to the most informative blocks by prediction, and to those just before it."""
     form = {"attention_forward": "kept_keys", "block_reduction": "mean", "predictor_features": 40}
     return {**form, "selection": "ratio", "keep_ratio": share, **others}
@@ -186,27 +190,36 @@ def all_arms(layers: int = 6) -> dict[str, Arm]:
         add("choices", f"{name}-searched", form, plain=name, training={"share_search": "kept_share"})
     for name in ("true", "informative_draw", "stratified"):
         add("choices", f"exact-0.1-{name}", exact(0.1), choice=name, plain="exact-0.1")
-    for tail in (0.05, 0.1, 0.15):
-        add("tails", f"exact-0.3-tail-{tail:g}", exact(0.3), tail=tail)
+    # What changes one thing of the kept keys at 0.5, or of another form.
+    of_keys: dict[str, Any] = {"plain": "keys-0.5"}
+    for tail in (0.15, 0.3):
+        add("tails", f"keys-0.5-tail-{tail:g}", keys(0.5), tail=tail)
     add("tails", "sparse-0.5-tail-0.15", sparse(0.5), tail=0.15)
-    for first, last in ((0.3, 0.7), (0.7, 0.3)):
-        add("tails", f"exact-ramp-{first:g}-{last:g}", exact(0.5), ramp=(first, last))
+    for first, last in ((0.7, 0.3), (0.3, 0.7)):
+        add("tails", f"keys-ramp-{first:g}-{last:g}", keys(0.5), ramp=(first, last))
     for size in (16, 32, 128):
-        add("blocks", f"exact-0.5-block-{size}", exact(0.5, block_size=size))
-    add("layers", "exact-0.5-dense-last", exact(0.5, dense_layers=[-1]))
-    add("layers", "exact-0.5-dense-first", exact(0.5, dense_layers=[0]))
-    add("layers", "sparse-0.5-no-dense", sparse(0.5, dense_layers=[]))
-    add("layers", "sparse-0.5-dense-2", sparse(0.5, dense_layers=[0, 1]))
+        add("blocks", f"keys-0.5-block-{size}", keys(0.5, block_size=size), **of_keys)
+    for width in (64, 1024):
+        add("nearby", f"keys-0.5-nearby-{width}", keys(0.5, nearby_tokens=width), **of_keys)
+    for width in (0, 256):
+        add("nearby", f"exact-0.5-nearby-{width}", exact(0.5, nearby_tokens=width), plain="exact-0.5")
+    add("layers", "keys-0.5-dense-last", keys(0.5, dense_layers=[-1]), **of_keys)
+    add("layers", "keys-0.5-dense-first", keys(0.5, dense_layers=[0]), **of_keys)
+    add("layers", "exact-0.5-dense-last", exact(0.5, dense_layers=[-1]), plain="exact-0.5")
+    add("layers", "sparse-0.5-no-dense", sparse(0.5, dense_layers=[]), plain="sparse-0.5")
+    add("layers", "sparse-0.5-dense-2", sparse(0.5, dense_layers=[0, 1]), plain="sparse-0.5")
     for first, last in ((0.3, 0.7), (0.7, 0.3)):
         shares = [round(first + (last - first) * layer / max(1, layers - 1), 3) for layer in range(layers)]
-        add("layers", f"exact-by-layer-{first:g}-{last:g}", exact(shares))
-    add("parts", "exact-0.7-mlp-0.39", exact(0.7, mlp_keep_ratio=0.39))
-    add("parts", "exact-1-mlp-0.3", exact(1.0, mlp_keep_ratio=0.3))
+        add("layers", f"keys-by-layer-{first:g}-{last:g}", keys(shares), **of_keys)
+    for attention, mlp in ((0.7, 0.39), (0.5, 0.25), (1.0, 0.22)):
+        form = exact(attention, mlp_keep_ratio=mlp) if attention == 1 else keys(attention, mlp_keep_ratio=mlp)
+        add("parts", f"keys-{attention:g}-mlp-{mlp:g}", form, **of_keys)
     for name in PARTS:
         add("parts", f"exact-0.5-{name}", exact(0.5), choice=name, plain="exact-0.5")
     add("adapters", "stock-all-linear", targets=ALL_LINEAR)
+    for share in (0.5, 0.3):
+        add("adapters", f"keys-{share:g}-all-linear", keys(share), targets=ALL_LINEAR)
     add("adapters", "exact-0.5-all-linear", exact(0.5), targets=ALL_LINEAR)
-    add("adapters", "exact-0.3-all-linear", exact(0.3), targets=ALL_LINEAR)
     return listed.arms
 
 

@@ -148,8 +148,8 @@ def steps_at_equal_time(steps: int, ratio: float, phase_steps: float) -> int:
 
 
 def cost_of(arm: Arm, setting: Setting, texts: Texts, out: Path) -> dict[str, Any] | None:
-    """The arm's cost beside stock's, measured once for all seeds; `None` for stock itself and arms without equal time."""
-    if not arm.has_equal_time:
+    """The arm's cost beside stock's, measured once for all seeds; `None` where it would say nothing."""
+    if not arm.has_cost:
         return None
     place = out / "costs" / f"{arm.name}--{setting.tokens}t.json"
     described = json.loads(json.dumps({"arm": arm.to_dict(), "base": identity(setting.base), "mixed": setting.mixed}))
@@ -200,7 +200,7 @@ def run_arm(arm: Arm, setting: Setting, seed: int, texts: Texts, out: Path) -> d
         phase_steps = phase_seconds / (cost["stock_seconds"] * setting.accumulation) if reads_predictors(arm) else 0.0
         return steps_at_equal_time(steps, cost["mean_time_ratio"], phase_steps)
 
-    if cost is None:
+    if not arm.has_equal_time:
         measured, losses = train(arm, setting, seed, texts, steps, lambda _: {EQUAL_STEPS: steps})
         found = measured.found
     elif setting.schedule == "constant" and not arm.depends_on_the_end:

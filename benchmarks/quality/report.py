@@ -19,6 +19,7 @@ from lemo_hf.errors import LemoError
 
 Results = Sequence[Mapping[str, Any]]
 NONE = "Not measured yet."
+GROUPS = ("core", "shares", "tails", "blocks", "nearby", "layers", "parts", "adapters")  # those with tables of their own
 CORE = ("stock", "exact-0.5", "exact-0.3", "keys-0.5", "keys-0.3")
 # What the bench is for: arm, point, measure, unit, the largest difference to stock that is a success; `None`: a loss is no tie.
 GOALS = tuple(
@@ -134,15 +135,24 @@ def group_table(group: str) -> Callable[[Results], str]:
     def render(results: Results) -> str:
         parts = []
         for result, setting in main_settings(results):
-            of_group = (arm for arm in setting["arms"].values() if arm["arm"]["group"] == group)
-            names = [arm["arm"]["name"] for arm in of_group if arm["arm"]["plain"] is None]  # those have tables of their own
+            names = [arm["arm"]["name"] for arm in setting["arms"].values() if arm["arm"]["group"] == group]
             if names:
                 shown = ["stock"] * ("stock" in setting["arms"] and "stock" not in names) + names
-                rows = [arm_row(name, setting["arms"][name]) for name in shown]
-                parts.append(f"{table(GROUP_HEAD, rows)}\n\n{of_setting(result, setting)}")
+                parts.append(f"{arms_table([setting['arms'][name] for name in shown])}\n\n{of_setting(result, setting)}")
         return "\n\n".join(parts) or NONE
 
     return render
+
+
+def arms_table(arms: Sequence[Mapping[str, Any]]) -> str:
+    """Arms of a setting with their costs: beside the form that they change one thing of where there is one, else at equal time too."""
+    rows, plain = [arm_row(arm["arm"]["name"], arm) for arm in arms], [arm["arm"]["plain"] for arm in arms]
+    if not any(plain):
+        return table(GROUP_HEAD, rows)
+    for row, arm, of in zip(rows, arms, plain, strict=True):
+        own = arm["points"].get(EQUAL_STEPS, {}).get("versus_plain")
+        row[-2:] = [of or "-", difference(own), verdict(own)]
+    return table((*GROUP_HEAD[:-2], "changes", "against that, equal steps", "verdict"), rows)
 
 
 def verdict(found: Mapping[str, Any] | None) -> str:
@@ -160,7 +170,7 @@ def choices_table(results: Results) -> str:
         rows = []
         for name, arm in setting["arms"].items():
             point = arm["points"].get(EQUAL_STEPS)
-            if arm["arm"]["plain"] is None or arm["arm"]["group"] == "patterns" or point is None:
+            if arm["arm"]["group"] != "choices" or point is None:
                 continue
             own, choice = point.get("versus_plain"), arm["arm"]["choice"]
             about = [
@@ -358,7 +368,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quality_choices": choices_table,
     "quality_patterns": patterns_table,
     "quality_settings": settings_table,
-    **{f"quality_{group}": group_table(group) for group in ("core", "shares", "tails", "blocks", "layers", "parts", "adapters")},
+    **{f"quality_{group}": group_table(group) for group in GROUPS},
 }
 
 

@@ -25,8 +25,8 @@ ARMS = (
     "before",
     "sparse-0.5-paper",
     "exact-0.5-true",
-    "exact-0.3-tail-0.15",
-    "exact-ramp-0.3-0.7",
+    "keys-0.5-tail-0.15",
+    "keys-ramp-0.3-0.7",
 )
 
 
@@ -57,9 +57,9 @@ def test_both_points_come_from_the_arms_own_runs(finished):
     assert steps["stock"] == {EQUAL_STEPS: 4}
     assert steps["before"] == {EQUAL_STEPS: 0}
     assert steps["exact-0.5"] == steps["exact-0.3"] == {EQUAL_STEPS: 4, EQUAL_TIME: 8}
-    assert steps["exact-ramp-0.3-0.7"] == {EQUAL_STEPS: 4, EQUAL_TIME: 8}
+    assert steps["keys-ramp-0.3-0.7"] == {EQUAL_STEPS: 4, EQUAL_TIME: 8}
     # 15 % of the steps take stock's time: 4 / (0.85 * 0.5 + 0.15).
-    assert steps["exact-0.3-tail-0.15"] == {EQUAL_STEPS: 4, EQUAL_TIME: 6}
+    assert steps["keys-0.5-tail-0.15"] == {EQUAL_STEPS: 4, EQUAL_TIME: 6}
     assert steps["exact-0.5-true"] == {EQUAL_STEPS: 4}  # must first win at equal steps
     # Its predictors are fitted in steps of its time.
     assert steps["sparse-0.5-paper"][EQUAL_TIME] <= 8
@@ -80,7 +80,7 @@ def test_costs_are_counted_beside_stocks(finished):
 
 
 def test_a_ramp_moves_the_share_and_its_cost_is_that_of_both_ends(finished):
-    cost = run_of(finished, "exact-ramp-0.3-0.7")["cost"]
+    cost = run_of(finished, "keys-ramp-0.3-0.7")["cost"]
     assert cost["kept_share"] == pytest.approx(0.5 * (0.5 + 0.75))  # ceil(0.3 * 4) and ceil(0.7 * 4) of 4 blocks
     assert mean_ratio(Arm("ramp", "x", exact(0.5), ramp=(0.3, 0.7)), 0.4, 0.8) == pytest.approx(0.6)
     shares = []

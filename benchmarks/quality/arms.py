@@ -211,9 +211,9 @@ def all_arms(layers: int = 6) -> dict[str, Arm]:
     for first, last in ((0.3, 0.7), (0.7, 0.3)):
         shares = [round(first + (last - first) * layer / max(1, layers - 1), 3) for layer in range(layers)]
         add("layers", f"keys-by-layer-{first:g}-{last:g}", keys(shares), **of_keys)
-    for attention, mlp in ((0.7, 0.39), (0.5, 0.25), (1.0, 0.22)):
-        form = exact(attention, mlp_keep_ratio=mlp) if attention == 1 else keys(attention, mlp_keep_ratio=mlp)
-        add("parts", f"keys-{attention:g}-mlp-{mlp:g}", form, **of_keys)
+    for attention, mlp in ((0.7, 0.39), (0.5, 0.25)):
+        add("parts", f"keys-{attention:g}-mlp-{mlp:g}", keys(attention, mlp_keep_ratio=mlp), **of_keys)
+    add("parts", "exact-1-mlp-0.22", exact(1.0, mlp_keep_ratio=0.22), plain="exact-0.5")
     for name in PARTS:
         add("parts", f"exact-0.5-{name}", exact(0.5), choice=name, plain="exact-0.5")
     add("adapters", "stock-all-linear", targets=ALL_LINEAR)

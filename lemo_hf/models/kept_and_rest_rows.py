@@ -238,11 +238,10 @@ class KeptAndRestRows:
             # Every row is projected once; kept and rest are laid into one transient buffer.
             query, key, value = interleave((query, key, value), self._rest_heads, kept_at, rest_at)
             self._rest_heads = ()
-        scope = self._scope(self.documents.lengths)
         if self.form == "kept_keys" and rest_at.numel():
             output, lse = attend_kept_keys(query, key, value, *of_kept, self._reach())
         else:
-            output, lse = attend(query, key, value, scope)
+            output, lse = attend(query, key, value, self._scope(self.documents.lengths))
         self._rest_attended = output.index_select(0, rest_at)
         return output.index_select(0, kept_at), lse.index_select(0, kept_at), *of_rest
 

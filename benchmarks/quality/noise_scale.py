@@ -1,4 +1,4 @@
-"""How many rows a step needs before leaving tokens out pays: gradient noise of stock LoRA and of the exact form, row by row.
+"""How many rows a step needs before leaving tokens out pays: gradient noise of stock LoRA and of the forms that draw, row by row.
 
     nice python -m benchmarks.quality.noise_scale --base outputs/quality/base_small
 
@@ -35,6 +35,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.gradient_quality import flattened, gradient
 from benchmarks.quality.arms import Arm, all_arms
+from benchmarks.quality.extension import chosen_blocks
 from benchmarks.quality.rows import TEXT, TEXTS, Rows
 from benchmarks.quality.setting import Setting, identity, load
 from lemo_hf.errors import LemoError
@@ -42,7 +43,7 @@ from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.provenance import provenance
 
 RESULT = Path(__file__).parents[1] / "results" / "quality_noise--any.json"
-FORMS = ("exact-0.5", "exact-0.3")
+FORMS = ("exact-0.5", "exact-0.3", "keys-0.5-random_shared")
 WARM_UP_STEPS, WARM_UP_RATE = 8, 3e-3
 LEAST_ROWS = 4
 # Rows of a step that are asked about.
@@ -121,7 +122,8 @@ def row_gradients(arm: Arm, setting: Setting, adapter: dict[str, Tensor] | None,
     for draw, tokens in enumerate(rows):
         if not arm.is_stock:
             sparse_backbone(model).lemo_draw = draw
-        found.append(gradient(model, tokens))
+        with chosen_blocks(arm, model):
+            found.append(gradient(model, tokens))
     return flattened(found, sorted(found[0]))
 
 

@@ -376,22 +376,25 @@ TABLES: dict[str, Callable[[Results], str]] = {
 NOISE_TABLES = {"quality_noise": noise_table, "quality_batch": batch_table}
 
 
-def updated_page(text: str, results: Results, noise: Mapping[str, Any] | None = None) -> str:
+def updated_page(text: str, results: Results, noise: Mapping[str, Any] | None = None, *, needs_all: bool = True) -> str:
     """The page with every table rendered anew.
 
     Args:
         text: The page.
         results: Committed results of the extension.
         noise: That of `noise_scale.py`.
+        needs_all: Whether every table has a place in it; otherwise those that have one are rendered.
 
     Raises:
-        LemoError: If a table has no place in it, or several.
+        LemoError: If a table has no place in a page that needs it, or several.
     """
     renderers = TABLES | {name: partial(render, noise=noise) for name, render in NOISE_TABLES.items()}
     for name, render in renderers.items():
         marked = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.DOTALL)
-        rendered = render(results)
-        text, found = marked.subn(lambda match, rendered=rendered: f"{match[1]}{rendered}\n{match[2]}", text)
-        if found != 1:
-            raise LemoError(f"page has {found} places for table {name}; it needs 1; add <!-- table:{name} --> markers")
+        places = len(marked.findall(text))
+        if places > 1 or (needs_all and not places):
+            raise LemoError(f"page has {places} places for table {name}; it needs 1; add <!-- table:{name} --> markers")
+        if places:
+            rendered = render(results)
+            text = marked.sub(lambda match, rendered=rendered: f"{match[1]}{rendered}\n{match[2]}", text)
     return text

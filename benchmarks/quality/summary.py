@@ -1,5 +1,7 @@
 """Puts the arms' results together: one committed JSON, the tables of docs/quality.md and its plots.
 
+A committed result with a `note` is of earlier code: the note says what that did otherwise, and its tables have a page of their own.
+
     python -m benchmarks.quality.summary --runs outputs/quality                   (writes all of them)
     python -m benchmarks.quality.summary --check                                  (whether the tables are those of the JSON)
 
@@ -31,6 +33,7 @@ from lemo_hf.profiling.provenance import provenance
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "quality.md"
+EARLIER_PAGE = ROOT / "docs" / "experiments" / "kept_keys_alone.md"
 IMAGES = ROOT / "docs" / "images" / "quality"
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # by arm and seed
@@ -146,6 +149,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("outputs/quality"), help="(default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result (default: %(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="page with the tables (default: %(default)s)")
+    parser.add_argument("--earlier", type=Path, default=EARLIER_PAGE, help="page of earlier results (default: %(default)s)")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the plots (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing, say whether the page is current")
     args = parser.parse_args(given)
@@ -157,14 +161,19 @@ def main(given: list[str] | None = None) -> int:
             place.write_text(json.dumps(result, indent=1) + "\n")
             print(f"{place}: {sum(len(setting['arms']) for setting in result['settings'].values())} arms")
         committed = [json.loads(path.read_text()) for path in sorted(args.results.glob("quality_extension--*.json"))]
+        of_today = [result for result in committed if "note" not in result]
         noise = args.results / NOISE_RESULT.name
-        before = args.page.read_text()
-        after = updated_page(before, committed, json.loads(noise.read_text()) if noise.is_file() else None)
+        measured = json.loads(noise.read_text()) if noise.is_file() else None
+        pages = {args.page: updated_page(args.page.read_text(), of_today, measured)}
+        if earlier := [result for result in committed if "note" in result]:
+            pages[args.earlier] = updated_page(args.earlier.read_text(), earlier, needs_all=False)
+        stale = [page.name for page, text in pages.items() if text != page.read_text()]
         if args.check:
-            print(f"{args.page.name}: {'current' if before == after else 'stale; run benchmarks.quality.summary'}")
-            return int(before != after)
-        args.page.write_text(after)
-        draw_plots(committed, args.images)
+            print(f"{', '.join(stale)}: stale; run benchmarks.quality.summary" if stale else "all current")
+            return int(bool(stale))
+        for page, text in pages.items():
+            page.write_text(text)
+        draw_plots(of_today, args.images)
     except LemoError as error:
         print(error, file=sys.stderr)
         return 2

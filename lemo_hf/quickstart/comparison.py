@@ -203,6 +203,8 @@ def train(
     trainer.remove_callback(ProgressCallback)
     trainer.train()
     trainer.save_model(str(folder))
+    if arm.lemo is None:
+        trainer.save_state()  # its log, for `lemo report --baseline`; LemoTrainer keeps one of its own
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which the stock Trainer writes
     measured.perplexity = {when: score.perplexity for when, score in scores.items()}
     measured.intervals = {when: asdict(Interval.of(score)) for when, score in scores.items()}

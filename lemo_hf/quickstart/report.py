@@ -217,16 +217,23 @@ def write_page(folder: Path) -> Path:
 
 
 def _arm_data(results: dict[str, Any], name: str, folder: Path) -> RunData:
-    arm = results["arms"][name]
+    arm, seconds = results["arms"][name], results["step_seconds_in_turns"][name]
     if results["config"]["arms"][name] is None:
-        # The stock Trainer logs no times; its steps were timed here.
-        history = [{"step": step, "seconds/training": seconds, "loss": loss} for step, seconds, loss in arm["losses"]]
+        history = [{"step": step, "seconds/training": 0.0, "loss": loss} for step, _, loss in arm["losses"]]
         run = RunData(arm["title"], name, history, max_steps=len(history))
     else:
         run = read_run(folder / name, name)
         run.name = arm["title"]
-        # That of the process, which ran all arms.
-        run.history = [{key: entry[key] for key in entry if not key.startswith("memory/")} for entry in run.history]
+    # Memory is that of the process, which ran all arms; steps are timed in turns, since the arms ran one after the other and
+    # the machine may have had other work beside one of them.
+    run.history = [
+        {
+            key: entry["step"] * seconds if key == "seconds/training" else entry[key]
+            for key in entry
+            if not key.startswith("memory/")
+        }
+        for entry in run.history
+    ]
     run.memory_note = (
         "Not shown: the arms ran in one process, so its memory is no arm's own. Bytes saved for backward compare them."
     )

@@ -8,14 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lemo_hf import LemoConfig
 from lemo_hf.cli import main
 from lemo_hf.errors import LemoError
 from lemo_hf.loading import without_peft_deprecation
 from lemo_hf.profiling.estimate import estimator as estimating
-from lemo_hf.profiling.estimate import plot, tables
+from lemo_hf.profiling.estimate import model_shapes, plot, tables
 from lemo_hf.profiling.estimate.cards import GIB, find_card, read_bytes
 from lemo_hf.profiling.estimate.estimator import CUDA_CONTEXT, LENGTH_STEP, Estimator, _largest
 from lemo_hf.profiling.estimate.fake_model import fake_model
@@ -81,6 +81,17 @@ def test_estimate_holds_for_every_family(family, place):
     found = benchmark.measure(small_config(family), settings)
     estimated = Estimator(small_config(family), on_gpu=False).estimate(settings).total_bytes
     assert estimated == pytest.approx(found["live_bytes"], rel=0.005)
+
+
+@pytest.mark.parametrize("form", ["sparse", "kept_keys"])
+def test_predictors_of_signed_means_are_estimated_without_rotary_positions(form):
+    """What their pairs of features hold cannot be asked of shapes."""
+    lemo = LemoConfig(attention_forward=form, selection="ratio", block_reduction="mean", predictor_features=8, segment_size=256)
+    settings = StepSettings(256, lemo=lemo)
+    found = benchmark.measure(small_config("opt"), settings)
+    estimate = Estimator(small_config("opt"), on_gpu=False).estimate(settings)
+    assert estimate.parts["predictors"] > 0
+    assert estimate.live_bytes == pytest.approx(found["live_bytes"], rel=0.01)
 
 
 def test_estimate_of_the_embedded_model():
@@ -349,6 +360,48 @@ def test_bad_arguments_end_in_one_line(arguments, line, tmp_path, capsys):
 def test_bad_config_is_named(changes, line, tmp_path):
     with pytest.raises(LemoError, match=line):
         read_model_config(config_file(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("llama", "intermediate_size"),
+        ("llama", "num_hidden_layers"),
+        ("llama", "max_position_embeddings"),
+        ("mistral", "num_key_value_heads"),
+        ("qwen2", "num_key_value_heads"),
+        ("qwen3", "head_dim"),
+        ("opt", "ffn_dim"),
+        ("opt", "vocab_size"),
+    ],
+)
+@pytest.mark.parametrize("place", ["file", "folder", "hub"])
+def test_another_models_sizes_are_not_put_in_place_of_missing_ones(family, field, place, tmp_path, monkeypatch):
+    values = {"model_type": family, **benchmark.FAMILIES[family]}
+    del values[field]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model = {"file": tmp_path / "config.json", "folder": tmp_path, "hub": "someone/model"}[place]
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda model: (dict(values), {}))
+    with pytest.raises(LemoError, match=rf"config lacks {field}; '.*'; write the model's {field} into its config.json"):
+        read_model_config(model)
+
+
+def test_a_config_from_the_hub_is_read_like_a_file(tmp_path, monkeypatch):
+    values = {"model_type": "llama", **benchmark.FAMILIES["llama"]}
+    del values["num_key_value_heads"]  # as many as heads: what old configs of Llama mean by it
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda model: (values | {"_commit_hash": "abc"}, {}))
+    config = read_model_config("someone/model")
+    assert (config.num_hidden_layers, config.intermediate_size, config.num_key_value_heads) == (5, 448, 4)
+    other = {"model_type": "gpt2", "n_embd": 768}
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda model: (other, {}))
+    with pytest.raises(LemoError, match="no estimate for model type 'gpt2'; 'someone/model'"):
+        read_model_config("someone/model")
+
+
+def test_every_type_has_its_sizes():
+    assert model_shapes._GIVEN_OF_TYPE.keys() == ARCHITECTURES.keys()
+    for name, values in SHAPES.items():
+        assert {*model_shapes._GIVEN, *model_shapes._GIVEN_OF_TYPE[values["model_type"]]} <= values.keys(), name
 
 
 def test_model_that_cannot_be_found_is_named(tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
+from references.tiny_models import lemo_model, stock_model
 from training_runs import RandomText, tiny_arguments, tiny_lemo_model, tiny_trainer
 from transformers import TrainerCallback
 
@@ -106,6 +107,22 @@ def test_the_warning_comes_before_the_first_step_on_cuda_only(tmp_path, monkeypa
     callback.run = trainer.lemo_run
     callback.begin(OnCuda(), trainer.state)
     assert "1048576 bytes do not fit" in caplog.text
+
+
+def test_signed_means_without_rotary_positions_are_estimated(tmp_path, monkeypatch):
+    """OPT's predictors ask what their pairs of features hold, which shapes do not say."""
+    lemo = {"selection": "ratio", "attention_forward": "kept_keys", "block_reduction": "mean"}
+    model = lemo_model(stock_model(architecture="opt", vocab_size=128), {"targets": "attention"}, segment_size=64, **lemo)
+    trainer = LemoTrainer(model=model, args=tiny_arguments(tmp_path, max_steps=1), train_dataset=RandomText())
+    monkeypatch.setattr(step_memory, "_SURE", 0.0)
+    roomy, short = asked(trainer, 2**30, 2**16).lines
+    assert roomy is None
+    assert "not expected to fit the device" in short
+    model = lemo_model(
+        stock_model(architecture="opt", vocab_size=128), {"targets": "attention"}, memory_budget="1GiB", segment_size=64, **lemo
+    )
+    LemoTrainer(model=model, args=tiny_arguments(tmp_path, max_steps=1), train_dataset=RandomText()).train()
+    assert sparse_backbone(model).config.lemo.keep_ratio == 1
 
 
 # The budget.

@@ -17,6 +17,7 @@ Pooling comes before the matrices: one pass over the rows, then 2 * hidden * p m
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .documents import Documents
 from .lemo_config import LemoConfig, LemoConfigError
@@ -98,10 +99,10 @@ class PooledPredictor(nn.Module):
 
     def _refuse_turned_pairs(self) -> None:
         # The device is asked once, not at every forward: in ratio mode nothing in a layer waits for it. While torch.compile
-        # traces nothing can be asked.
-        if torch.compiler.is_compiling():
-            return
+        # traces, and on shapes alone, nothing can be asked.
         pairs = self.rotary[0]
+        if torch.compiler.is_compiling() or isinstance(pairs, FakeTensor):
+            return
         # Tensors made in inference mode do not say whether they have changed.
         version = None if pairs.is_inference() else pairs._version
         if version is not None and self._turns_nothing == (id(pairs), version):

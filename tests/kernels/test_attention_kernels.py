@@ -4,7 +4,13 @@ import lemo_kernels
 import pytest
 import torch
 from lemo_kernels import document_attention
-from lemo_kernels.document_attention import attend, attend_backward_operator, attend_operator, with_kept_row_gradient
+from lemo_kernels.document_attention import (
+    attend,
+    attend_backward,
+    attend_backward_operator,
+    attend_operator,
+    with_kept_row_gradient,
+)
 from lemo_kernels.host import KernelInputError
 from references.kernel_inputs import ALLOWED, DEVICE, DTYPES, error_ratio, far_rows, random, strided
 from torch import nn
@@ -248,6 +254,33 @@ def test_what_does_not_fit_is_refused_on_the_host(change, message):
         attend(**arguments)
     with pytest.raises(KernelInputError, match=message):
         with_kept_row_gradient(output=query, lse=query[..., :1], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad": torch.zeros(19, 4, 16, device=DEVICE)}, r"grad must be \(20, 4, 16\); got \(19, 4, 16\); pass one row per query"),
+        ({"grad": torch.zeros(20, 4, 16, device=DEVICE).half()}, "grad must be torch.float32, .*; got torch.float16; cast it"),
+        ({"grad": torch.zeros(20, 4, 16, device="meta")}, "grad must be on .*; got meta; move it there"),
+        ({"output": torch.zeros(20, 2, 16, device=DEVICE)}, r"output must be \(20, 4, 16\); got \(20, 2, 16\)"),
+        ({"output": torch.zeros(20, 4, 16, device=DEVICE).half()}, "output must be torch.float32, .*; got torch.float16"),
+        ({"output": torch.zeros(20, 4, 16, device="meta")}, "output must be on .*; got meta"),
+        ({"lse": torch.zeros(19, 4, 1, device=DEVICE)}, r"lse must be float32 \(20, 4, 1\), .*; got torch.float32 \(19, 4, 1\)"),
+        ({"lse": torch.zeros(20, 4, device=DEVICE)}, r"got torch.float32 \(20, 4\); pass what the forward gave"),
+        ({"lse": torch.zeros(20, 4, 1, device=DEVICE).half()}, r"got torch.float16 \(20, 4, 1\)"),
+        ({"lse": torch.zeros(20, 4, 1, device="meta")}, "lse must be on .*; got meta"),
+    ],
+    ids=str,
+)
+def test_what_does_not_belong_to_the_queries_is_refused_on_the_host(change, message):
+    """The kernels of the backward read as many rows of it as there are queries."""
+    query, key, value = heads(20)
+    arguments = {"query": query, "key": key, "value": value, "output": query, "lse": query[..., :1], "lengths": [20]}
+    with pytest.raises(KernelInputError, match=message):
+        attend_backward(**{"grad": query, **arguments, **change}, scale=SCALE)
+    if "grad" not in change:
+        with pytest.raises(KernelInputError, match=message):
+            with_kept_row_gradient(**{**arguments, **change}, scale=SCALE)
 
 
 def test_head_sizes_beyond_256_and_float64_are_refused():

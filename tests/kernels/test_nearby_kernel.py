@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lemo_kernels import nearby_attention
 from lemo_kernels.document_attention import attend
 from lemo_kernels.host import KernelInputError
 from lemo_kernels.nearby_attention import attend_nearby, attend_nearby_operator
@@ -158,8 +159,26 @@ def test_what_does_not_fit_is_refused_on_the_host(change, message):
         attend_nearby(**(arguments | change))
 
 
-def test_wrong_rows_on_a_device_read_nothing_that_is_not_there():
+# Rows that are out of order may see nothing of what their tile walks: a softmax of nothing.
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
+@pytest.mark.parametrize("width", [6, 10**6])
+@pytest.mark.parametrize("places", [[5003, 9000], [-7, 3], [-(2**40), 2**40], [2**31, 2**32 + 5]], ids=str)
+@pytest.mark.parametrize("rows", [[3, 4000], [-9, 3], [3, 2**31], [3, 2**31 + 9000], [2**32 + 5, -(2**31) - 1]], ids=str)
+def test_wrong_rows_on_a_device_read_nothing_that_is_not_there(rows, places, width, monkeypatch):
     """Behind the checks, as on a GPU: values may be wrong then, addresses may not."""
+    asked, attention = [], nearby_attention.interval_attention
+
+    def watched(query, key, value, first_key, scale, last_key):
+        asked.append(torch.stack((first_key, last_key)))
+        return attention(query, key, value, first_key, scale, last_key)
+
+    monkeypatch.setattr(nearby_attention, "interval_attention", watched)
     query, key, value = heads(20)
-    rows = torch.tensor([3, 4000], device=DEVICE)
-    assert attend_nearby_operator(query[:2], key, value, rows, rows + 5000, SCALE, 10**6).shape == (2, 4, 16)
+    at = torch.tensor(rows, device=DEVICE)
+    at_place = torch.tensor(places, device=DEVICE)
+    assert attend_nearby_operator(query[:2], key, value, at, at_place, SCALE, width).shape == (2, 4, 16)
+    (keys,) = asked
+    assert keys.dtype == torch.int32
+    assert keys.min() >= 0
+    assert keys.max() < 20
+    assert (keys[0] <= keys[1]).all(), "every row sees a key"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .host import on_device, operator, require, require_device, require_heads, unit_stride
+from .host import on_device, operator, require, require_attended, require_device, require_heads, unit_stride
 from .interval_attention import interval_attention, interval_attention_backward
 
 
@@ -207,9 +207,10 @@ def attend_backward(
         query, key, value, output, lse, lengths, scale, window, positions, backend: As in `with_kept_row_gradient`.
 
     Raises:
-        KernelInputError: As in `attend`.
+        KernelInputError: As in `attend`, and for a gradient, output or log-sum-exp that are not these queries'.
     """
     _check(query, key, value, lengths, window, positions)
+    require_attended(query, lse, grad=grad, output=output)
     return attend_backward_operator(grad, query, key, value, output, lse, lengths, scale, window, positions, backend)
 
 
@@ -248,8 +249,8 @@ def with_kept_row_gradient(
     Args:
         query: Kept rows' queries, `(kept, heads, head_dim)`.
         key, value: Kept rows' keys and values, `(kept, key_value_heads, head_dim)`.
-        output, lse: What `attend` gave for these rows: among kept rows only (sparse form), or the kept rows of its result
-            over all rows (exact form).
+        output, lse: What `attend` gave for these rows, `(kept, heads, head_dim)` in the queries' dtype and `(kept, heads, 1)`
+            float32: among kept rows only (sparse form), or the kept rows of its result over all rows (exact form).
         lengths: Kept rows of each document.
         scale, window, positions, backend: As in `attend`.
 
@@ -257,9 +258,10 @@ def with_kept_row_gradient(
         `output`; its gradient is that of attention among the kept rows with the probabilities that `lse` normalises.
 
     Raises:
-        KernelInputError: As in `attend`.
+        KernelInputError: As in `attend`, and for an output or log-sum-exp that are not these queries'.
     """
     _check(query, key, value, lengths, window, positions)
+    require_attended(query, lse, output=output)  # autograd gives the gradient of this output the same shape, dtype and device
     return _KeptRowGradient.apply(query, key, value, output, lse, positions, lengths, scale, window, backend)
 
 

@@ -2,7 +2,8 @@
 
 Shapes, dtypes and devices are checked before every launch; they are known without asking the device. Index *values* are not:
 reading them would cost a synchronisation a call. They are checked here where that is free (tensors on the CPU, the
-interpreter), and every kernel masks the accesses that an index decides, so a wrong one gives NaN rows, never an illegal access.
+interpreter), and every kernel masks the accesses that an index decides: a wrong one gives NaN rows, wrong keys, or a row that is
+added nowhere, never an illegal access.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,14 +33,16 @@ class KernelInputError(ValueError):
     """Arguments that a kernel cannot take: one line with the fact, the value and the fix."""
 
 
-def operator(name: str, reads_host: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str, reads_host: bool = False, writes: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Registers a host function as a custom operator: opaque to torch.compile, callable on fake tensors once it has a fake.
+
+    One that writes into arguments names them in `writes`: autograd then knows that these have changed.
 
     One that copies host numbers with `on_device` says so by `reads_host`: a CUDA graph would copy them again at each replay from
     memory that is no longer theirs, so `torch.compile(mode="reduce-overhead")` runs it outside of its graphs.
     """
     tags = (torch.Tag.cudagraph_unsafe,) if reads_host else ()
-    return torch.library.custom_op(add_op_namespace_prefix(name), mutates_args=(), tags=tags)
+    return torch.library.custom_op(add_op_namespace_prefix(name), mutates_args=writes, tags=tags)
 
 
 def launch_on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -116,6 +119,19 @@ def require_heads(query: Tensor, others: dict[str, Tensor], rows: int) -> None:
     require(head_dim <= MAX_HEAD_DIM, f"kernels serve head sizes up to {MAX_HEAD_DIM}", head_dim, "use the PyTorch reference")
 
 
+def require_attended(query: Tensor, lse: Tensor, **others: Tensor) -> None:
+    """Checks what a finished attention left for its queries: its log-sum-exp, and by name what is like them (output, gradient)."""
+    for name, part in others.items():
+        require(part.shape == query.shape, f"{name} must be {tuple(query.shape)}", tuple(part.shape), "pass one row per query")
+        require(part.dtype == query.dtype, f"{name} must be {query.dtype}, as the queries are", part.dtype, "cast it")
+        require_device(name, part, query)
+    shape = (*query.shape[:2], 1)
+    fits = lse.shape == shape and lse.dtype == torch.float32
+    got = f"{lse.dtype} {tuple(lse.shape)}"
+    require(fits, f"lse must be float32 {shape}, one a row and head", got, "pass what the forward gave")
+    require_device("lse", lse, query)
+
+
 def require_vector(name: str, tensor: Tensor, length: int, like: Tensor) -> None:
     """Checks a contiguous vector such as a norm's weight."""
     require(tensor.shape == (length,), f"{name} must have shape ({length},)", tuple(tensor.shape), "pass one number per column")
@@ -123,14 +139,22 @@ def require_vector(name: str, tensor: Tensor, length: int, like: Tensor) -> None
     require_device(name, tensor, like)
 
 
-def require_index(name: str, index: Tensor, bound: int, like: Tensor, dtype: torch.dtype = torch.int64) -> None:
-    """Checks a vector of row numbers; their range too where it costs no synchronisation."""
+def require_index(
+    name: str,
+    index: Tensor,
+    bound: int,
+    like: Tensor,
+    dtype: torch.dtype = torch.int64,
+    first: int = 0,
+    fix: str = "select rows of this batch",
+) -> None:
+    """Checks a vector of row numbers; their range, `[first, bound)`, too where it costs no synchronisation."""
     require(index.dim() == 1, f"{name} must be a vector", f"shape {tuple(index.shape)}", "flatten it")
     require(index.dtype == dtype, f"{name} must be {dtype}", index.dtype, f"call .to({dtype})")
     require_device(name, index, like)
     if index.device.type == "cpu" and not torch.compiler.is_compiling() and type(index) is Tensor and index.numel():
         low, high = int(index.min()), int(index.max())
-        require(low >= 0 and high < bound, f"{name} must be in [0, {bound})", f"{low} to {high}", "select rows of this batch")
+        require(low >= first and high < bound, f"{name} must be in [{first}, {bound})", f"{low} to {high}", fix)
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -363,7 +363,7 @@ def interval_query_gradient(
         The gradient, like `query`, and D of the formulas above, float32 like `lse`.
     """
     grad_query = _empty(query)
-    along = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+    along = torch.empty(*query.shape[:2], 1, dtype=torch.float32, device=query.device)
     sizes = (*_layout(query, key, value), key.shape[0], scale, scale * _LOG2_E, last_key is not None)
     arguments = (query, key, value, output, grad, lse, along, first_key, optional(last_key, first_key), grad_query, *sizes)
     _launch(_query_gradient_kernel, "query_gradient", query.shape[1], "BLOCK_M", query, arguments)

@@ -16,7 +16,7 @@ key is copied: kept keys are read as their projection left them.
 import torch
 from torch import Tensor
 
-from .host import operator, require, require_heads, require_index, unit_stride
+from .host import operator, require, require_attended, require_heads, require_index, unit_stride
 from .interval_attention import FarKeys, interval_attention, interval_query_gradient
 
 
@@ -152,7 +152,7 @@ def rest_query_gradient(
     """What the dropped keys that kept queries see add to these queries' gradient.
 
     Args:
-        grad, query, output: Of kept rows, `(kept, heads, head_dim)`; the first is the gradient of `output`.
+        grad, query, output: Of kept rows, `(kept, heads, head_dim)` of one dtype; the first is the gradient of `output`.
         lse: `(kept, heads, 1)` float32.
         rest_key, rest_value: Those of dropped rows, `(rest, key_value_heads, head_dim)`.
         kept_rows, rest_rows: Rows of both, `(kept,)` and `(rest,)` int64, increasing; no row is in both.
@@ -167,10 +167,7 @@ def rest_query_gradient(
     """
     kept, rest = query.shape[0], rest_rows.shape[0]
     require_heads(query, {"dropped keys": rest_key, "dropped values": rest_value}, rest)
-    for name, part in (("grad", grad), ("output", output)):
-        require(part.shape == query.shape, f"{name} must be {tuple(query.shape)}", tuple(part.shape), "pass one row per query")
-    fits = lse.shape == (*query.shape[:2], 1) and lse.dtype == torch.float32
-    require(fits, "lse must be float32, one a row and head", f"{lse.dtype} {tuple(lse.shape)}", "pass what the forward gave")
+    require_attended(query, lse, grad=grad, output=output)
     for name, index in (("kept_rows", kept_rows), ("rest_rows", rest_rows), ("places", places)):
         require_index(name, index, kept + rest, query)
     same = kept_rows.shape == places.shape == (kept,)
@@ -178,6 +175,7 @@ def rest_query_gradient(
         same, f"kept_rows and places must be {kept} each", f"{len(kept_rows)} and {len(places)}", "pass one of each per query"
     )
     require(width > 0, "a width counts the row itself", f"width={width}", "pass at least 1")
+    require(window is None or window > 0, "a window counts the row itself", f"window={window}", "pass at least 1, or None")
     require(sum(lengths) == kept + rest, f"documents must have {kept + rest} rows", sum(lengths), "pass the rows of each")
     near = width if window is None else min(width, window)
     rows = kept_rows, rest_rows, places

@@ -29,7 +29,9 @@ def attend_nearby_operator(
     if not query.shape[0]:
         return query.new_empty(query.shape)
     query, key, value = (unit_stride(tensor) for tensor in (query, key, value))
-    first_key = (rows - places.clamp_max(width - 1)).clamp_min(0)
+    # Wrong numbers, which are not read before the launch, must not become keys that are not there, before 32 bits cut them or after.
+    rows = rows.clamp(0, key.shape[0] - 1)
+    first_key = (rows - places.clamp(0, width - 1)).clamp_min(0)
     return interval_attention(query, key, value, first_key.int(), scale, rows.int())[0]
 
 

@@ -67,6 +67,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Sizes that every config has, and beside them those of a type that its config class would fill with a default model's. What a class
+# derives from other fields (Llama's key heads, from its heads) may be left out.
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_GIVEN = (*_SIZES, "max_position_embeddings")
+_GIVEN_OF_TYPE = {
+    "llama": ("intermediate_size",),
+    "mistral": ("intermediate_size", "num_key_value_heads"),
+    "opt": ("ffn_dim",),
+    "qwen2": ("intermediate_size", "num_key_value_heads"),
+    "qwen3": ("intermediate_size", "num_key_value_heads", "head_dim"),
+}
+
 # What config classes raise for values they cannot take.
 _BAD_VALUES = (ValueError, TypeError, KeyError, StrictDataclassError)
 
@@ -111,13 +123,13 @@ def read_model_config(model: str | Path) -> PreTrainedConfig:
     if str(model).lower() in {name.lower() for name in SHAPES}:
         return shape_config(str(model))
     try:
-        config = AutoConfig.from_pretrained(str(model))
+        values, _ = PreTrainedConfig.get_config_dict(str(model))
     except (OSError, *_BAD_VALUES) as error:
         raise LemoError(
             f"no config found for the model; {str(model)!r} ({_short(error)}); give a config.json, a folder, a Hub id that can be "
             f"reached, or one of {', '.join(SHAPES)}"
         ) from None
-    return checked_config(config, str(model))
+    return _from_values(values, str(model))
 
 
 def checked_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
@@ -126,10 +138,8 @@ def checked_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     Raises:
         LemoError: If it is of an unsupported type or lacks a size.
     """
-    if stock_type(config) not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise LemoError(f"no estimate for model type {config.model_type!r}; {name!r}; choose a model of one of the types {known}")
-    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+    _refuse_unknown_type(config.model_type, name)
+    for field in _SIZES:
         size = getattr(config, field, None)
         if not isinstance(size, int) or size < 1:
             raise LemoError(f"config lacks {field}; {name!r} has {size!r}; write the model's {field} into its config.json")
@@ -138,8 +148,18 @@ def checked_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 def stock_type(config: PreTrainedConfig) -> str:
     """The stock `model_type` of a stock or LeMo config."""
+    return _stock_type(config.model_type)
+
+
+def _stock_type(model_type: str) -> str:
     by_lemo_type = {pair[0].model_type: stock for stock, pair in ARCHITECTURES.items()}
-    return by_lemo_type.get(config.model_type, config.model_type)
+    return by_lemo_type.get(model_type, model_type)
+
+
+def _refuse_unknown_type(model_type: str, name: str) -> None:
+    if _stock_type(model_type) not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise LemoError(f"no estimate for model type {model_type!r}; {name!r}; choose a model of one of the types {known}")
 
 
 def _from_values(values: dict[str, Any], name: str) -> PreTrainedConfig:
@@ -147,8 +167,10 @@ def _from_values(values: dict[str, Any], name: str) -> PreTrainedConfig:
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise LemoError(f"config lacks model_type; {name!r}; write the model's model_type into its config.json")
+    # Before fields are: other types call them by other names.
+    _refuse_unknown_type(model_type, name)
     # A config class fills what is missing with a default model's sizes, which would be another model's memory.
-    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+    for field in (*_GIVEN, *_GIVEN_OF_TYPE[_stock_type(model_type)]):
         if field not in values:
             raise LemoError(f"config lacks {field}; {name!r}; write the model's {field} into its config.json")
     try:

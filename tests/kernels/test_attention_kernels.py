@@ -259,7 +259,10 @@ def test_what_does_not_fit_is_refused_on_the_host(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"grad": torch.zeros(19, 4, 16, device=DEVICE)}, r"grad must be \(20, 4, 16\); got \(19, 4, 16\); pass one row per query"),
+        (
+            {"grad": torch.zeros(19, 4, 16, device=DEVICE)},
+            r"grad must be \(20, 4, 16\); got \(19, 4, 16\); pass one row per query",
+        ),
         ({"grad": torch.zeros(20, 4, 16, device=DEVICE).half()}, "grad must be torch.float32, .*; got torch.float16; cast it"),
         ({"grad": torch.zeros(20, 4, 16, device="meta")}, "grad must be on .*; got meta; move it there"),
         ({"output": torch.zeros(20, 2, 16, device=DEVICE)}, r"output must be \(20, 4, 16\); got \(20, 2, 16\)"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from lemo_kernels import merge_rows, replace_rows, row_slots, scatter_add_rows, take_rows
 from lemo_kernels.host import KernelInputError
-from lemo_kernels.token_movement import merge_rows_operator, take_rows_operator
+from lemo_kernels.token_movement import merge_rows_operator, scatter_add_rows_operator, take_rows_operator
 from references.kernel_inputs import DEVICE, DTYPES, far_rows, random, split_rows, strided, transposed
 
 from lemo_hf.models import token_elimination
@@ -111,6 +111,32 @@ def test_scatter_add(in_place, dtype):
     assert in_place or torch.equal(stream, before)
 
 
+def test_autograd_knows_that_the_stream_changed():
+    weight, rows = random(8, 40).requires_grad_(), torch.tensor([1, 4], device=DEVICE)
+    plain = random(5, 8) @ weight
+    scatter_add_rows(plain.detach(), rows, random(2, 40), in_place=True)
+    plain.sum().backward()  # a product does not read its own result
+    saved = (random(5, 8) @ weight).tanh()
+    scatter_add_rows(saved.detach(), rows, random(2, 40))  # a new one
+    saved.sum().backward(retain_graph=True)
+    scatter_add_rows(saved.detach(), rows, random(2, 40), in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+def test_adding_no_row_changes_nothing():
+    stream = random(5, 8)
+    nothing = scatter_add_rows(stream.clone(), torch.zeros(0, dtype=torch.int64, device=DEVICE), stream[:0], in_place=True)
+    assert torch.equal(nothing, stream)
+
+
+def test_a_wrong_row_number_is_added_nowhere():
+    stream, rows = random(9, 8), torch.tensor([2, 9, -1, 2**40], device=DEVICE)
+    changed = stream.clone()
+    scatter_add_rows_operator(changed, rows, random(4, 8, seed=1))
+    assert torch.equal(changed, stream.index_add(0, rows[:1], random(4, 8, seed=1)[:1]))
+
+
 def test_replacing_rows():
     kept_rows, rest_rows = split_rows(33, 11, 4)
     stream, kept = random(33, 24), random(11, 24, seed=1)
@@ -191,3 +217,4 @@ def test_registered_operators_pass_opcheck():
     torch.library.opcheck(take_rows_operator, (stream, kept_rows))
     torch.library.opcheck(merge_rows_operator, (stream, slots, kept, kept, rest, rest))
     torch.library.opcheck(merge_rows_operator, (None, slots, kept, None, None, None))
+    torch.library.opcheck(scatter_add_rows_operator, (stream, kept_rows, kept))

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .host import DTYPES, add_op_namespace_prefix, launch_on, require
+from .host import DTYPES, launch_on, operator, require
 
 IGNORE_INDEX = -100
 
@@ -76,7 +76,7 @@ def _cross_entropy_kernel(
         tl.store(base + column, grad.to(logits_ptr.dtype.element_ty), mask=real)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("cross_entropy_in_place"), mutates_args={"logits"})
+@operator("cross_entropy_in_place", writes=("logits",))
 def cross_entropy_in_place_operator(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """Losses of the rows; `logits` become their gradients. Arguments as in `cross_entropy_in_place`."""
     rows, vocabulary = logits.shape

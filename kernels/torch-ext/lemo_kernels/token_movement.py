@@ -165,6 +165,25 @@ def _(stream, slots, kept, kept_update, rest, rest_update):
     return (kept if stream is None else stream).new_empty(slots.shape[0], kept.shape[1])
 
 
+@operator("scatter_add_rows", writes=("stream",))
+def scatter_add_rows_operator(stream: Tensor, rows: Tensor, update: Tensor) -> None:
+    """Adds `update` to rows of `stream`, in place; arguments as in `scatter_add_rows`."""
+    if update.numel():
+        update = unit_stride(update)
+        tile_rows, columns = movement_tile(stream.shape[1])
+        grid = (triton.cdiv(rows.shape[0], tile_rows), triton.cdiv(stream.shape[1], columns))
+        with launch_on(stream):
+            _scatter_add_kernel[grid](
+                stream, rows.contiguous(), update, rows.shape[0], stream.shape[0], stream.shape[1], stream.stride(0),
+                update.stride(0), ROWS=tile_rows, COLUMNS=columns, num_warps=8,
+            )  # fmt: skip
+
+
+@scatter_add_rows_operator.register_fake
+def _(stream, rows, update):
+    return None
+
+
 class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stream: Tensor, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,7 +339,7 @@ def scatter_add_rows(stream: Tensor, rows: Tensor, update: Tensor, in_place: boo
         rows: `(count,)` int64, distinct: a row that is named twice would race.
         update: `(count, hidden)`.
         in_place: Modify `stream`, which moves 3 * count rows instead of 2 * num_rows + 3 * count. For callers who know that
-            nothing else holds its old value.
+            nothing else holds its old value; an operation that has saved it for its backward raises there.
 
     Returns:
         The stream, or a new one.
@@ -333,15 +352,7 @@ def scatter_add_rows(stream: Tensor, rows: Tensor, update: Tensor, in_place: boo
     require_rows("update", update, stream.shape[1], stream, rows.shape[0])
     require(not in_place or stream.stride(1) == 1, "a stream must have dense rows", f"strides {stream.stride()}", "copy it")
     result = stream if in_place else stream.clone(memory_format=torch.contiguous_format)
-    if update.numel():
-        update = unit_stride(update)
-        tile_rows, columns = movement_tile(result.shape[1])
-        grid = (triton.cdiv(rows.shape[0], tile_rows), triton.cdiv(result.shape[1], columns))
-        with launch_on(result):
-            _scatter_add_kernel[grid](
-                result, rows.contiguous(), update, rows.shape[0], result.shape[0], result.shape[1], result.stride(0),
-                update.stride(0), ROWS=tile_rows, COLUMNS=columns, num_warps=8,
-            )  # fmt: skip
+    scatter_add_rows_operator(result, rows, update)
     return result
 
 

@@ -1,7 +1,9 @@
 """The block-score kernel against the definition in lemo_hf/models."""
 
+import lemo_kernels
 import pytest
 import torch
+from lemo_kernels import token_informativeness
 from lemo_kernels.host import KernelInputError
 from lemo_kernels.token_informativeness import (
     block_informativeness_operator,
@@ -77,6 +79,20 @@ def test_informativeness_by_document(block_size, window):
     assert got[2].item() == 0.0, "a document of one block"
 
 
+def test_more_blocks_than_a_grid_s_second_dimension_holds(monkeypatch):
+    launched = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return lambda *args, **constants: None
+
+    monkeypatch.setattr(token_informativeness, "_informativeness_kernel", Recorder())
+    assert block_informativeness_operator(random(1), [70_000, 3]).shape == (70_003,)
+    ((programs,),) = launched
+    assert programs == 2 * 70_000
+
+
 def test_a_document_has_the_same_bits_alone_and_packed():
     lengths = [70, 33, 200]
     query, key = heads(sum(lengths), dtype=torch.float16)
@@ -131,9 +147,13 @@ def test_what_does_not_fit_is_refused_on_the_host(change, message):
         informativeness_by_document(**arguments)
 
 
-def test_the_models_call_the_kernel_where_it_is_switched_on():
+def test_the_models_call_the_kernel_where_it_is_switched_on(monkeypatch):
     query, key = heads(90)
+    calls = []
+    monkeypatch.setattr(lemo_kernels, "block_scores", lambda *args: calls.append(args) or block_scores(*args))
     with kernel_mode("kernels"):
         got = reference.block_scores(query, key, 16, SCALE, 40)
+    assert len(calls) == 1
     assert torch.equal(got, block_scores(query, key, 16, SCALE, 40))
-    assert not torch.equal(got, reference.block_scores(query, key, 16, SCALE, 40)), "other sums, other last bits"
+    assert_same_scores(got, reference.block_scores(query, key, 16, SCALE, 40))
+    assert len(calls) == 1, "the reference is not the kernel"

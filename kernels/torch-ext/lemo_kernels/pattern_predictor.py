@@ -97,9 +97,9 @@ def _block_features_kernel(
         total += tl.sum(tl.where(alive[:, None], values, 0.0), 0)
         largest = tl.maximum(largest, tl.max(tl.where(alive[:, None], values, float("-inf")), 0))
     feature = tl.arange(0, FEATURES)
-    pooled = tl.where(feature < features // 2, total / length, largest)
-    # A row that is not there makes its block NaN.
-    pooled = tl.where(tl.sum(missing, 0) > 0, float("nan"), pooled)
+    pooled = tl.where(feature < features // 2, total / tl.maximum(length, 1), largest)
+    # A row that is not there makes its block NaN, and so does a block without rows.
+    pooled = tl.where((tl.sum(missing, 0) > 0) | (length < 1), float("nan"), pooled)
     tl.store(out + block * features + feature, pooled, mask=feature < features)
 
 
@@ -178,7 +178,7 @@ def block_features(
         require_vector("bias", bias, stream.shape[1], stream)
     require(centred or bias is None, "a bias belongs to the centred norm", "centred=False with a bias", "set centred=True")
     require_index("first_rows", first_rows, stream.shape[0], stream)
-    require_index("lengths", lengths, block_size + 1, stream, torch.int32)
+    require_index("lengths", lengths, block_size + 1, stream, torch.int32, first=1, fix="leave empty blocks out")
     same = lengths.shape == first_rows.shape
     require(same, "first_rows and lengths must name the same blocks", f"{len(first_rows)} and {len(lengths)}", "pass one each")
     for name, matrices in (("query_matrices", query_matrices), ("key_matrices", key_matrices)):

@@ -81,12 +81,12 @@ def _block_score_kernel(
         tl.store(scores_ptr + output + row.to(tl.int64)[:, None] * slots + column[None, :], maxima, mask=inside)
 
 
-@triton.jit
-def _informativeness_kernel(scores_ptr, documents_ptr, result_ptr, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["most_blocks"])
+def _informativeness_kernel(scores_ptr, documents_ptr, result_ptr, most_blocks, WIDTH: tl.constexpr):
     """I of one block: the sum of its row left of the diagonal and of its column below it."""
-    place = documents_ptr + tl.program_id(0) * 3
+    place = documents_ptr + tl.program_id(0) // most_blocks * 3
     scores, blocks, result = tl.load(place), tl.load(place + 1), tl.load(place + 2)
-    block = tl.program_id(1).to(tl.int64)
+    block = (tl.program_id(0) % most_blocks).to(tl.int64)
     if block < blocks:
         total = tl.zeros((WIDTH,), tl.float32)
         for start in range(0, blocks, WIDTH):
@@ -155,8 +155,10 @@ def block_informativeness_operator(scores: Tensor, counts: list[int]) -> Tensor:
         offsets = [0, *accumulate(blocks**2 for blocks in counts)]
         places = [0, *accumulate(counts)]
         table = torch.tensor([*zip(offsets[:-1], counts, places[:-1], strict=True)], dtype=torch.int64)
+        most = max(counts)
+        # One dimension: CUDA's others end at 65535, which is 4M tokens in blocks of 64 but 512K in blocks of 8.
         with launch_on(scores):
-            _informativeness_kernel[(len(counts), max(counts))](scores, on_device(table, scores.device), result, WIDTH=256)
+            _informativeness_kernel[(len(counts) * most,)](scores, on_device(table, scores.device), result, most, WIDTH=256)
     return result
 
 

@@ -85,6 +85,24 @@ def test_beside_a_threshold_it_keeps_the_most_informative_blocks():
     assert sorted(torch.cat((chosen.mlp_kept, chosen.mlp_rest)).tolist()) == list(range(len(chosen.kept_rows)))
 
 
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9, 2.0])
+def test_beside_a_threshold_every_document_has_its_own_count(threshold):
+    """Ragged last blocks, documents of one block and of less."""
+    lengths = [1, 4, 5, 30, 33, 64]
+    documents = find_documents(1, sum(lengths), 4, torch.device("cpu"), cu_seq_lens=torch.tensor([0, *lengths]).cumsum(0))
+    scores = list(
+        torch.rand(sum(documents.block_counts), generator=torch.Generator().manual_seed(2)).split(documents.block_counts)
+    )
+    config = LemoConfig(block_size=4, selection="threshold", thresholds=[threshold], mlp_keep_ratio=0.4)
+    chosen = choose_blocks(scores, documents, config, 0, 0)
+    kept = [int(marks.sum()) for marks in documents.split_blocks(chosen.kept_blocks)]
+    blocks = documents.block_of_row[chosen.real_kept if chosen.mlp_kept is None else chosen.real_kept[chosen.mlp_kept]]
+    marks = torch.zeros_like(chosen.kept_blocks).index_fill_(0, blocks, True)
+    wanted = [min(count, kept_block_count(len(part), 0.4)) for count, part in zip(kept, scores, strict=True)]
+    assert [int(part.sum()) for part in documents.split_blocks(marks)] == wanted
+    assert len(blocks) == int(marks[documents.block_of_row].sum()), "whole blocks"
+
+
 def test_lists_of_shares_and_dense_layers():
     model = lemo_model(
         stock_model(num_hidden_layers=4), {}, keep_ratio=[1.0, 0.5, 0.25, 0.5], mlp_keep_ratio=0.25, dense_layers=[3]

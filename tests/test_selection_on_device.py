@@ -36,13 +36,15 @@ def test_choosing_a_fixed_count_neither_waits_for_the_device_nor_copies_to_it(se
     assert not waits.seen
 
 
-def test_thresholds_read_the_counts_once_a_layer():
-    config = LemoConfig(selection="threshold", thresholds=[0.5], block_size=8)
+@pytest.mark.parametrize("mlp_keep_ratio", [None, 0.3, 1.0])
+def test_thresholds_read_the_counts_once_a_layer(mlp_keep_ratio):
+    config = LemoConfig(selection="threshold", thresholds=[0.5], block_size=8, mlp_keep_ratio=mlp_keep_ratio)
     documents = documents_on("cpu")
     _ = documents.rows, documents.block_of_row
     scores = [torch.rand(blocks) for blocks in documents.block_counts]
     with HostReads() as reads, DeviceWaits() as waits:
-        choose_blocks(scores, documents, config, 0, 0)
+        chosen = choose_blocks(scores, documents, config, 0, 0)
+    assert (chosen.mlp_kept is not None) == (mlp_keep_ratio == 0.3), "the MLP keeps fewer rows, or the same"
     assert reads.seen == {"tolist": 1}
     assert not waits.seen
 

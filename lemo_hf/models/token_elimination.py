@@ -117,8 +117,8 @@ def choose_blocks(
         selection = selection_of_blocks(torch.cat(marks), documents)
         if config.mlp_keep_ratio is None:
             return selection
-        counts = torch.stack([part.sum() for part in marks]).tolist()
         weights = [scores.float() for scores in informativeness]
+        counts = _kept_counts(documents, selection.kept_lengths)  # not asked of the device a second time
         return _with_mlp_share(selection, weights, counts, documents, config.mlp_keep_ratio)
     counts = [kept_block_count(blocks, config.ratio_of(layer)) for blocks in documents.block_counts]
     weights = []
@@ -151,6 +151,12 @@ def _kept_lengths(documents: Documents, counts: list[int]) -> list[int]:
     # All blocks but the last, which is always kept, are full: the host knows the number of kept rows without asking.
     sizes = zip(documents.lengths, documents.block_counts, counts, strict=True)
     return [length - (blocks - count) * documents.block_size for length, blocks, count in sizes]
+
+
+def _kept_counts(documents: Documents, kept_lengths: list[int]) -> list[int]:
+    """Kept blocks of each document: undoes `_kept_lengths`."""
+    sizes = zip(documents.lengths, documents.block_counts, kept_lengths, strict=True)
+    return [blocks - (length - kept) // documents.block_size for length, blocks, kept in sizes]
 
 
 def _always_kept(marks: Tensor) -> Tensor:

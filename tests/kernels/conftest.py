@@ -1,7 +1,9 @@
-"""Memory that kernels are given is poisoned."""
+"""Memory that kernels are given is poisoned, and no reference is a kernel."""
 
 import pytest
 import torch
+
+from lemo_hf.models.kernel_switch import kernel_mode
 
 # A device context knows constructors by identity and collects them once, at its first use: before any is replaced. Else every
 # later `with torch.device("meta")` of the process would build its tensors on the CPU.
@@ -23,3 +25,10 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def reference_unless_kernels_are_asked_for():
+    """On CUDA functions of lemo_hf/models would otherwise run the very kernels that they are compared with."""
+    with kernel_mode("reference"):
+        yield

@@ -177,8 +177,18 @@ def test_weights_that_change_are_asked_about_again():
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("checkpoint", ["none", "kept_rows"])
-def test_a_layer_with_kernels_compiles_without_a_graph_break(checkpoint):
-    backbone = sparse_backbone(tiny(selection="ratio", checkpoint=checkpoint))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention_forward": "exact"},
+        {"attention_forward": "kept_keys", "nearby_tokens": 7},
+        pytest.param({"attention_forward": "sparse", "nearby_tokens": 0}, marks=pytest.mark.slow),
+        {"attention_forward": "sparse", "nearby_tokens": 7},
+    ],
+    ids=["exact", "kept_keys", "sparse", "sparse_nearby"],
+)
+def test_a_layer_with_kernels_compiles_without_a_graph_break(settings, checkpoint):
+    backbone = sparse_backbone(tiny(selection="ratio", checkpoint=checkpoint, **settings))
     layer, tokens = backbone.layers[0], random_tokens(20, 1)[None].to(DEVICE)
     documents_here = find_documents(1, 20, 8, DEVICE, input_ids=tokens)
     hidden = random(1, 20, 32)

@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import torch
-from gpu_checks import Scale, moved, require, small_model
+from agreement import require
+from gpu_checks import Scale, moved, small_model
 
 from lemo_hf import LemoConfig
 from lemo_hf.models.lemo_config import AttentionForward

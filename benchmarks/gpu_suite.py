@@ -57,7 +57,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 import gpu_offload
 import kernel_times
-from gpu_checks import Scale, attention_offsets, require, run_attention, run_kept_keys, run_kernels, run_patterns, run_training
+from agreement import PartFailure, require
+from gpu_attention import attention_offsets, run_attention, run_kept_keys, run_patterns
+from gpu_checks import Scale, run_kernels, run_training
 from kernel_cases import CASES
 
 from lemo_hf.models import kernel_switch
@@ -196,12 +198,17 @@ def clock(scale: Scale) -> float:
 
 
 def run_times(scale: Scale, name: str) -> dict[str, Any]:
-    """One kernel's times, with its picture's data."""
-    device = scale.device
-    bandwidth = kernel_times.copy_bandwidth(device)
-    rows = [kernel_times.measure(name, setting, bandwidth) for setting in kernel_times.settings_of(name, scale.tiny)]
-    require(all(row["right"] for row in rows), json.dumps([row for row in rows if not row["right"]]))
-    return {"copy_bytes_per_second": bandwidth, "rows": rows}
+    """One kernel's times and peaks beside its goals, with its picture's data. What was measured before a failure stays."""
+    found: dict[str, Any] = {"copy_bytes_per_second": kernel_times.copy_bandwidth(scale.device), "rows": []}
+    try:
+        for row in kernel_times.measure_all([name], scale.tiny, found["copy_bytes_per_second"]):
+            found["rows"].append(row)
+    except torch.AcceleratorError as error:
+        raise PartFailure(f"the device failed; {kernel_times.reason_of(error)}", found) from error
+    bad = [row for row in found["rows"] if not kernel_times.good(row)]
+    if bad:
+        raise PartFailure(json.dumps(bad), found)
+    return found
 
 
 def headline_parts(scale: Scale, first: bool) -> Iterator[Part]:
@@ -305,6 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 document |= part.run()
             except Exception as error:  # whatever it is: the other parts still have something to say
+                document |= getattr(error, "found", {})
                 document["failure"] = "".join(traceback.format_exception(error))[-8000:]
                 failed.append(part.name)
                 path, works = failure, answers(scale)

@@ -5,7 +5,8 @@ there is no other way: no environment variable, no config field (which kernels r
 
 A kernel is tried on a few rows before its first use with a dtype and a size, forward and backward, outside of any graph that
 `torch.compile` traces. One that fails to compile is logged once, with the reason, and its reference runs instead; under
-`kernel_mode("kernels")` that is an error. A device that fails, or runs out of memory, is no reason for the reference: that is raised.
+`kernel_mode("kernels")` that is an error. So it is for attention, whose reference has operators for the CPU only: its caller refuses.
+A device that fails, or runs out of memory, is no reason for the reference: that is raised.
 """
 
 import logging
@@ -29,6 +30,8 @@ KernelMode = Literal["auto", "kernels", "reference"]
 
 # What this code expects of lemo_kernels: it may travel with a model, away from the package.
 _INTERFACE = 1
+# Attention whose references call ATen's operators for the CPU; document_attention.py and kept_key_attention.py refuse other devices.
+_CPU_REFERENCES = {"attend", "attend_backward", "with_kept_row_gradient", "attend_kept_keys", "rest_query_gradient"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _mode: KernelMode = "auto"
@@ -124,4 +127,5 @@ def _reason_against(name: str, device_type: str, dtype: torch.dtype, sizes: tupl
 
 @cache
 def _say_once(name: str, reason: str) -> None:
-    _logger.warning("The kernel %s cannot run, its PyTorch reference does: %s", name, reason)
+    instead = "and its PyTorch reference is for the CPU" if name in _CPU_REFERENCES else "its PyTorch reference does"
+    _logger.warning("The kernel %s cannot run, %s: %s", name, instead, reason)

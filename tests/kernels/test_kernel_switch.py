@@ -1,4 +1,5 @@
 import importlib.util
+import inspect
 import logging
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from lemo_kernels import pattern_predictor, token_movement
 from references.kernel_inputs import DEVICE, random, split_rows
 from torch.library import CustomOpDef
 
-from lemo_hf.models import kernel_switch
+from lemo_hf.models import document_attention, kept_key_attention, kernel_switch
 from lemo_hf.models.kernel_switch import kernel, kernel_mode
 from lemo_hf.models.lemo_config import LemoConfigError
 
@@ -156,6 +157,27 @@ def test_every_other_reason_is_said_too(change, dtype, reason, monkeypatch, capl
         monkeypatch.setattr(kernel_switch, "_absence", "No module named 'triton'", raising=False)
     assert not on_cuda(dtype=dtype)
     assert caplog.messages == [f"The kernel take_rows cannot run, its PyTorch reference does: {reason}"]
+
+
+@pytest.mark.parametrize(
+    "name", ["attend", "attend_backward", "with_kept_row_gradient", "attend_kept_keys", "rest_query_gradient"]
+)
+def test_attention_has_no_reference_but_on_the_cpu_and_the_log_promises_none(name, caplog):
+    assert not on_cuda(name, torch.float64)
+    reason = "kernels take float32, float16 and bfloat16, not torch.float64"
+    assert caplog.messages == [f"The kernel {name} cannot run, and its PyTorch reference is for the CPU: {reason}"]
+
+
+def test_every_reference_for_the_cpu_alone_is_known_to_the_switch():
+    """Those that refuse other devices, by asking for the CPU behind their kernel."""
+    asking = set()
+    for module in (document_attention, kept_key_attention):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            source = inspect.getsource(function)
+            if function.__module__ == module.__name__ and f'kernel("{name}"' in source:
+                assert "require_cpu" in source or "_kernel(" in source
+                asking.add(name)
+    assert asking == kernel_switch._CPU_REFERENCES
 
 
 def test_importing_the_package_imports_no_triton_and_without_triton_it_is_an_import_error():

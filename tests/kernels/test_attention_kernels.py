@@ -172,6 +172,35 @@ def test_long_documents_beside_each_other_do_not_see_each_other(window):
         assert not torch.equal(before[~same], after[~same])
 
 
+@pytest.mark.parametrize("window", [None, 150], ids=str)
+def test_two_thousand_rows(window):
+    """The forward over all of them, the gradient of a sixth of them."""
+    lengths = [1963, 0, 37]
+    inputs = heads(2000, 2, 1, 8, torch.float16)
+    kept, kept_lengths = kept_of(lengths, 0.16, seed=5)
+    places = places_of(lengths)
+    for backend in backends(torch.float16, window):
+        output, lse = attend(*inputs, lengths, SCALE, window, backend=backend)
+        assert_near((output, lse), reference_attend(inputs, scope(lengths, window, places)), torch.float16)
+        leaves = [part[kept.to(DEVICE)].requires_grad_() for part in inputs]
+        finished = output[kept.to(DEVICE)], lse[kept.to(DEVICE)]
+        upstream = random(*finished[0].shape, dtype=torch.float16, seed=6)
+        arguments = (kept_lengths, SCALE, window, places[kept].to(DEVICE), backend)
+        got = torch.autograd.grad(with_kept_row_gradient(*leaves, *finished, *arguments), leaves, upstream)
+        wanted = reference_gradients(leaves, *finished, upstream, scope(kept_lengths, window, places[kept]))
+        assert_near(got, wanted, torch.float16)
+
+
+@pytest.mark.slow
+def test_the_gradient_of_two_thousand_rows():
+    inputs = [part.requires_grad_() for part in heads(2000, 2, 1, 8, torch.float16)]
+    upstream = random(2000, 2, 8, dtype=torch.float16, seed=6)
+    output, lse = attend(*inputs, [1963, 37], SCALE, backend="triton")
+    attached = with_kept_row_gradient(*inputs, output, lse, [1963, 37], SCALE, backend="triton")
+    got = torch.autograd.grad(attached, inputs, upstream)
+    assert_near(got, reference_gradients(inputs, output, lse, upstream, scope([1963, 37])), torch.float16)
+
+
 def test_one_kept_row_of_many():
     inputs = heads(66, seed=9)
     output, lse = (part[37:38] for part in attend(*inputs, [66], SCALE))

@@ -74,6 +74,21 @@ def test_head_counts_and_head_sizes(queries, keys, dim):
         assert_close(*both(heads(70, queries, keys, dim, dtype), documents, selection, 12), dtype)
 
 
+def test_two_thousand_rows():
+    inputs = heads(2000, 2, 1, 8, torch.float16)
+    documents, selection = selection_in([1963, 37], 64, 0.6)
+    assert_close(*both(inputs, documents, selection, 150))
+
+
+def test_documents_that_drop_nothing_or_everything():
+    documents, _ = selection_in([20, 9, 30, 8], 8, 0.0)
+    marks = torch.tensor([False, True, False, True]).repeat_interleave(torch.tensor(documents.block_counts))
+    for kept_blocks in (marks, ~marks):
+        selection = selection_of_blocks(kept_blocks.to(DEVICE), documents)
+        assert selection.kept_lengths in ([0, 9, 0, 8], [20, 0, 30, 0])
+        assert_close(*both(heads(67), documents, selection, 11))
+
+
 def test_one_row_and_no_row():
     documents, _ = selection_in([66], 1, 0.0)
     selection = selection_of_blocks(torch.arange(66, device=DEVICE) != 37, documents)

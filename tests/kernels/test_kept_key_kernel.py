@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lemo_kernels import kept_key_attention
 from lemo_kernels.document_attention import attend
 from lemo_kernels.host import KernelInputError
 from lemo_kernels.kept_key_attention import (
@@ -330,10 +331,38 @@ def test_what_does_not_fit_a_gradient_is_refused_on_the_host(change, message):
         rest_query_gradient(**(arguments | change))
 
 
-def test_wrong_rows_on_a_device_read_nothing_that_is_not_there():
+# Rows that are out of order may see nothing of what their tile walks: a softmax of nothing; and of other rows' sums an infinity.
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize(("width", "window"), [(6, None), (10**6, None), (10**6, 9)])
+@pytest.mark.parametrize("shift", [5000, -5000, 2**31, -(2**40)])
+@pytest.mark.parametrize("rows", [[3, 4000], [-9, 3], [3, 2**31 + 9000], [2**32 + 5, -(2**31) - 1]], ids=str)
+def test_wrong_rows_on_a_device_read_nothing_that_is_not_there(rows, shift, width, window, monkeypatch):
     """Behind the checks, as on a GPU: values may be wrong then, addresses may not."""
+    asked, forward, backward = [], kept_key_attention.interval_attention, kept_key_attention.interval_query_gradient
+
+    def watched_forward(query, key, value, first_key, scale, far):
+        asked.extend([(first_key, 20), (far.first, 3), (far.last, 2)])
+        return forward(query, key, value, first_key, scale, far=far)
+
+    def watched_backward(*arguments):
+        first, _, last = arguments[6:]
+        asked.extend([(first, 19), (last, 18)])
+        return backward(*arguments)
+
+    monkeypatch.setattr(kept_key_attention, "interval_attention", watched_forward)
+    monkeypatch.setattr(kept_key_attention, "interval_query_gradient", watched_backward)
     query, key, value = heads(20)
-    rows = torch.tensor([3, 4000], device=DEVICE)
-    places = torch.arange(20, device=DEVICE) + 5000
-    result = attend_kept_keys_operator(query, key, value, key[:2], value[:2], rows, places, [20], SCALE, 10**6, None)
+    kept = torch.tensor(rows, device=DEVICE)
+    places = torch.arange(20, device=DEVICE) + shift
+    result = attend_kept_keys_operator(query, key, value, key[:2], value[:2], kept, places, [20], SCALE, width, window)
     assert result[0].shape == (20, 4, 16)
+    rest = torch.arange(18, device=DEVICE) + shift
+    of_kept = query[:2], query[:2], query[:2], query[:2, :, :1]
+    found = rest_query_gradient_operator(*of_kept, key[:18], value[:18], kept, rest, places[:2], [20], SCALE, width)
+    assert found.shape == (2, 4, 16)
+    assert len(asked) == 5
+    for numbers, bound in asked:
+        assert numbers.dtype == torch.int32
+        assert numbers.min() >= -1
+        assert numbers.max() < bound
+    assert all(asked[place][0].min() >= 0 for place in (0, 1, 3)), "a first key is one"

@@ -12,7 +12,7 @@ from lemo_hf import LemoConfig
 from lemo_hf.models.lemo_config import AttentionForward
 from lemo_hf.models.sparse_decoder import sparse_backbone
 from lemo_hf.profiling.bench.methods import choose_methods
-from lemo_hf.profiling.bench.run import KIND, new_row, take_result
+from lemo_hf.profiling.bench.run import BenchOptions, heading, new_row, take_result
 from lemo_hf.profiling.bench.step import measure_step
 from lemo_hf.profiling.estimate.cards import find_card
 from lemo_hf.profiling.estimate.estimator import Estimator
@@ -84,7 +84,9 @@ def run_offload(scale: Scale, config: Any, model: str, mode: str, tokens: int, s
     row = new_row(model, tokens, chosen, settings) | {"tiny": scale.tiny, "words": f"LeMo exact, 0.9 to 0.1 kept, {mode} offload"}
     result = measure_step(config, chosen, settings, scale.device, steps, counts=False)
     take_result(row, result | {"settings": asdict(settings)}, tokens)
-    return {"kind": KIND, "config": {"model": model, "weights": "random", "dtype": settings.dtype}, "rows": [row]}
+    options = BenchOptions(model, (tokens,), chosen.name, steps, 1, device=scale.device.type, counts=False)
+    repeat = f"python benchmarks/gpu_suite.py --out DIR --part offload_{tokens}_{mode}"
+    return heading(options) | {"repeat": repeat, "left_out": {}, "rows": [row]}
 
 
 def uniform_budget(config: Any, settings: Any, shares: list[float]) -> float:

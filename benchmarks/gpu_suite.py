@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_suite.py --out results/            # again and again, until it says that all is there
 
-Every part is one JSON file in `--out` and is skipped when that file is there; a part that fails, or is killed, leaves
+Every part is one JSON file in `--out` and is skipped when that file is there; methods that take turns go on from
+`<part>.unfinished.json`, process by process; a part that fails, or is killed, leaves
 `<part>.failed.json` with the reason and is tried again, after those that were not tried yet. What the package warned of meanwhile
 (a kernel that cannot run, and its reference does) stands in the file as `warnings`. Parts begin only while enough of `--seconds` is
 left, and while the device answers: a kernel's fault ends its process, so the rest waits for the next call. Exit code 0: all there
@@ -16,12 +17,16 @@ is right, then the rows that all else is judged by, then the kernels' times, the
                           against float32 on the CPU, then a few steps
     attention_*           flash operators and Triton kernels against dense float32 attention at real sizes, windows, offsets
                           beyond 2^31 elements, the same bits twice
-    headline_<tokens>_*   Llama-3-8B's shape with random weights: the methods of `lemo bench`, ours beside stock LoRA, checkpointing,
-                          Liger and offload where they are installed, and others' methods; peak bytes, tokens per second, phases
+    headline_<tokens>_<model>_*
+                          methods of `lemo bench` on random weights of a model's shape, each in a process of its own, taking turns, what
+                          they are held against among them (benchmarks/gpu_headline.py); peak bytes, tokens per second, phases
     times_*               benchmarks/kernel_times.py, one kernel at a time
     tests_*               the kernels' own tests on this device, bfloat16 included
     kept_keys             attention to kept and nearby keys, and the queries' gradient through dropped ones, against masks written out
     patterns              attention patterns among kept rows, flex attention's block masks among them, against masks written out
+    paper_<tokens>_<model>
+                          what the paper's figures draw, with PEFT's default adapters, likewise
+    longest_<card>_*      the longest sample that trains in so much memory, from the estimated one down
     offload_equality      gradients with offload to the bit, before anything is timed
     offload_<tokens>_*    kept shares that fall with depth: no offload, sensitive, uniform at its peak; peak bytes, time, stalls
     quality_*             the quality bench's large base, trained in several parts, and its arms at 8192 tokens (docs/quality.md); base and
@@ -40,7 +45,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -55,6 +60,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+import gpu_headline
 import gpu_offload
 import kernel_times
 from agreement import PartFailure, require
@@ -63,9 +69,6 @@ from gpu_checks import Scale, run_kernels, run_training
 from kernel_cases import CASES
 
 from lemo_hf.models import kernel_switch
-from lemo_hf.profiling.bench.methods import ChosenMethod, choose_methods
-from lemo_hf.profiling.bench.run import KIND, new_row, take_result
-from lemo_hf.profiling.bench.step import measure_step
 from lemo_hf.profiling.estimate.model_shapes import shape_config
 from lemo_hf.profiling.provenance import provenance
 from lemo_hf.registry import ARCHITECTURES
@@ -73,38 +76,25 @@ from lemo_hf.registry import ARCHITECTURES
 ROOT = Path(__file__).parents[1]
 QUALITY = ROOT / "outputs" / "quality_gpu"
 QUALITY_BASE_PARTS = 3
-MODEL = "Llama-3-8B"
-# Methods of `lemo bench` that come first: stock LoRA and ours, each as it is best at the length.
-FIRST = {
-    8192: ("stock-bf16", "lemo-exact", "lemo-keys", "lemo-sparse", "checkpointing"),
-    65536: ("checkpointing", "lemo-exact-rows", "lemo-keys-rows", "liger-checkpointing"),
-}
-# At every length, at 8K, where nothing has to be run again, and at 64K, where much has.
-HEADLINE = (
-    "stock", "stock-bf16", "checkpointing", "liger-checkpointing", "longlora", "random-ltd", "tokentune",
-    "lemo-exact", "lemo-keys", "lemo-sparse", "lemo-exact-rows", "lemo-keys-rows", "lemo-sparse-rows",
-    "lemo-sparse-groups-rows", "lemo-sparse-blocks-rows",
-)  # fmt: skip
-SHORT = (
-    "liger",
-    "lemo-artifact",
-    "lemo-exact@0.3",
-    "lemo-keys@0.3",
-    "lemo-exact-float32",
-    "lemo-keys-float32",
-    "lemo-sparse-float32",
-)
-LONG = ("liger-checkpointing-offload", "lemo-exact-rows@0.25", "lemo-exact-rows@0.1", "lemo-keys-rows@0.25", "lemo-exact-offload")
-TINY = ("checkpointing", "tokentune_0.5", "lemo-sparse_0.5")
+MODEL = gpu_headline.MODEL
 
 
 @dataclass(frozen=True)
 class Part:
-    """One JSON file: how long it may take on an H200, and what makes it."""
+    """One JSON file.
+
+    Args:
+        name: Its stem.
+        seconds: How long it may take on an H200; of one that goes on later, a process of it.
+        run: What makes it.
+        goes_on: Whether `run` takes the file of what it has done so far and the seconds that it may begin processes in, and returns an
+            `unfinished` document where some are left.
+    """
 
     name: str
     seconds: float
-    run: Callable[[], dict[str, Any]]
+    run: Callable[..., dict[str, Any]]
+    goes_on: bool = False
 
 
 def run_here(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
@@ -129,15 +119,6 @@ def run_tests(path: Path, tiny: bool) -> dict[str, Any]:
     return {"summary": done.stdout.strip().splitlines()[-1]}
 
 
-def arms(tokens: int, tiny: bool) -> dict[str, ChosenMethod]:
-    """The methods of `lemo bench` that headline rows compare, by the name of their part."""
-    names = HEADLINE + (LONG if tokens > 16384 else SHORT)
-    chosen = choose_methods(",".join(names))
-    device = torch.device("cpu" if tiny else "cuda")
-    possible = {one.name.replace("@", "_"): one for one in chosen if one.obstacle(device, "llama") is None}
-    return {name: one for name, one in possible.items() if not tiny or name in TINY}
-
-
 def headline_config(scale: Scale) -> Any:
     """The headline's shape, or a tiny one."""
     config = shape_config(MODEL)
@@ -147,20 +128,10 @@ def headline_config(scale: Scale) -> Any:
     return config
 
 
-def run_headline(scale: Scale, chosen: ChosenMethod, tokens: int, steps: int) -> dict[str, Any]:
-    """Time and memory of training steps; out of memory is a result. One row as `lemo bench` writes it."""
-    config = headline_config(scale)
-    settings = chosen.settings(tokens, "float32" if scale.tiny else "bfloat16")
-    row = new_row(MODEL, tokens, chosen, settings) | {"tiny": scale.tiny}
-    result = measure_step(config, chosen, settings, scale.device, steps, counts=True)
-    take_result(row, result | {"settings": asdict(settings)}, tokens)
-    return {"kind": KIND, "config": {"model": MODEL, "weights": "random", "dtype": settings.dtype}, "rows": [row]}
-
-
 def run_quality(module: str, *options: str) -> dict[str, Any]:
     """A command of the quality bench, which keeps what it has done in `QUALITY` and goes on from there."""
     command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.quality.{module}", *options]
-    done = run_here(command, timeout=560)
+    done = run_here(command, timeout=500)
     require(done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:])
     results = sorted(QUALITY.glob("arms/*/*.json"), key=lambda path: path.stat().st_mtime) if module == "extension" else []
     return {"output": done.stdout[-2000:], "results": {path.name: json.loads(path.read_text()) for path in results[-1:]}}
@@ -212,12 +183,13 @@ def run_times(scale: Scale, name: str) -> dict[str, Any]:
 
 
 def headline_parts(scale: Scale, first: bool) -> Iterator[Part]:
-    """The headline's rows, those that come first or the others."""
-    for tokens, steps, seconds in ((64, 1, 60),) if scale.tiny else ((8192, 3, 100), (65536, 1, 200)):
-        for name, arm in arms(tokens, scale.tiny).items():
-            early = scale.tiny or (arm.method.name in FIRST[tokens] and arm.keep in (None, 0.5))
-            if early == first:
-                yield Part(f"headline_{tokens}_{name}", seconds, partial(run_headline, scale, arm, tokens, steps))
+    """Groups of methods, those that come first or the others and the longest samples."""
+    for group in gpu_headline.groups(scale.tiny):
+        if group.first == first:
+            yield Part(group.name, group.seconds, partial(gpu_headline.run_group, scale, group), goes_on=True)
+    if not first and not scale.tiny:
+        for name, method, gib in gpu_headline.longest_parts():
+            yield Part(name, 480, partial(gpu_headline.run_longest, scale, method, gib))
 
 
 def parts(scale: Scale) -> Iterator[Part]:
@@ -298,10 +270,11 @@ def main(arguments: list[str] | None = None) -> int:
     failed, left, works = [], [], True
     # What failed before comes last: it must not use up the time of every call.
     for part in sorted(parts(scale), key=lambda part: (args.out / f"{part.name}.failed.json").exists()):
-        path, failure = args.out / f"{part.name}.json", args.out / f"{part.name}.failed.json"
+        path, failure, unfinished = (args.out / f"{part.name}{kind}.json" for kind in ("", ".failed", ".unfinished"))
         if path.exists() or (args.part and not part.name.startswith(tuple(args.part))):
             continue
-        if not works or args.seconds - (time.monotonic() - began) < part.seconds:
+        spare = args.seconds - (time.monotonic() - began) - part.seconds
+        if not works or spare < 0:
             left.append(part.name)
             continue
         start = time.monotonic()
@@ -310,17 +283,23 @@ def main(arguments: list[str] | None = None) -> int:
         write(failure, document | {"failure": "it did not come to an end: killed, or the process died"})
         with Warned() as warned:
             try:
-                document |= part.run()
+                document |= part.run(unfinished, spare) if part.goes_on else part.run()
             except Exception as error:  # whatever it is: the other parts still have something to say
                 document |= getattr(error, "found", {})
                 document["failure"] = "".join(traceback.format_exception(error))[-8000:]
                 failed.append(part.name)
                 path, works = failure, answers(scale)
-        document["warnings"] = warned.lines
+        if path != failure and document.get("unfinished"):
+            left.append(part.name)
+            failure.unlink()
+            print(f"{part.name}: goes on next time", flush=True)
+            continue
+        document["warnings"] = [*document.pop("warned", ()), *warned.lines]  # in processes of its own, and here
         document["seconds"] = time.monotonic() - start
         write(path, document)
         if path != failure:
             failure.unlink()
+            unfinished.unlink(missing_ok=True)
         print(f"{part.name}: {'FAILED' if part.name in failed else 'there'} after {document['seconds']:.0f} s", flush=True)
     print(f"failed: {', '.join(failed) or 'none'}; left to do: {', '.join(left) or 'none'}")
     return 1 if failed else 3 if left else 0

@@ -7,10 +7,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lemo_hf.profiling.bench.table import bench_table, phase_table, source_line
+from lemo_hf.profiling.bench.table import bench_table, merged, phase_table, source_line
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -72,24 +73,56 @@ def layer_arithmetic(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def bench(result: dict[str, Any]) -> str:
+def bench(result: dict[str, Any], against: str | None = None) -> str:
     """What `lemo bench` found as Markdown: methods side by side, phases if steps were timed, and where it comes from."""
-    parts = [bench_table(result["rows"])]
+    parts = [bench_table(result["rows"], against)]
     if phases := phase_table(result["rows"]):
         parts.append(f"Seconds by phase of a step that is slowed by timing every operator:\n\n{phases}")
     return "\n\n".join([*parts, source_line(result)])
 
 
-# Page -> table name in it -> (pattern of its result file, what renders it).
-TABLES: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], str]]]] = {
+def long(result: dict[str, Any]) -> str:
+    """As [`bench`], against what the goals at these lengths are: checkpointing with a fused loss."""
+    return bench(result, "liger-checkpointing")
+
+
+def headline(results: list[dict[str, Any]]) -> str:
+    """What benchmarks/gpu_suite.py measured of training steps as Markdown, one table a group of methods; or that it has not."""
+    if not results:
+        return (
+            "Nothing was measured on a GPU yet: no file `benchmarks/results/headline_*.json` is there. "
+            "`python benchmarks/gpu_suite.py --out benchmarks/results --part headline` writes them."
+        )
+    merged(results)  # refuses results of several commits or machines
+    return "\n\n".join(bench(result) for result in results)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page.
+
+    Args:
+        pattern: Of its result file in benchmarks/results.
+        render: Makes Markdown of the result, or of the list of results where there may be `several` or none.
+        several: Whether it is of all files of the pattern.
+    """
+
+    pattern: str
+    render: Callable[[Any], str]
+    several: bool = False
+
+
+# Page -> table name in it -> the table.
+TABLES: dict[str, dict[str, Table]] = {
     "README.md": {
-        "quickstart": ("quickstart--*.json", quickstart),
-        "layer_arithmetic": ("layer_arithmetic--*.json", layer_arithmetic),
+        "quickstart": Table("quickstart--*.json", quickstart),
+        "layer_arithmetic": Table("layer_arithmetic--*.json", layer_arithmetic),
     },
     "docs/benchmarks.md": {
-        "bench_small": ("bench_small--*.json", bench),
-        "bench_counts": ("bench_counts_llama3_8b--*.json", bench),
-        "bench_long": ("bench_long_llama3_8b--*.json", bench),
+        "headline": Table("headline_*.json", headline, several=True),
+        "bench_small": Table("bench_small--*.json", bench),
+        "bench_counts": Table("bench_counts_llama3_8b--*.json", bench),
+        "bench_long": Table("bench_long_llama3_8b--*.json", long),
     },
 }
 
@@ -101,14 +134,15 @@ def updated(text: str, page: str = "README.md") -> str:
         FileNotFoundError: If a table has no result file.
         ValueError: If it has several, or the page has no place for it.
     """
-    for name, (pattern, render) in TABLES[page].items():
-        files = sorted(RESULTS.glob(pattern))
-        if not files:
-            raise FileNotFoundError(f"table {name} has no result; {RESULTS / pattern}; run its benchmark with --out")
-        if len(files) > 1:
+    for name, shown in TABLES[page].items():
+        files = sorted(path for path in RESULTS.glob(shown.pattern) if path.suffixes[-2:-1] not in ([".failed"], [".unfinished"]))
+        if not files and not shown.several:
+            raise FileNotFoundError(f"table {name} has no result; {RESULTS / shown.pattern}; run its benchmark with --out")
+        if len(files) > 1 and not shown.several:
             raise ValueError(f"table {name} has several results; {[f.name for f in files]}; keep the one to show")
         marked = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.DOTALL)
-        table = render(json.loads(files[0].read_text()))
+        results = [json.loads(path.read_text()) for path in files]
+        table = shown.render(results if shown.several else results[0])
         text, found = marked.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
         if found != 1:
             raise ValueError(f"{page} has {found} places for table {name}; it needs 1; add <!-- table:{name} --> markers")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from lemo_hf.errors import LemoError
 from lemo_hf.profiling import breakdown
 from lemo_hf.profiling.bench import phases as step_phases
 from lemo_hf.profiling.bench import run as bench_run
+from lemo_hf.profiling.bench import step as bench_step
 from lemo_hf.profiling.bench.counts import saved_on_fake_tensors
 from lemo_hf.profiling.bench.methods import METHODS, choose_methods
 from lemo_hf.profiling.bench.phases import PHASES, PhaseTimer
@@ -241,6 +243,46 @@ def test_methods_take_turns_and_rows_hold_every_repeat(small_model, tmp_path, mo
     assert shown_by("--table", str(out)).startswith(table)
 
 
+def test_what_is_left_of_a_run_is_done_in_turns_later(small_model, tmp_path, monkeypatch):
+    """Time that runs out, a kill and a method that failed lose nothing that was measured."""
+    order, out = [], tmp_path / "result.json"
+    real = fake_process(order)
+    fails = iter([False, False, False, True])
+
+    def run(*asked):
+        return {"failed": "no such luck"} if next(fails, False) else real(*asked)
+
+    monkeypatch.setattr(bench_run, "_run_process", run)
+    options = BenchOptions(small_model, (64,), "stock,checkpointing,lemo-exact", steps=2, repeats=2, device="cpu")
+    clock = iter([0.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(bench_run.time, "monotonic", lambda: next(clock))
+    quiet = lambda line: None  # noqa: E731
+    document = run_bench(options, out, quiet, seconds=2.5)
+    assert document["unfinished"]
+    assert [name for _, name, _ in order] == ["stock", "checkpointing"]
+    assert json.loads(out.read_text())["unfinished"]
+    monkeypatch.setattr(bench_run.time, "monotonic", lambda: 0.0)
+    document = run_bench(options, out, quiet)
+    assert [name for _, name, _ in order[2:]] == ["lemo-exact@0.5", "lemo-exact@0.5"], "the second turn of stock failed"
+    assert "failed" in document["rows"][0]
+    document = run_bench(options, out, quiet)
+    assert order[4:] == [(64, "stock", False)]
+    assert [len(row["repeats"]) for row in document["rows"]] == [2, 0, 2]
+    assert "unfinished" not in json.loads(out.read_text())
+    run_bench(options, out, quiet)
+    assert len(order) == 10, "what is finished is measured anew"
+    out.write_text(json.dumps(json.loads(out.read_text()) | {"unfinished": True, "commit": "another"}))
+    run_bench(options, out, quiet)
+    assert len(order) == 15, "and so is what other code has measured"
+
+
+def test_a_command_of_its_own_repeats_what_lemo_bench_alone_does_not(small_model):
+    document = bench_run.heading(BenchOptions(small_model, (64,), "stock", device="cpu"))
+    document |= {"versions": dict.fromkeys(document["versions"], "1")}
+    assert "Repeat: `lemo bench --model " in source_line(document)
+    assert source_line(document | {"repeat": "python some.py"}).endswith("Repeat: `python some.py`.")
+
+
 def test_under_all_what_cannot_run_is_listed_with_its_reason(small_model, monkeypatch):
     monkeypatch.setattr(bench_run, "_run_process", fake_process([]))
     said = []
@@ -258,6 +300,36 @@ def test_a_real_process_measures(small_model, tmp_path):
     assert row["summary"]["tokens_per_second"] > 0
     assert row["saved_bytes"] > 0
     assert row["settings"]["lemo"]["keep_ratio"] == 0.5
+    assert row["repeats"][0]["warnings"] == []
+
+
+def test_what_the_package_warns_of_is_told_beside_what_was_measured(small_model, tmp_path, monkeypatch):
+    job, result = tmp_path / "job.json", tmp_path / "result.json"
+    job.write_text(json.dumps({"model": small_model, "method": "stock", "seq_len": 8, "batch_size": 1, "dtype": "float32",
+                               "device": "cpu", "steps": 1, "counts": False, "threads": 1}))  # fmt: skip
+
+    def step(*_):
+        logging.getLogger("lemo_hf.models").warning("no such kernel")
+        return {"seconds": [1.0], "phases": {}}
+
+    monkeypatch.setattr(bench_step, "measure_step", step)
+    monkeypatch.setattr(bench_run, "_run_process", lambda *_: json.loads(result.read_text()))
+    bench_step.main(str(job), str(result))
+    said = []
+    options = BenchOptions(small_model, (8,), "stock", repeats=1, device="cpu")
+    run_bench(options, say=said.append)
+    assert said == ["1/1 8 stock: 1.00 s a step; warned: no such kernel"]
+
+
+def test_steps_that_take_minutes_are_run_once(monkeypatch):
+    (chosen,) = choose_methods("lemo-exact")
+    settings = chosen.settings(64, "float32")
+    steps = []
+    real = forward_loss
+    monkeypatch.setattr("lemo_hf.profiling.bench.step.forward_loss", lambda *given: steps.append(1) or real(*given))
+    row = measure_step(small_config(), chosen, settings, CPU, steps=1, counts=False, cold=True)
+    assert len(steps) == len(row["seconds"]) == 1
+    assert phase_table([{"words": "", "seq_len": 64, "summary": summary([row], 64)}]) == ""
 
 
 def test_a_process_that_dies_is_a_failed_row(small_model, monkeypatch):

@@ -5,12 +5,16 @@ import subprocess
 from dataclasses import replace
 
 import gpu_checks
+import gpu_headline
+import gpu_offload
 import gpu_suite
 import kernel_cases
 import kernel_goals
 import kernel_setting
 import kernel_times
 import lemo_kernels
+import paper_estimates
+import paper_times
 import pytest
 import torch
 from agreement import PartFailure
@@ -18,7 +22,8 @@ from gpu_checks import Scale
 from gpu_suite import Part
 
 from lemo_hf.models import document_attention, kept_key_attention, kernel_switch
-from lemo_hf.profiling.bench.table import merged
+from lemo_hf.profiling.bench.methods import choose_methods
+from lemo_hf.profiling.bench.table import bench_table, merged, source_line
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="small sizes need the interpreter, which a GPU switches off")
 
@@ -43,13 +48,15 @@ def test_every_kind_of_part_runs_and_is_not_run_again(tmp_path, monkeypatch):
     trained = results["training_mistral"]["rows"]
     assert {row["form"] for row in trained} == {"exact", "kept_keys", "sparse"}
     assert all(row["gradient_error"] < 1e-4 for row in trained)
-    stock, sparse, tuned = (
-        results[f"headline_64_{arm}"]["rows"][0] for arm in ("checkpointing", "lemo-sparse_0.5", "tokentune_0.5")
-    )
+    stock, tuned, sparse = results["headline_256"]["rows"]
+    assert [row["method"] for row in (stock, tuned, sparse)] == ["checkpointing", "tokentune@0.5", "lemo-sparse@0.5"]
     assert {"settings", "model", "summary", "perplexity"} <= stock.keys()
     assert stock["summary"]["tokens_per_second"] > 0
     assert 0 < sparse["saved_bytes"] < tuned["saved_bytes"]
-    assert len(merged([results["headline_64_checkpointing"], results["headline_64_tokentune_0.5"]])) == 2
+    assert bench_table(results["headline_256"]["rows"]).count("not measured |") == 3
+    assert source_line(results["headline_256"]).endswith(
+        "Repeat: `python benchmarks/gpu_suite.py --out DIR --part headline_256`."
+    )
     assert results["times_scatter_add"]["rows"][0]["share_of_bound"] > 0
     all_parts = gpu_suite.parts
     fails = lambda: pytest.fail("it was there")  # noqa: E731
@@ -63,16 +70,86 @@ def test_a_short_lease_gets_what_matters_most_first():
     assert len(set(names)) == len(names)
     assert names[:3] == ["runs", "training_llama", "attention_128"]
     first = names[3 : names.index("times_gather_norm")]
-    assert first[:2] == ["headline_8192_stock-bf16", "headline_8192_checkpointing"]
-    assert {"headline_8192_lemo-exact_0.5", "headline_8192_lemo-keys_0.5", "headline_8192_lemo-sparse_0.5"} <= set(first)
-    assert {"headline_65536_lemo-exact-rows_0.5", "headline_65536_lemo-keys-rows_0.5", "headline_65536_checkpointing"} <= set(
-        first
-    )
+    assert first == ["headline_8192_Llama-3-8B_first", "headline_65536_Llama-3-8B_first"]
     kinds = [name.split("_")[0] for name in names[3 + len(first) :]]
-    order = ["times", "headline", "training", "attention", "kept", "patterns", "tests", "offload", "quality"]
+    order = ["times", "headline", "paper", "longest", "training", "attention", "kept", "patterns", "tests", "offload", "quality"]
     assert list(dict.fromkeys(kinds)) == order
-    assert sum(part.seconds for part in found[: 3 + len(first)]) < 30 * 60
+    assert max(part.seconds for part in found) <= 520, "a part, or a process of one that goes on, fits a call"
     assert "tests_compiles_for_gpu" not in names
+
+
+def test_every_goal_and_figure_has_its_measurement():
+    """By method and length; what a figure draws of the paper's models, PEFT's default adapters, stands in paper_*."""
+    found = {(group.model, group.tokens): set() for group in gpu_headline.groups(tiny=False)}
+    for group in gpu_headline.groups(tiny=False):
+        found[group.model, group.tokens] |= {chosen.name for chosen in choose_methods(",".join(group.methods))}
+        assert len(group.methods) > 2, "methods are compared within one run"
+    ours = {"lemo-exact@0.5", "lemo-keys@0.5", "lemo-sparse@0.5"}
+    assert found["Llama-3-8B", 8192] >= ours | {"stock", "stock-bf16", "liger", "lemo-artifact"}
+    shares = {f"lemo-exact-rows@{share}" for share in ("0.5", "0.25", "0.1")}
+    assert found["Llama-3-8B", 65536] >= shares | {"checkpointing", "liger-checkpointing", "lemo-sparse-rows@0.5"}
+    assert found["Llama-3-8B", 131072] >= {"liger-checkpointing", "lemo-exact-rows@0.1", "lemo-keys-rows@0.5"}
+    for model in ("Llama-3-8B", "Llama-2-7B", "Mistral-7B", "OPT-6.7B", "OPT-1.3B"):
+        assert found[model, 4096] >= ours | {"stock-bf16"}, model
+    drawn = {chosen.name for chosen in choose_methods(paper_estimates.METHODS)}
+    for model, lengths in paper_estimates.SIZES.items():
+        assert all(found[model, tokens] >= drawn for tokens in lengths), model
+    long = {chosen.name for chosen in choose_methods(paper_times.LONG_METHODS)}
+    assert all(found[size] >= long for size in paper_times.LONG)
+    searched = {(name.split("_")[1], method) for name, method, _ in gpu_headline.longest_parts()}
+    assert {(card, f"lemo-sparse-rows@{share}") for card in ("80GB", "141GB") for share in ("0.5", "0.3")} <= searched
+
+
+def test_methods_that_take_turns_go_on_where_time_ran_out(tmp_path, monkeypatch):
+    asked = []
+
+    def run(path, seconds):
+        asked.append((path.name, seconds))
+        path.write_text("{}")
+        return {"rows": [], "warned": ["slow"]} | ({"unfinished": True} if len(asked) == 1 else {})
+
+    monkeypatch.setattr(gpu_suite, "parts", lambda scale: iter([Part("turns", 5, run, goes_on=True), Part("sure", 5, dict)]))
+    command = ["--tiny", "--out", str(tmp_path), "--seconds", "100"]
+    assert gpu_suite.main(command) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sure.json", "turns.unfinished.json"]
+    assert gpu_suite.main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sure.json", "turns.json"]
+    assert json.loads((tmp_path / "turns.json").read_text())["warnings"] == ["slow"]
+    assert [name for name, _ in asked] == ["turns.unfinished.json"] * 2
+    assert all(90 < seconds < 95 for _, seconds in asked)
+
+
+def test_a_method_that_failed_is_run_again_alone(tmp_path, monkeypatch):
+    results = {"rows": [{"method": "lemo-sparse@0.5", "failed": "no such luck", "repeats": []}]}
+    monkeypatch.setattr(gpu_headline, "run_bench", lambda *_: results)
+    (group,) = gpu_headline.groups(tiny=True)
+    with pytest.raises(AssertionError, match=r"methods failed: .*no such luck"):
+        gpu_headline.run_group(Scale(True), group, tmp_path / "there.json", 1)
+
+
+def test_the_longest_sample_is_looked_for_from_the_estimated_one_down(monkeypatch):
+    tried = []
+
+    def step(config, chosen, settings, device, **how):
+        tried.append((settings.seq_len, how["cold"]))
+        fits = len(tried) == 2
+        return {"seconds": [2.0], "phases": {}, "losses": [1.0]} if fits else {"out_of_memory": "too much"}
+
+    monkeypatch.setattr(gpu_headline, "measure_step", step)
+    monkeypatch.setattr(gpu_headline, "LENGTH_STEP", 16)
+    found = gpu_headline.run_longest(Scale(True), "lemo-exact-rows", 80)
+    assert tried == [(256, True), (240, True)]
+    assert [row["seq_len"] for row in found["rows"]] == [256, 240]
+    assert found["rows"][1]["summary"]["tokens_per_second"] == 120
+    assert gpu_headline.run_longest(Scale(True), "liger", 80)["left_out"] == {"liger": "Liger needs a CUDA device"}
+
+
+def test_offload_has_the_whole_config_of_a_result(monkeypatch):
+    monkeypatch.setattr(gpu_offload, "measure_step", lambda *_, **__: {"out_of_memory": "too much"})
+    found = gpu_suite.run_offload(Scale(True), "none", 64, 1)
+    assert "out of memory" in bench_table(merged([found]))
+    assert "--part offload_64_none`" in source_line(found)
+    assert found["config"]["seq_lens"] == [64]
 
 
 def test_a_kernel_that_fails_names_its_reason_and_the_others_run(monkeypatch):

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributed.fsdp import FSDPModule
 from references.tiny_models import lemo_model, stock_model
+from torch.distributed.fsdp import FSDPModule
 from training_runs import RandomText, tiny_arguments, tiny_lemo_model, tiny_trainer
 from transformers import TrainerCallback
 

@@ -1,7 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 import update_readme
+
+from lemo_hf.errors import LemoError
 
 
 @pytest.mark.parametrize("page", update_readme.TABLES)
@@ -11,5 +14,36 @@ def test_tables_are_those_of_the_committed_results(page):
 
 
 def test_a_page_without_a_place_for_a_table_is_named():
-    with pytest.raises(ValueError, match=r"docs/benchmarks\.md has 0 places for table bench_small; it needs 1; add"):
+    with pytest.raises(ValueError, match=r"docs/benchmarks\.md has 0 places for table headline; it needs 1; add"):
         update_readme.updated("nothing", "docs/benchmarks.md")
+
+
+def test_what_a_gpu_measured_is_shown_and_that_it_measured_nothing(tmp_path, monkeypatch):
+    page = Path(__file__).parents[1].joinpath("docs/benchmarks.md").read_text()
+    for path in update_readme.RESULTS.glob("bench_*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(update_readme, "RESULTS", tmp_path)
+    assert "Nothing was measured on a GPU yet" in update_readme.updated(page, "docs/benchmarks.md")
+    config = {"model": "M", "seq_lens": [8], "methods": "stock", "steps": 1, "repeats": 1, "batch_size": 1, "dtype": "bfloat16",
+              "device": "cuda", "lora": "r=8"}  # fmt: skip
+    summary = {"median_seconds": 1.0, "fastest_seconds": 1.0, "slowest_seconds": 1.0, "tokens_per_second": 8.0, "phases": {},
+               "peak_allocated_bytes": 3 * 2**30, "peak_reserved_bytes": 4 * 2**30}  # fmt: skip
+    row = {"model": "M", "seq_len": 8, "method": "stock", "words": "stock", "adapters": "bfloat16", "saved_bytes": 2**30}
+    fell = row | {"method": "longlora", "words": "LongLoRA", "out_of_memory": "too much"}
+    document = {"kind": "lemo bench", "date": "today", "commit": "c", "machine": {"gpu": "Some GPU", "threads": 1}, "config": config,
+                "versions": dict.fromkeys(("torch", "transformers", "peft"), "1"), "repeat": "python some.py",
+                "rows": [row | {"summary": summary}, fell]}  # fmt: skip
+    (tmp_path / "headline_8_M_first.json").write_text(json.dumps(document))
+    for kind in ("failed", "unfinished"):
+        (tmp_path / f"headline_8_M_others.{kind}.json").write_text("{}")
+    shown = update_readme.updated(page, "docs/benchmarks.md")
+    assert "| method | adapters | peak memory | reserved | saved for backward |" in shown
+    assert (
+        "| stock | bfloat16 | 3072 MiB (1.00) | 4096 MiB (1.00) | 1024 MiB (1.00) | - | 1 [1, 1] (1.00x) | 8 | not measured |"
+        in shown
+    )
+    assert "| LongLoRA | bfloat16 | out of memory | - | - | - | - | - | not measured |" in shown
+    assert "machine: Some GPU, 1 threads" in shown
+    (tmp_path / "headline_9_M_first.json").write_text(json.dumps(document | {"commit": "d"}))
+    with pytest.raises(LemoError, match="results of different commits in one table; c and d"):
+        update_readme.updated(page, "docs/benchmarks.md")

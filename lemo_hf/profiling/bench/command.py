@@ -27,7 +27,7 @@ def bench(
     perplexity: Annotated[
         Path | None, typer.Option(help="A quickstart's result: its dense perplexities go beside rows of the same configuration.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result here as JSON; an unfinished one is gone on with.")] = None,
     table: Annotated[list[Path] | None, typer.Option(help="Run nothing; a table of this result; may be repeated.")] = None,
     mixed: Annotated[bool, typer.Option("--mixed", help="With --table: commits, machines and settings may differ.")] = False,
 ) -> None:

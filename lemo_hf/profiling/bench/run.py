@@ -6,9 +6,12 @@ Turns, because a machine's speed drifts; processes, because allocators, caches a
 
 import difflib
 import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,6 +52,7 @@ class BenchOptions:
         device: "cuda" or "cpu"; CUDA where there is one if empty.
         counts_only: Nothing is run: bytes and FLOPs are those of `lemo estimate`, the same on every machine.
         perplexity: A quickstart's result, whose dense perplexities are put beside the rows of the same configuration.
+        counts: Whether saved bytes and FLOPs are counted, by two steps more of each method.
     """
 
     model: str
@@ -61,6 +65,7 @@ class BenchOptions:
     device: str = ""
     counts_only: bool = False
     perplexity: Path | None = None
+    counts: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "repeats", "batch_size"):
@@ -98,13 +103,18 @@ def bench_config(model: str) -> PreTrainedConfig:
     return read_model_config(model_location(model))
 
 
-def run_bench(options: BenchOptions, out: Path | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run_bench(
+    options: BenchOptions, out: Path | None = None, say: Callable[[str], None] = print, seconds: float = math.inf
+) -> dict[str, Any]:
     """Measures and returns the result document; `out` is written after every process, so that a kill loses one.
+
+    What `out` holds of the same options, code and machine is gone on with where it is unfinished or a method failed.
 
     Args:
         options: What is measured.
         out: JSON file.
         say: Gets a line of progress.
+        seconds: No process begins later than this; the document is `unfinished` then, if any is left to run.
 
     Raises:
         LemoError: If a method, the model or a number cannot be honoured.
@@ -117,13 +127,17 @@ def run_bench(options: BenchOptions, out: Path | None = None, say: Callable[[str
         raise LemoError(
             f"file is no quickstart's result; {str(options.perplexity)!r} has no arms; give benchmarks/results/quickstart--*.json"
         )
-    document = _heading(options) | {"left_out": left_out, "rows": []}
+    began = time.monotonic()
+    document = heading(options) | {"left_out": left_out, "rows": []}
     for name, reason in left_out.items():
         say(f"{name}: left out, {reason}")
     places = [(seq_len, chosen) for seq_len in options.seq_lens for chosen in methods]
     document["rows"] = [
         new_row(options.model, seq_len, chosen, chosen.settings(seq_len, options.float_type)) for seq_len, chosen in places
     ]
+    if out is not None and not options.counts_only and (done := _done_before(out, document)) is not None:
+        document["rows"] = done
+        say(f"going on with {out}: {sum(len(row['repeats']) for row in done)} processes have run")
     planned = list(zip(places, document["rows"], strict=True))
     if options.counts_only:
         estimator = Estimator(config)
@@ -132,9 +146,12 @@ def run_bench(options: BenchOptions, out: Path | None = None, say: Callable[[str
             say(f"{seq_len} {chosen.name}: {row['estimated_bytes'] / 2**30:.2f} GiB")
     for repeat in range(0 if options.counts_only else options.repeats):
         for (seq_len, chosen), row in planned:
-            if "out_of_memory" in row or "failed" in row:
+            if "out_of_memory" in row or "failed" in row or len(row["repeats"]) > repeat:
                 continue
-            take_result(row, _run_process(options, chosen, seq_len, counts=repeat == 0), seq_len * options.batch_size)
+            if time.monotonic() - began > seconds:
+                return document | {"unfinished": True}
+            counts = options.counts and not row["repeats"]
+            take_result(row, _run_process(options, chosen, seq_len, counts), seq_len * options.batch_size)
             say(f"{repeat + 1}/{options.repeats} {seq_len} {chosen.name}: {_progress(row)}")
             if out is not None:
                 write_json(out, document | {"unfinished": True})
@@ -163,7 +180,25 @@ def _able(options: BenchOptions, config: PreTrainedConfig) -> tuple[list[ChosenM
     return able, left_out
 
 
-def _heading(options: BenchOptions) -> dict[str, Any]:
+def _done_before(out: Path, document: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Rows that `out` holds of this very measurement, without what failed; `None` if it holds none, or nothing is left to do."""
+    if not out.is_file():
+        return None
+    try:
+        found = read_json(out)
+    except LemoError:
+        return None  # it will be written anew
+    rows: list[dict[str, Any]] = found.get("rows", [])
+    if not found.get("unfinished") and not any("failed" in row for row in rows):
+        return None
+    same = [name for name in document if name not in ("date", "rows")]
+    if any(found.get(name) != document[name] for name in same) or len(rows) != len(document["rows"]):
+        return None
+    return [{name: value for name, value in row.items() if name != "failed"} for row in rows]
+
+
+def heading(options: BenchOptions) -> dict[str, Any]:
+    """A result document without its rows: kind, date, where it comes from, and the whole config."""
     found: dict[str, Any] = {"kind": KIND, "date": f"{datetime.now(UTC):%Y-%m-%d}", **provenance()}
     found["cuda"] = torch.version.cuda
     found["config"] = {
@@ -214,7 +249,9 @@ def _run_process(options: BenchOptions, chosen: ChosenMethod, seq_len: int, coun
         given, found = Path(folder) / "job.json", Path(folder) / "result.json"
         given.write_text(json.dumps(job))
         command = [sys.executable, "-m", "lemo_hf.profiling.bench.step", str(given), str(found)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # It imports what this process does, from a checkout that is not installed too.
+        paths = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        done = subprocess.run(command, capture_output=True, text=True, env=paths)
         if done.returncode or not found.exists():
             return {"failed": f"exit code {done.returncode}: {' '.join(done.stderr.split()[-40:])}"}
         result: dict[str, Any] = json.loads(found.read_text())
@@ -248,4 +285,5 @@ def take_result(row: dict[str, Any], result: dict[str, Any], tokens: int) -> Non
 def _progress(row: dict[str, Any]) -> str:
     if "out_of_memory" in row or "failed" in row:
         return "out of memory" if "out_of_memory" in row else f"failed, {row['failed']}"
-    return f"{row['summary']['median_seconds']:.2f} s a step"
+    warned = "".join(f"; warned: {line}" for line in row["repeats"][-1].get("warnings", ()))
+    return f"{row['summary']['median_seconds']:.2f} s a step{warned}"

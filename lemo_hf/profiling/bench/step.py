@@ -7,6 +7,7 @@ Only the timed steps give the time, and on CUDA the allocator's peaks. LeMo's of
 
 import gc
 import json
+import logging
 import math
 import statistics
 import sys
@@ -70,7 +71,13 @@ def bench_model(config: PreTrainedConfig, settings: StepSettings, device: torch.
 
 
 def measure_step(
-    config: PreTrainedConfig, chosen: ChosenMethod, settings: StepSettings, device: torch.device, steps: int, counts: bool
+    config: PreTrainedConfig,
+    chosen: ChosenMethod,
+    settings: StepSettings,
+    device: torch.device,
+    steps: int,
+    counts: bool,
+    cold: bool = False,
 ) -> dict[str, Any]:
     """Time and memory of training steps; running out of memory is a result.
 
@@ -81,9 +88,11 @@ def measure_step(
         device: CPU or CUDA.
         steps: Timed steps.
         counts: Whether bytes and FLOPs are counted too; they are the same in every repeat.
+        cold: Whether the timed steps are all there are, for samples whose steps take minutes: none to warm up, AdamW's moments made
+            before the first, nothing by phase.
 
     Returns:
-        `seconds` of each timed step, `phases`, `losses`, `resident_bytes`; on CUDA `peak_allocated_bytes` and
+        `seconds` of each timed step, `phases` (none if `cold`), `losses`, `resident_bytes`; on CUDA `peak_allocated_bytes` and
         `peak_reserved_bytes`; with `counts` `saved_bytes`, `flops` and on a CPU `live_peak_bytes`. Or `out_of_memory`.
     """
     row: dict[str, Any] = {}
@@ -92,7 +101,7 @@ def measure_step(
         model = bench_model(config, settings, device)
         _collect(cuda)
         row["resident_bytes"] = sum(part.untyped_storage().nbytes() for part in (*model.parameters(), *model.buffers()))
-        row |= _steps(model, config, chosen, settings, device, steps, counts)
+        row |= _steps(model, config, chosen, settings, device, steps, counts, cold)
     except torch.cuda.OutOfMemoryError as error:
         row["out_of_memory"] = " ".join(str(error).split())[:300]
         row["peak_before_failure_bytes"] = torch.cuda.max_memory_allocated()
@@ -107,6 +116,7 @@ def _steps(
     device: torch.device,
     steps: int,
     counts: bool,
+    cold: bool,
 ) -> dict[str, Any]:
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
@@ -127,7 +137,13 @@ def _steps(
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step()
+    if cold:
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        step()
     row: dict[str, Any] = {}
     if counts:
         row |= _counted(model, optimizer, config, ids, settings, backward)
@@ -148,7 +164,7 @@ def _steps(
         if own is not None:
             report = own.report()
             row["offloaded"] = asdict(report) | {"overlap": report.overlap}
-        row["phases"] = phase_seconds(model, device, step)
+        row["phases"] = {} if cold else phase_seconds(model, device, step)
     if not all(loss == loss for loss in losses):
         raise LemoError(f"a loss is not a number; {losses}; {chosen.name} cannot be measured")
     return row
@@ -236,16 +252,29 @@ def summary(repeats: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     return found
 
 
+class _Warned(logging.Handler):
+    """What the package warns of, one line each: a kernel that cannot run, say, whose reference was measured then."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def main(job_path: str, result_path: str) -> None:
-    """Measures what a job says and writes the result, or the error that a person can do something about."""
+    """Measures what a job says and writes the result with its `warnings`, or the error that a person can do something about."""
     job = json.loads(Path(job_path).read_text())
+    warned = _Warned()
+    logging.getLogger("lemo_hf").addHandler(warned)
     torch.set_num_threads(job["threads"])
     (chosen,) = choose_methods(job["method"])
     settings = chosen.settings(job["seq_len"], job["dtype"], job["batch_size"])
     try:
         config = read_model_config(model_location(job["model"]))
         result = measure_step(config, chosen, settings, torch.device(job["device"]), job["steps"], job["counts"])
-        result["settings"] = asdict(settings)
+        result |= {"settings": asdict(settings), "warnings": warned.lines}
     except LemoError as error:
         result = {"refused": str(error)}
     Path(result_path).write_text(json.dumps(result))

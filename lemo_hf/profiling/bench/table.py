@@ -89,16 +89,18 @@ def is_estimated(row: Mapping[str, Any]) -> bool:
     return peak_bytes(row) is not None and peak_bytes({**row, "estimated_bytes": None}) is None
 
 
-def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def bench_table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -> str:
     """Rows as Markdown, one table a model and length, with ratios against the table's first method. Rows whose adapters have another
     float type are held against the stock row with such adapters, or against nothing: a float type is no merit of a method.
 
     Args:
         rows: Of one result, or as [`merged`] gives them.
+        against: Name of the method that comes first; as the rows have it if `None`, or if there is no such row.
     """
     tables = []
     for model, seq_len in dict.fromkeys((row["model"], row["seq_len"]) for row in rows):
         chosen = [row for row in rows if (row["model"], row["seq_len"]) == (model, seq_len)]
+        chosen.sort(key=lambda row: row["method"] != against)
         references = {chosen[0]["adapters"]: chosen[0]}
         for row in chosen:
             if row["method"] in ("stock", "stock-bf16"):
@@ -106,7 +108,8 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
         notes = list(dict.fromkeys(row["perplexity"]["source"] for row in chosen if row.get("perplexity")))
         lines = [f"{model}, {seq_len} tokens; in parentheses against {_in_words(chosen, references)}", ""]
         timed = any(row.get("summary") for row in chosen)
-        columns = [*_COLUMNS[:-1], *(_TIMES if timed else ()), _COLUMNS[-1]]
+        reserved = any(row.get("summary", {}).get("peak_reserved_bytes") for row in chosen)
+        columns = [*_COLUMNS[:3], *(("reserved",) if reserved else ()), *_COLUMNS[3:-1], *(_TIMES if timed else ()), _COLUMNS[-1]]
         lines += ["| " + " | ".join(columns) + " |", "| --- | --- " + "| ---: " * (len(columns) - 2) + "|"]
         both = len({is_estimated(row) for row in chosen if peak_bytes(row)}) > 1
         unit = (
@@ -116,7 +119,7 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
             else 20
         )
         for row in chosen:
-            cells = [row["words"], row["adapters"], *_costs(row, references.get(row["adapters"], {}), unit, both)]
+            cells = [row["words"], row["adapters"], *_costs(row, references.get(row["adapters"], {}), unit, both, reserved)]
             cells += _times(row, references.get(row["adapters"], {})) if timed else []
             lines.append("| " + " | ".join([*cells, _perplexity(row, notes)]) + " |")
         said = [f"[{number}] {note}." for number, note in enumerate(notes, 1)]
@@ -149,7 +152,7 @@ def _fell_out(row: Mapping[str, Any]) -> bool:
     return "out_of_memory" in row or "failed" in row
 
 
-def _costs(row: Mapping[str, Any], first: Mapping[str, Any], unit: int, both: bool) -> list[str]:
+def _costs(row: Mapping[str, Any], first: Mapping[str, Any], unit: int, both: bool, reserved: bool) -> list[str]:
     """Memory and FLOPs.
 
     Args:
@@ -157,12 +160,15 @@ def _costs(row: Mapping[str, Any], first: Mapping[str, Any], unit: int, both: bo
         first: What it is held against.
         unit: Power of two of the table's unit of memory.
         both: Whether the table has measured and estimated peaks, so that each estimate must say so.
+        reserved: Whether it shows what CUDA's allocator held beside what it had given out.
     """
     if _fell_out(row):
-        return ["out of memory" if "out_of_memory" in row else "failed", "-", "-"]
+        return ["out of memory" if "out_of_memory" in row else "failed", "-", "-", *(["-"] if reserved else [])]
     cells = []
+    held = [(one.get("summary", {}).get("peak_reserved_bytes") for one in (row, first))] if reserved else []
     for value, base, of_peak in (
         (peak_bytes(row), peak_bytes(first), True),
+        *((*pair, False) for pair in held),
         (row.get("saved_bytes"), first.get("saved_bytes"), False),
     ):
         shown = "-" if value is None else f"{value / 2**30:.1f} GiB" if unit == 30 else f"{value / 2**20:.0f} MiB"
@@ -188,7 +194,7 @@ def phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     Timing every operator slows a step: its sum is larger than the time in [`bench_table`].
     """
-    timed = [row for row in rows if row.get("summary")]
+    timed = [row for row in rows if row.get("summary", {}).get("phases")]
     if not timed:
         return ""
     phases = list(timed[0]["summary"]["phases"])
@@ -201,7 +207,7 @@ def phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def source_line(document: Mapping[str, Any]) -> str:
-    """Where a result comes from and how to repeat it."""
+    """Where a result comes from and how to repeat it: by the document's `repeat`, or by `lemo bench` with its config."""
     machine, config, versions = document["machine"], document["config"], document["versions"]
     where = machine if isinstance(machine, str) else f"{machine.get('gpu') or machine['processor']}, {machine['threads']} threads"
     options = f"--model {config['model']} --seq-len {','.join(map(str, config['seq_lens']))} --methods {config['methods']}"
@@ -210,9 +216,10 @@ def source_line(document: Mapping[str, Any]) -> str:
         if config["device"].startswith("estimated")
         else f" --steps {config['steps']} --repeats {config['repeats']}"
     )
+    command = document.get("repeat") or f"lemo bench {options}{counted}"
     peak = {"cpu": "the most bytes of tensors alive", "cuda": "the allocator's"}.get(config["device"], "as estimated")
     return (
         f"{document['date']}, commit {document['commit']}, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"peft {versions['peft']}, machine: {where}; batch {config['batch_size']}, {config['dtype']} base, no autocast, LoRA "
-        f"{config['lora']}, random weights; peak memory: {peak}. Repeat: `lemo bench {options}{counted}`."
+        f"{config['lora']}, random weights; peak memory: {peak}. Repeat: `{command}`."
     )

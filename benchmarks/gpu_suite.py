@@ -16,12 +16,17 @@ is right, then the rows that all else is judged by, then the kernels' times, the
     training_<type>       every architecture in bfloat16, every form, both checkpointings, packed: first loss and gradients
                           against float32 on the CPU, then a few steps
     attention_*           flash operators and Triton kernels against dense float32 attention at real sizes, windows, offsets
-                          beyond 2^31 elements, the same bits twice
+                          beyond 2^31 elements, the same bits twice (ATen's where torch is to be deterministic)
     headline_<tokens>_<model>_*
                           methods of `lemo bench` on random weights of a model's shape, each in a process of its own, taking turns, what
                           they are held against among them (benchmarks/gpu_headline.py); peak bytes, tokens per second, phases
-    times_*               benchmarks/kernel_times.py, one kernel at a time
+    times_*               benchmarks/kernel_times.py, one kernel at a time: times, memory, and whether goals are met
+    movement_<tokens>     the share of a step that selection, prediction and movement take, beside its goal
+    rows                  norms, LayerNorm included, gated MLP, rest rows and block features at real sizes against formulas, all gradients
+    offsets               results of more than 2^31 numbers: taking, merging, norms, rotary positions, gated MLP
+    waits                 a layer waits for the device nowhere in ratio and sampled mode, at most once with thresholds
     tests_*               the kernels' own tests on this device, bfloat16 included
+    memory_check          some of these under compute-sanitizer; where that is not installed the file says so
     kept_keys             attention to kept and nearby keys, and the queries' gradient through dropped ones, against masks written out
     patterns              attention patterns among kept rows, flex attention's block masks among them, against masks written out
     paper_<tokens>_<model>
@@ -61,11 +66,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 import gpu_headline
+import gpu_memory_check
+import gpu_movement
 import gpu_offload
 import kernel_times
 from agreement import PartFailure, require
 from gpu_attention import attention_offsets, run_attention, run_kept_keys, run_patterns
 from gpu_checks import Scale, run_kernels, run_training
+from gpu_rows import run_offsets, run_rows
+from gpu_waits import run_waits
 from kernel_cases import CASES
 
 from lemo_hf.models import kernel_switch
@@ -203,15 +212,23 @@ def parts(scale: Scale) -> Iterator[Part]:
     yield from headline_parts(scale, first=True)
     for name in ("scatter_add",) if scale.tiny else CASES:
         yield Part(f"times_{name}", 170, partial(run_times, scale, name))
+    for tokens, steps, seconds in ((64, 1, 60),) if scale.tiny else ((8192, 3, 120), (65536, 1, 200)):
+        movement = partial(gpu_movement.run_movement, scale, headline_config(scale), tokens, steps)
+        yield Part(f"movement_{tokens}", seconds, movement)
     yield from headline_parts(scale, first=False)
     yield from (*training[1:], *attention[1:])
     yield Part("attention_offsets", 60, partial(attention_offsets, scale))
+    yield Part("rows", 120, partial(run_rows, scale))
+    yield Part("offsets", 120, partial(run_offsets, scale))
+    yield Part("waits", 120, partial(run_waits, scale))
     yield Part("kept_keys", 120, partial(run_kept_keys, scale))
     yield Part("patterns", 240, partial(run_patterns, scale))
     for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")):
         # That kernels compile without a GPU is no question here.
         if path.stem == "test_loss_kernel" if scale.tiny else path.stem != "test_compiles_for_gpu":
             yield Part(path.stem.replace("test_", "tests_", 1), 240, partial(run_tests, path, scale.tiny))
+    check = partial(gpu_memory_check.run_memory_check, ROOT / "tests" / "kernels", run_here, scale.tiny)
+    yield Part("memory_check", 470, check)
     yield Part("offload_equality", 60, partial(gpu_offload.run_equality, scale))
     for mode in gpu_offload.MODES:
         tokens = 64 if scale.tiny else 65536

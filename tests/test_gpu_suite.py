@@ -8,20 +8,16 @@ import gpu_checks
 import gpu_headline
 import gpu_offload
 import gpu_suite
-import kernel_cases
-import kernel_goals
-import kernel_setting
 import kernel_times
 import lemo_kernels
 import paper_estimates
 import paper_times
 import pytest
 import torch
-from agreement import PartFailure
 from gpu_checks import Scale
 from gpu_suite import Part
 
-from lemo_hf.models import document_attention, kept_key_attention, kernel_switch
+from lemo_hf.models import kernel_switch
 from lemo_hf.profiling.bench.methods import choose_methods
 from lemo_hf.profiling.bench.table import bench_table, merged, source_line
 
@@ -40,6 +36,7 @@ def test_every_kind_of_part_runs_and_is_not_run_again(tmp_path, monkeypatch):
     assert all({"date", "commit", "versions", "machine", "seconds"} <= result.keys() for result in results.values())
     assert all(row["seconds"] > 0 for row in results["runs"]["rows"])
     assert [row["backend"] for row in results["attention_16"]["rows"]] == ["triton"] * 4
+    assert all(all(row["same_bits_deterministic"]) for row in results["attention_16"]["rows"])
     assert {(row["width"], row["window"]) for row in results["kept_keys"]["rows"]} == {(3, None), (3, 17), (103, None), (103, 17)}
     assert max(error for row in results["kept_keys"]["rows"] if row["dtype"] == "torch.float32" for error in row["errors"]) < 1e-5
     patterns = results["patterns"]["rows"]
@@ -72,7 +69,8 @@ def test_a_short_lease_gets_what_matters_most_first():
     first = names[3 : names.index("times_gather_norm")]
     assert first == ["headline_8192_Llama-3-8B_first", "headline_65536_Llama-3-8B_first"]
     kinds = [name.split("_")[0] for name in names[3 + len(first) :]]
-    order = ["times", "headline", "paper", "longest", "training", "attention", "kept", "patterns", "tests", "offload", "quality"]
+    order = ["times", "movement", "headline", "paper", "longest", "training", "attention", "rows", "offsets", "waits", "kept"]
+    order += ["patterns", "tests", "memory", "offload", "quality"]
     assert list(dict.fromkeys(kinds)) == order
     assert max(part.seconds for part in found) <= 520, "a part, or a process of one that goes on, fits a call"
     assert "tests_compiles_for_gpu" not in names
@@ -240,123 +238,6 @@ def test_a_gpu_is_asked_for(tmp_path, capsys):
         with pytest.raises(SystemExit):
             program.main(["--out", str(tmp_path / "here")])
         assert "none is there; use --tiny" in capsys.readouterr().err
-
-
-def test_a_wrong_kernel_gets_no_time(tmp_path, monkeypatch):
-    right, wrong = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 1.1])
-
-    def off(setting):
-        return kernel_setting.Case(lambda: [wrong], lambda: [right], bytes=8, compiles=False)
-
-    monkeypatch.setitem(kernel_times.CASES, "rotary", off)
-    path = tmp_path / "times.json"
-    assert kernel_times.main(["--tiny", "--only", "rotary", "--out", str(path), "--plot", str(tmp_path / "times.png")]) == 1
-    (row,) = json.loads(path.read_text())["rows"]
-    assert not row["right"]
-    assert "seconds" not in row
-    monkeypatch.setitem(
-        kernel_times.CASES, "rotary", lambda setting: kernel_setting.Case(lambda: [right], lambda: [right], exact=True)
-    )
-    assert kernel_times.main(["--tiny", "--only", "rotary", "--out", str(path), "--plot", str(tmp_path / "times.png")]) == 0
-    assert "seconds" in json.loads(path.read_text())["rows"][0]
-    assert (tmp_path / "times.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize("name", sorted(kernel_cases.CASES))
-def test_every_case_agrees_with_a_formula_that_runs_on_any_device(name, monkeypatch):
-    (setting,) = kernel_cases.settings_of(name, tiny=True)
-    torch.manual_seed(0)
-    case = kernel_cases.CASES[name](setting)
-    for module in (document_attention, kept_key_attention):
-        monkeypatch.setattr(module, "require_cpu", lambda query: pytest.fail("this reference is refused on a GPU"))
-    error, right = kernel_times.error_of(case, setting.dtype)
-    assert right, error
-
-
-def test_a_formula_that_is_compiled_must_agree_too():
-    right, wrong = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 1.1])
-    case = kernel_setting.Case(lambda: [right], lambda: [right], formula=lambda: [wrong])
-    assert not kernel_times.error_of(case, torch.float32)[1]
-
-
-def tiny_case(**changes):
-    right = torch.ones(4)
-    return kernel_setting.Case(**{"ours": lambda: [right * 1], "naive": lambda: [right], "compiles": False} | changes)
-
-
-def raising(error):
-    def run(*_):
-        raise error
-
-    return run
-
-
-def test_a_setting_that_fails_leaves_its_reason_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "times.json"
-    monkeypatch.setitem(kernel_times.CASES, "rotary", raising(RuntimeError("no such\nluck")))
-    monkeypatch.setitem(kernel_times.CASES, "loss", lambda setting: tiny_case(missing={"liger": "not installed"}))
-    fails = lambda setting: tiny_case(others={"theirs": raising(torch.OutOfMemoryError("too much"))})  # noqa: E731
-    monkeypatch.setitem(kernel_times.CASES, "attention", fails)
-    only = [word for name in ("rotary", "loss", "attention") for word in ("--only", name)]
-    assert kernel_times.main(["--tiny", *only, "--out", str(path), "--plot", str(tmp_path / "times.png")]) == 1
-    failed, loss, attention = json.loads(path.read_text())["rows"]
-    assert (failed["right"], failed["failure"]) == (False, "RuntimeError: no such luck")
-    assert loss["missing"] == {"liger": "not installed"}
-    assert loss["peak_bytes"]["ours"] == 16
-    assert attention["failures"] == {"theirs": "OutOfMemoryError: too much"}
-    assert set(attention["seconds"]) == {"ours", "naive"}
-    printed = capsys.readouterr().out
-    assert "FAILED: RuntimeError: no such luck" in printed
-    assert "liger is not here: not installed" in printed
-    assert "theirs failed: OutOfMemoryError: too much" in printed
-
-
-def test_every_row_is_on_file_before_the_next_is_measured(tmp_path, monkeypatch):
-    path = tmp_path / "times.json"
-    monkeypatch.setitem(kernel_times.CASES, "loss", lambda setting: tiny_case())
-    for error in (KeyboardInterrupt(), torch.AcceleratorError("CUDA error: an illegal memory access was encountered")):
-        monkeypatch.setitem(kernel_times.CASES, "rotary", raising(error))
-        with pytest.raises(type(error)):
-            kernel_times.main(["--tiny", "--only", "loss", "--only", "rotary", "--out", str(path)])
-        rows = json.loads(path.read_text())["rows"]
-        assert [row["kernel"] for row in rows if row["right"]] == ["loss"]
-    assert "illegal memory access" in rows[1]["failure"]
-    with pytest.raises(PartFailure, match="the device failed") as failed:
-        gpu_suite.run_times(Scale(True), "rotary")
-    assert failed.value.found["rows"][0]["failure"] == rows[1]["failure"]
-
-
-def timed(kernel, keep=0.5, **changes):
-    """A row as a GPU gives it; seconds by arm."""
-    seconds = {label: {"median": value} for label, value in changes.pop("seconds", {}).items()}
-    return {"kernel": kernel, "keep": keep, "seconds": seconds} | changes
-
-
-def test_a_row_says_of_each_goal_whether_it_is_met():
-    def judged(row):
-        return [verdict["met"] for verdict in kernel_goals.verdicts(row)]
-
-    assert judged(timed("gather_norm", share_of_bound=0.86)) == judged(timed("take_and_merge", share_of_bound=0.81)) == [True]
-    assert judged(timed("rotary", share_of_bound=0.84)) == judged(timed("take_and_merge", share_of_bound=0.79)) == [False]
-    assert judged(timed("scatter_add", share_of_bound=0.9, speed_up={"compiled": 2.4})) == [True, False]
-    assert judged(timed("scatter_add", keep=0.7, share_of_bound=0.9, speed_up={"compiled": 1.0})) == [True]
-    assert judged(timed("block_scores", seconds={"ours": 1.3, "whole flash forward": 2.0})) == [True]
-    assert judged(timed("block_scores", seconds={"ours": 1.4, "whole flash forward": 2.0})) == [False]
-    assert judged(timed("attention", seconds={"ours": 1.0})) == []
-    # The faster and the smaller library may be two.
-    loss = timed(
-        "loss",
-        seconds={"ours": 2.1, "liger": 2.0, "cut-cross-entropy": 3.0},
-        peak_bytes={"ours": 120, "liger": 110, "cut-cross-entropy": 100},
-    )
-    time, memory = kernel_goals.verdicts(loss)
-    assert (time["value"], time["met"]) == (1.05, True)
-    assert (memory["value"], memory["met"]) == (1.2, False)
-    assert kernel_goals.in_words(memory) == "MISSED memory over the best library's, wanted at most 1.1: 1.2"
-    alone = kernel_goals.verdicts(timed("loss", seconds={"ours": 2.0}, missing={"liger": "no module"}))
-    assert [verdict["met"] for verdict in alone] == [None, None]
-    words = kernel_goals.in_words(alone[0])
-    assert words == "NOT JUDGED time over the best library's, wanted at most 1.1: liger: no module"
 
 
 def test_the_quality_bench_is_asked_for_what_it_knows(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def attention(setting: Setting) -> Case:
     flash = setting.device.type == "cuda" and setting.dtype != torch.float32
     others = {"ATen flash operators": partial(both_ways, "flash")} if flash else {}
     flops = 7 * setting.heads * setting.head_dim * rows * (rows + 1)
-    return Case(partial(both_ways, "triton"), sdpa, flops=flops, others=others, compiles=False)
+    return Case(partial(both_ways, "triton"), sdpa, flops=flops, others=others, allowed=2, compiles=False)
 
 
 def nearby_attention(setting: Setting) -> Case:
@@ -144,4 +144,4 @@ def rest_query_gradient(setting: Setting) -> Case:
     flops = 6 * round(pairs) * setting.heads * setting.head_dim
     own = of_kept[0], key[kept], value[kept], *of_kept[1:]
     others = {"gradient among kept rows": partial(lemo_kernels.attend_backward, grad, *own, [kept.numel()], scale)}
-    return Case(ours, naive, flops=flops, others=others, compiles=False)
+    return Case(ours, naive, flops=flops, others=others, allowed=2, compiles=False)

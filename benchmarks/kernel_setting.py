@@ -59,6 +59,8 @@ class Case:
         libraries: Other packages' functions for the same, by name; like `ours` they must agree with `naive`.
         missing: Why a package is not among them, by name.
         exact: Whether results must agree bit for bit.
+        allowed: How many times the error of a result they may have: twice where gradients are among them, which kernel and formula
+            both round more than once.
         compiles: Whether `torch.compile` of the formula is timed.
         formula: What `torch.compile` is given where `naive` asks autograd, which it cannot trace; it must agree with `naive`.
     """
@@ -71,6 +73,7 @@ class Case:
     libraries: dict[str, Callable[[], Any]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     exact: bool = False
+    allowed: float = 1.0
     compiles: bool = True
     formula: Callable[[], Any] | None = None
 

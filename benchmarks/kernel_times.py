@@ -49,7 +49,7 @@ def error_of(case: Case, dtype: torch.dtype) -> tuple[float, bool]:
             if case.exact:
                 right &= torch.equal(one, other)
             worst = max(worst, error_ratio(one, other))
-    return worst, right and worst <= ALLOWED[dtype]
+    return worst, right and worst <= case.allowed * ALLOWED[dtype]
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> dict[str, float]:

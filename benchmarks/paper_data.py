@@ -27,6 +27,7 @@ class Results:
         patterns: Rows of `lemo bench --counts-only` with attention patterns.
         offload: What benchmarks/sensitive_offload.py wrote.
         times: What benchmarks/paper_times.py wrote, rows of long steps under "long".
+        pattern_source: Where `patterns` come from.
     """
 
     paper: dict[str, Any]
@@ -38,6 +39,7 @@ class Results:
     patterns: list[dict[str, Any]] = field(default_factory=list)
     offload: dict[str, Any] | None = None
     times: dict[str, Any] | None = None
+    pattern_source: str = ""
 
     def memory(self, model: str, seq_len: int, method: str) -> tuple[float, bool] | None:
         """Peak bytes of a method and whether they are measured; `None` if there is neither."""
@@ -104,4 +106,6 @@ def read_results(folder: Path = RESULTS) -> Results:
     times = short | {"long": long["rows"]} if short and long else None
     patterns = counts["rows"] if counts else []
     paper = json.loads(PAPER.read_text())
-    return Results(paper, estimates, merged(benched) if benched else [], kernels, name, sparsity, patterns, offload, times)
+    source = f"{counts['date']}, commit {counts['commit']}" if counts else ""
+    measured = merged(benched) if benched else []
+    return Results(paper, estimates, measured, kernels, name, sparsity, patterns, offload, times, source)

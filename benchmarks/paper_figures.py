@@ -176,12 +176,12 @@ FIGURES = (
           "clean-room version of the artifact). Logs of stock LoRA equal the estimate on Llama-3-8B and lie 8 to 12 % "
           "above it on the other models, those of LongLoRA 14 to 19 %; those of LeMo lie 7 % below to 2 % above it on Llama and 11 to "
           "32 % above it on OPT, for reasons not known: compare bars with bars and diamonds with diamonds. OPT-350M normalises after its sublayers and is left out. "
-          f"{MEMORY_ALONE}", f"Peaks on a GPU: {SUITE} --part headline`."),
+          f"{MEMORY_ALONE}", f"Peaks on a GPU: {SUITE} --part paper`, every model and length."),
     Shown(13, "step_time", "step time", speed_figures.step_time, speed_figures.step_time_words,
-          f"Seconds of a step on a GPU: {SUITE} --part headline`."),
+          f"Seconds of a step on a GPU: {SUITE} --part paper_8192 --part paper_16384_Llama-2-7B --part paper_65536_Llama-2-7B`."),
     Shown(14, "memory_breakdown", "memory by part of the model", memory_breakdown,
           f"The paper's average savings stand in the table below. {MEMORY_ALONE}",
-          f"The time breakdown: `phases` of each row of {SUITE} --part headline`."),
+          f"Peaks and the time breakdown, `phases` of each row: {SUITE} --part paper_8192_Llama-2-7B --part paper_8192_OPT-6.7B`."),
     Shown(15, "saved_by_layer", "memory by layer", saved_by_layer,
           "The artifact's profile keeps most blocks in early layers; ours keep the same share everywhere (sparse: the first layer "
           f"dense). {MEMORY_ALONE}"),
@@ -192,9 +192,9 @@ FIGURES = (
     Shown(19, "loss_peak", "the loss's peak over time", loss_peak,
           f"The paper saves 15 % of the peak by segments. {MEMORY_ALONE}"),
     Shown(20, "extensions", "extensions", speed_figures.extensions, speed_figures.extensions_words,
-          "Times on a GPU of two-dimensional sparsity (paper: up to 2.04 times): `lemo bench --model Llama-3-8B --seq-len 65536 --methods "
-          "checkpointing,lemo-sparse-rows,lemo-sparse-groups-rows,lemo-sparse-blocks-rows,lemo-sparse-nearby-rows,lemo-sparse-nearby-groups-rows,"
-          "lemo-sparse-nearby-blocks-rows`; of offload by kept share (paper: 1.22 times on "
+          f"Times on a GPU of two-dimensional sparsity (paper: up to 2.04 times): {SUITE} --part headline_65536_Llama-3-8B_patterns`, the methods of "
+          "`lemo bench --model Llama-3-8B --seq-len 65536 --methods checkpointing,lemo-sparse-rows,lemo-sparse-groups-rows,lemo-sparse-blocks-rows,"
+          "lemo-sparse-nearby-rows,lemo-sparse-nearby-groups-rows,lemo-sparse-nearby-blocks-rows`; of offload by kept share (paper: 1.22 times on "
           f"average): {SUITE} --part offload`."),
     Shown(21, "scaling", "scaling over GPUs", speed_figures.scaling, speed_figures.scaling_words, "Several GPUs: no such run."),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from lemo_hf.profiling.bench.table import NOT_MEASURED
 TABLE_1 = {"llama2-7b": "Llama-2-7B", "llama3-8b": "Llama-3-8B", "mistral-7b": "Mistral-7B", "opt-6.7b": "OPT-6.7B"}
 ATTENTION, MLP = ("q,k,v", "attention", "o_proj"), ("mlp",)
 MEMORY_ALONE = f"Memory alone: {NOT_MEASURED}, nor is speed."
+TIME_ALONE = f"Time alone: {NOT_MEASURED}, nor is memory."
 
 
 def table_1(results: Results) -> str:

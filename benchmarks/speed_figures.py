@@ -11,10 +11,10 @@ import paper_plots
 from matplotlib.figure import Figure
 from paper_data import Results
 from paper_plots import Panel, Words
+from paper_tables import TIME_ALONE
 
 from lemo_hf.profiling.bench.table import NOT_MEASURED
 
-TIME_ALONE = f"Time alone: {NOT_MEASURED}."
 # The paper's method -> what it is compared with, without and with checkpointing.
 SHORT = {"lora": "stock", "longlora": "longlora-float32", "lemo": "lemo-artifact"}
 CHECKPOINTED = {"lora": "checkpointing"}  # the paper's LeMo with checkpointing has no counterpart
@@ -194,7 +194,8 @@ def movement_words(results: Results) -> str:
         f"By bytes ours is {min(ratios):.1f} to {max(ratios):.1f} times ahead, {'below' if max(ratios) < low else 'against'} the paper's {low} to {high} "
         "times, which were timed: bytes alone do not explain the paper's factors, and ours are not shown to reach them. "
         "Estimated as the bytes that plain operators move, one by one, over those that the kernel must: what both take if the memory's bandwidth is "
-        "all that counts. Launches, which plain operators have three to seven of, come on top for short inputs."
+        "all that counts. Launches, which plain operators have three to seven of, come on top for short inputs. "
+        f"Kernels alone: {NOT_MEASURED}, nor are a step's memory and speed."
     )
 
 
@@ -262,10 +263,16 @@ def extensions_words(results: Results) -> str:
         "on record. Groups and blocks are patterns among kept tokens. On small models they cost 2 to 7 % of perplexity over the sparse form without "
         "them, where the goal is 0.5 % ([without nearby tokens](experiments/attention_patterns.md), [with them](experiments/quality_bench.md)); at this size and length it is unknown. "
     )
+    assert results.offload is not None, "the figure is drawn"
+    dates = f"Offload: {results.offload['date']}, commit {results.offload['commit']}; repeat: `python benchmarks/sensitive_offload.py`. "
+    if results.pattern_source:
+        dates = f"Patterns: {results.pattern_source}; repeat: `lemo bench` as below, with `--counts-only`. {dates}"
     return said + (
         "Below: LeMo exact, 64K tokens, sensitive against uniform offload at the same peak, by kept shares of the layers and by link, simulated from "
         "the roofline's times ([memory_features.md](memory_features.md#offload)). Equal shares gain nothing, as they must. "
-        "Offload changes no bit of a gradient."
+        "Offload changes no bit of a gradient. "
+        f"FLOPs and simulated time alone: {NOT_MEASURED}, nor is memory."
+        + f" {dates}".rstrip()
         + ("" if results.measured else " Neither half is a measured time: nothing of this has run on a GPU.")
     )
 

@@ -279,6 +279,7 @@ def test_table_adds_up_and_says_what_is_assumed(card_estimator):
     ):
         assert words in shown
     assert "note: 4096 tokens are more than the model's context of 2048" in shown
+    assert "note: dense perplexity is not estimated; " in shown, "memory and time never stand alone"
 
 
 def test_methods_stand_side_by_side_without_those_that_do_not_exist():
@@ -299,6 +300,7 @@ def test_document_is_json_with_its_provenance(card_estimator):
     assert {"commit", "versions", "machine", "assumptions", "estimate", "outlook"} <= read.keys()
     assert read["estimate"]["total_bytes"] == estimate.total_bytes
     assert read["estimate"]["settings"]["lemo"]["checkpoint"] == "kept_rows"
+    assert any("dense perplexity is not estimated" in note for note in read["estimate"]["notes"])
 
 
 def test_command_prints_writes_json_and_draws(tmp_path, capsys, monkeypatch):

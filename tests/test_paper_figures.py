@@ -1,8 +1,10 @@
 """The paper's figures: ours beside the paper's, nothing invented, readable in print."""
 
 import json
+import re
 import shutil
 
+import gpu_headline
 import paper_figures
 import paper_tables
 import pytest
@@ -41,7 +43,14 @@ def test_without_a_gpu_estimates_are_drawn_and_what_would_measure_them_is_listed
     unmeasured = written.partition("## Unmeasured")[2]
     for number in (12, 13, 14, 18, 20, 21):
         assert f"Figure {number}," in unmeasured
-    assert written.count(NOT_MEASURED) == 7, "memory and time never stand alone: six figures and table 1"
+    assert written.count(NOT_MEASURED) == 9, "memory, time and FLOPs never stand alone: eight figures and table 1"
+    assert written.count("Time alone: perplexity not measured for this configuration, nor is memory.") == 2
+    assert f"commit {committed.offload['commit']}" in written
+    # Parts that are named are there, and measure what the figures draw.
+    parts = [group.name for group in gpu_headline.groups(tiny=False)]
+    named = re.findall(r"--part ((?:headline|paper)[^\s`]*)", written)
+    assert {name.split("_")[0] for name in named} == {"headline", "paper"}
+    assert all(any(part.startswith(name) for part in parts) for name in named)
     assert "cost 2 to 7 % of perplexity" in written, "nor do patterns: what they cost was measured"
 
 

@@ -298,6 +298,7 @@ class Estimator:
             notes.append("thresholds keep what the text asks for; estimated as if every layer kept keep_ratio of its blocks")
         if settings.method.startswith("liger"):
             notes.append("Liger is computed from what its functions allocate and save, not run")
+        notes.append("dense perplexity is not estimated; docs/quality.md has what was measured of it")
         return notes
 
 

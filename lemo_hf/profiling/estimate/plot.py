@@ -49,7 +49,12 @@ def plot_memory(estimator: Estimator, settings: StepSettings, path: Path, longes
     axis.set(ylim=(0, top * 1.05), xlabel="tokens of the sequence", ylabel="GiB needed, slack and context included")
     axis.set_xticks(lengths, [f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths])
     title = f"{estimator.model}, batch {settings.batch_size}, LoRA r={settings.lora_r}, {settings.adapter_dtype} adapters"
-    axis.set_title(title + (", autocast" if settings.autocast else "") + ": estimated, not measured", fontsize=10)
+    axis.set_title(
+        title
+        + (", autocast" if settings.autocast else "")
+        + ": estimated, not measured\nmemory alone: neither perplexity nor speed is in it",
+        fontsize=10,
+    )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     return save_figure(figure, path)

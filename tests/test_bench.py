@@ -332,6 +332,12 @@ def test_steps_that_take_minutes_are_run_once(monkeypatch):
     assert phase_table([{"words": "", "seq_len": 64, "summary": summary([row], 64)}]) == ""
 
 
+def test_results_of_versions_with_other_phases_stand_in_one_table():
+    rows = [{"words": name, "seq_len": 64, "summary": {"phases": {"mlp": 1.0, name: 2.0}}} for name in ("norm", "movement")]
+    *_, one, other = phase_table(rows).splitlines()
+    assert (one, other) == ("| norm, 64 | 1.000 | 2.000 | - |", "| movement, 64 | 1.000 | - | 2.000 |")
+
+
 def test_a_process_that_dies_is_a_failed_row(small_model, monkeypatch):
     options = BenchOptions(small_model, (64,), "lemo-exact", steps=1, repeats=2, device="cpu")
     died = subprocess.CompletedProcess([], 1, "", "Traceback ...\nValueError: no\nsuch luck")

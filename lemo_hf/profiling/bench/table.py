@@ -197,12 +197,14 @@ def phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
     timed = [row for row in rows if row.get("summary", {}).get("phases")]
     if not timed:
         return ""
-    phases = list(timed[0]["summary"]["phases"])
+    # Results of other versions may have other phases.
+    phases = list(dict.fromkeys(phase for row in timed for phase in row["summary"]["phases"]))
     heads = [{"between": "between operators"}.get(phase, phase) for phase in phases]
     lines = ["| method, tokens | " + " | ".join(heads) + " |", "| --- " + "| ---: " * len(phases) + "|"]
     for row in timed:
         spent = row["summary"]["phases"]
-        lines.append(f"| {row['words']}, {row['seq_len']} | " + " | ".join(f"{spent[phase]:.3f}" for phase in phases) + " |")
+        cells = (f"{spent[phase]:.3f}" if phase in spent else "-" for phase in phases)
+        lines.append(f"| {row['words']}, {row['seq_len']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

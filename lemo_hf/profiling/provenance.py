@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+# What a run writes: results of earlier runs of the same commit change nothing that this one computes.
+_WRITTEN = ("benchmarks/results", "docs", "*.md")
 PACKAGES = ("lemo-hf", "torch", "transformers", "peft", "accelerate")
 
 
 def provenance() -> dict[str, object]:
-    """Commit (with `+dirty` for uncommitted changes), package versions and machine, as JSON types."""
+    """Commit (with `+dirty` for uncommitted changes of code), package versions and machine, as JSON types."""
     return {"commit": _commit(), "versions": {name: _version(name) for name in PACKAGES}, "machine": _machine()}
 
 
@@ -29,7 +31,8 @@ def _commit() -> str | None:
         return None  # installed from a wheel, perhaps inside somebody else's repository
     try:
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True)
+        changes = ["git", "status", "--porcelain", "-uno", "--", ".", *(f":(exclude){path}" for path in _WRITTEN)]
+        status = subprocess.run(changes, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+dirty" if status.stdout.strip() else "")

@@ -7,6 +7,9 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # The oldest supported versions of what moves most, for test-lower.
 OLDEST := $(shell sed -nE 's/^ *"(transformers|peft|accelerate|safetensors)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
 
+# How result files call this machine, amd-epyc-2-cores for one; asked when a benchmark runs, never for the build.
+MACHINE = $(shell $(BIN)/python -W ignore -c "from benchmarks.quality.summary import machine_slug; from lemo_hf.profiling.provenance import provenance; print(machine_slug(provenance()['machine']))")
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-all test-lower lint format bench ratios base
 
@@ -49,7 +52,7 @@ format: $(STAMP)     ## put the code into the style that lint checks
 
 bench: $(STAMP)      ## methods side by side on the embedded model, counts at 8B shapes; results in benchmarks/results and README.md
 	@$(BIN)/lemo bench --model python-llama-4m --seq-len 4096 --methods stock,longlora,lemo-artifact,random-ltd,tokentune,lemo-exact,lemo-exact@0.3,lemo-exact-rows,lemo-keys,lemo-keys@0.3,lemo-keys-rows,lemo-sparse,lemo-sparse-nearby --steps 3 --repeats 3 \
-		--perplexity benchmarks/results/quickstart--amd-epyc-2-cores.json --out outputs/bench_small.json
+		--perplexity benchmarks/results/quickstart--amd-epyc-2-cores.json --out benchmarks/results/bench_small--$(MACHINE).json
 	@$(BIN)/python -W ignore::FutureWarning benchmarks/layer_arithmetic.py --out benchmarks/results/layer_arithmetic--any.json
 	@$(BIN)/python -W ignore::FutureWarning benchmarks/phase_flops.py
 	@$(BIN)/python benchmarks/update_readme.py

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from goals import FILES, goals
+
 from lemo_hf.profiling.bench.table import bench_table, merged, phase_table, source_line
 
 ROOT = Path(__file__).parents[1]
@@ -69,8 +71,32 @@ def layer_arithmetic(result: dict[str, Any]) -> str:
             f"| {row['arm']} | {row['adapters']} | {row['saved_rows_of_h']:.2f} | {row['saved_of_stock']:.3f} "
             f"| {row['flops_of_stock']:.3f} |"
         )
-    lines += ["", f"{source(result)}. Repeat: `python benchmarks/layer_arithmetic.py`."]
+    lines += [
+        "",
+        "Bytes and FLOPs of a layer alone: its speed is not measured, nor is perplexity at this size; the table of the small model has all "
+        f"three. {source(result)}. Repeat: `python benchmarks/layer_arithmetic.py`.",
+    ]
     return "\n".join(lines)
+
+
+def estimate_error(result: dict[str, Any]) -> str:
+    """How far `lemo estimate` is from measured peaks, in a sentence."""
+
+    def within(rows: list[dict[str, Any]]) -> str:
+        errors = sorted(abs(row["estimated_bytes"] / row["allocator_bytes"] - 1) for row in rows)
+        return f"within {errors[-1]:.1%} of {{}}, half of the time within {errors[(len(errors) - 1) // 2]:.1%}".replace("%", " %")
+
+    families = {row["model"] for row in result["cpu"] if row["model"].startswith("small ")}
+    on_gpu = (
+        f"{within(result['gpu']).format('the peak')}, on {len(result['gpu'])} steps on a GPU"
+        if result["gpu"]
+        else "no GPU has been compared yet"
+    )
+    return (
+        f"`lemo estimate` is {within(result['cpu']).format('the allocator' + chr(39) + 's peak')}, on {len(result['cpu'])} real steps of "
+        f"{len(families)} families on a CPU; {on_gpu} ([docs/memory.md](docs/memory.md); {result['date']}, commit {result['commit']}). "
+        "It says nothing of perplexity."
+    )
 
 
 def bench(result: dict[str, Any], against: str | None = None) -> str:
@@ -86,15 +112,15 @@ def long(result: dict[str, Any]) -> str:
     return bench(result, "liger-checkpointing")
 
 
-def headline(results: list[dict[str, Any]]) -> str:
+def headline(results: dict[str, Any]) -> str:
     """What benchmarks/gpu_suite.py measured of training steps as Markdown, one table a group of methods; or that it has not."""
     if not results:
         return (
             "Nothing was measured on a GPU yet: no file `benchmarks/results/headline_*.json` is there. "
             "`python benchmarks/gpu_suite.py --out benchmarks/results --part headline` writes them."
         )
-    merged(results)  # refuses results of several commits or machines
-    return "\n\n".join(bench(result) for result in results)
+    merged([*results.values()])  # refuses results of several commits or machines
+    return "\n\n".join(bench(result) for result in results.values())
 
 
 @dataclass(frozen=True)
@@ -102,12 +128,12 @@ class Table:
     """A table of a page.
 
     Args:
-        pattern: Of its result file in benchmarks/results.
-        render: Makes Markdown of the result, or of the list of results where there may be `several` or none.
-        several: Whether it is of all files of the pattern.
+        pattern: Of its result file in benchmarks/results, or patterns of them.
+        render: Makes Markdown of the result, or of results by stem where there may be `several` or none.
+        several: Whether it is of all files of the patterns.
     """
 
-    pattern: str
+    pattern: str | tuple[str, ...]
     render: Callable[[Any], str]
     several: bool = False
 
@@ -117,9 +143,11 @@ TABLES: dict[str, dict[str, Table]] = {
     "README.md": {
         "quickstart": Table("quickstart--*.json", quickstart),
         "layer_arithmetic": Table("layer_arithmetic--*.json", layer_arithmetic),
+        "estimate_error": Table("memory_estimate--*.json", estimate_error),
     },
     "docs/benchmarks.md": {
         "headline": Table("headline_*.json", headline, several=True),
+        "goals": Table(FILES, goals, several=True),
         "bench_small": Table("bench_small--*.json", bench),
         "bench_counts": Table("bench_counts_llama3_8b--*.json", bench),
         "bench_long": Table("bench_long_llama3_8b--*.json", long),
@@ -135,17 +163,19 @@ def updated(text: str, page: str = "README.md") -> str:
         ValueError: If it has several, or the page has no place for it.
     """
     for name, shown in TABLES[page].items():
-        files = sorted(path for path in RESULTS.glob(shown.pattern) if path.suffixes[-2:-1] not in ([".failed"], [".unfinished"]))
+        patterns = (shown.pattern,) if isinstance(shown.pattern, str) else shown.pattern
+        found = sorted(path for pattern in patterns for path in RESULTS.glob(pattern))
+        files = [path for path in found if not path.stem.endswith((".failed", ".unfinished"))]
         if not files and not shown.several:
             raise FileNotFoundError(f"table {name} has no result; {RESULTS / shown.pattern}; run its benchmark with --out")
         if len(files) > 1 and not shown.several:
             raise ValueError(f"table {name} has several results; {[f.name for f in files]}; keep the one to show")
         marked = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.DOTALL)
-        results = [json.loads(path.read_text()) for path in files]
-        table = shown.render(results if shown.several else results[0])
-        text, found = marked.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
-        if found != 1:
-            raise ValueError(f"{page} has {found} places for table {name}; it needs 1; add <!-- table:{name} --> markers")
+        results = {path.stem: json.loads(path.read_text()) for path in files}
+        table = shown.render(results if shown.several else next(iter(results.values())))
+        text, places = marked.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        if places != 1:
+            raise ValueError(f"{page} has {places} places for table {name}; it needs 1; add <!-- table:{name} --> markers")
     return text
 
 

@@ -16,6 +16,7 @@ from references.tiny_models import (
 )
 
 from lemo_hf import LemoConfig
+from lemo_hf.models import kept_and_rest_rows
 from lemo_hf.models.documents import find_documents
 from lemo_hf.models.lemo_config import LemoConfigError
 from lemo_hf.models.sparse_decoder import sparse_backbone
@@ -53,6 +54,26 @@ def test_a_share_no_smaller_than_the_layer_s_changes_no_bit(form, checkpoint):
     one, other = run(plain, batch), run(same, batch)
     assert torch.equal(one[0], other[0])
     assert_same_gradients(other[1], one[1])
+
+
+@pytest.mark.parametrize("share", [None, 0.25])
+@pytest.mark.parametrize("form", ["exact", "kept_keys", "sparse"])
+def test_the_mlp_of_rest_rows_in_parts_is_that_of_all_at_once(form, share, monkeypatch):
+    model = lemo_model(stock_model(), {}, keep_ratio=0.5, mlp_keep_ratio=share, attention_forward=form)
+    batch = place(DOCUMENTS, "left").batch
+    whole = run(model, batch)
+    sizes = []
+    for layer in sparse_backbone(model).layers:
+        forward = layer.feed_forward
+        monkeypatch.setattr(
+            layer, "feed_forward", lambda rows, f=forward: (sizes.append((len(rows), torch.is_grad_enabled())), f(rows))[1]
+        )
+    monkeypatch.setattr(kept_and_rest_rows, "_ROWS_AT_ONCE", 7)
+    parts = run(model, batch)
+    assert max(size for size, saves in sizes if not saves) == 7
+    assert max(size for size, saves in sizes if saves) > 7
+    torch.testing.assert_close(parts[0], whole[0])
+    assert_close_gradients(parts[1], whole[1])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ from .row_movement import TakenRows, add_and_norm, interleave, lay_among, merge,
 from .token_elimination import Selection, gather_rows
 from .two_dimensional_sparsity import AttentionPattern, attend_in_pattern
 
+# Rows whose MLP runs at one time without autograd: enough for any card to be busy.
+_ROWS_AT_ONCE = 16384
+
 
 class RowLayer(Protocol):
     """A layer's modules on flat rows, as sparse_decoder.py describes them."""
@@ -217,7 +220,7 @@ class KeptAndRestRows:
             if for_backward:
                 rest = output.new_zeros(rest_at.shape[0], output.shape[1])
             else:
-                rest = self.layer.feed_forward(self.layer.mlp_norm(gather_rows(middle, rest_at)))
+                rest = self._feed_forward_in_parts(self.layer.mlp_norm(gather_rows(middle, rest_at)))
         return middle, lay_among(output, rest, at, rest_at)
 
     def _scope(self, lengths: list[int], real_rows: Tensor | None = None) -> AttentionScope:
@@ -273,4 +276,17 @@ class KeptAndRestRows:
                 update = self.layer.project_output(self._rest_attended)
                 self._rest_attended = None
             rest, normed = rest_norm(residual, rows, update, self.layer.mlp_norm, self.layer.plain_norms[1])
-            return rest, self.layer.feed_forward(normed)
+            return rest, self._feed_forward_in_parts(normed)
+
+    def _feed_forward_in_parts(self, normed: Tensor) -> Tensor:
+        """The MLP of rows that nothing is saved of, so that its inner rows, wider than the residual stream, exist for a part at a time."""
+        first, *others = normed.split(_ROWS_AT_ONCE)
+        update = self.layer.feed_forward(first)
+        if not others:
+            return update
+        whole = update.new_empty(normed.shape[0], update.shape[1])
+        places = whole.split(_ROWS_AT_ONCE)
+        places[0].copy_(update)
+        for place, part in zip(places[1:], others, strict=True):
+            place.copy_(self.layer.feed_forward(part))
+        return whole
